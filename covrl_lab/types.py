@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -62,3 +62,128 @@ class Demonstration:
     question: str
     trace: str
     answer: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The token ids around one question's traces; nothing here is ever re-tokenised.
+
+    The prior context is ``prior + trace``, the posterior context ``posterior + trace``, and the answer
+    is scored in ``prior + trace + seam + answer``, for traces of either source.
+    """
+
+    prior: tuple[int, ...]
+    posterior: tuple[int, ...]
+    seam: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.answer:
+            raise ConfigError("a prompt has no answer tokens; every question needs a non-empty answer")
+
+
+def _check(tensor: Tensor, shape: tuple[int, ...], name: str) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+
+
+class _Rows:
+    """What the batch types share."""
+
+    def to(self, device: Any):
+        """Return the same batch with its tensors on ``device``."""
+        moved = {f.name: v.to(device) for f in fields(self) if hasattr(v := getattr(self, f.name), "to")}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class TraceBatch(_Rows):
+    """The N sampled traces of one step.
+
+    ids              (N, T) int64, token ids as sampled, including the token that ends the trace
+    mask             (N, T) bool, True on trace tokens
+    from_prior       (N,) bool, True where the prior prompt drew the trace, False for the posterior
+    finished         (N,) bool, False where the trace was truncated or ended in a wrong format
+    group_size       G, rollouts of each question
+    sampler_logprobs (N, T) log-probabilities under the prompt that drew the trace, or None
+    """
+
+    ids: Tensor
+    mask: Tensor
+    from_prior: Tensor
+    finished: Tensor
+    group_size: int
+    sampler_logprobs: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n, t = self.mask.shape
+        _check(self.ids, (n, t), "ids")
+        _check(self.from_prior, (n,), "from_prior")
+        _check(self.finished, (n,), "finished")
+        if self.sampler_logprobs is not None:
+            _check(self.sampler_logprobs, (n, t), "sampler_logprobs")
+        if self.group_size < 1 or n % self.group_size:
+            raise ValueError(f"{n} rollouts do not divide into groups of {self.group_size}")
+
+    def __len__(self) -> int:
+        return self.mask.shape[0]
+
+    def trace(self, i: int) -> list[int]:
+        """Token ids of rollout i, without padding."""
+        return self.ids[i][self.mask[i]].tolist()
+
+
+@dataclass(frozen=True)
+class LogProbs(_Rows):
+    """Log-probabilities of the step's traces and reference answers, in nats.
+
+    prior        (N, T) log p of the trace under the prior prompt
+    posterior    (N, T) log q of the same trace ids under the posterior prompt; None if not scored
+    answer       (N, A) log-probability of the reference answer after the trace, in the prior context
+    answer_mask  (N, A) bool
+    ref_prior    (N, T) log p under the frozen base model; None unless a method asks for it
+    bare_answer  (N, A) answer with no trace under the frozen base model; None unless asked for
+    """
+
+    prior: Tensor
+    posterior: Tensor | None
+    answer: Tensor
+    answer_mask: Tensor
+    ref_prior: Tensor | None = None
+    bare_answer: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n, t = self.prior.shape
+        _check(self.answer_mask, (n, self.answer.shape[1]), "answer_mask")
+        _check(self.answer, tuple(self.answer_mask.shape), "answer")
+        for name in ("posterior", "ref_prior"):
+            if getattr(self, name) is not None:
+                _check(getattr(self, name), (n, t), name)
+        if self.bare_answer is not None:
+            _check(self.bare_answer, tuple(self.answer.shape), "bare_answer")
+
+    def detach(self) -> LogProbs:
+        """The same numbers, cut from the graph."""
+        cut = {f.name: v.detach() for f in fields(self) if (v := getattr(self, f.name)) is not None}
+        return replace(self, **cut)
+
+
+@dataclass(frozen=True)
+class Credit(_Rows):
+    """What each rollout is worth to the loss; all detached.
+
+    reward         (N,) the method's reward R (nats or probability, see the method)
+    advantage      (N,) factor of the trace's policy-gradient term
+    answer_weight  (N,) factor c_y of the answer's log-likelihood term
+    kl_mask        (N,) bool, rollouts that enter the KL term
+    """
+
+    reward: Tensor
+    advantage: Tensor
+    answer_weight: Tensor
+    kl_mask: Tensor
+
+    def __post_init__(self) -> None:
+        shape = (self.reward.shape[0],)
+        for f in fields(self):
+            _check(getattr(self, f.name), shape, f.name)

@@ -1,0 +1,259 @@
+"""One flat, validated configuration; its fields are the parameters of every notebook.
+
+A setting left at ``None`` takes the value the chosen method defines in ``METHOD_DEFAULTS``, so that
+``RunConfig(method="jlb")`` is JLB without further settings and ``config.json`` records the value used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .types import ConfigError, did_you_mean
+
+# What each method fixes, with the paper it comes from; the definitions are in objectives.py.
+_COMMON = {
+    "alpha": 1.0,
+    "composite_weight": 1.0,
+    "reward": "sum_logprob",
+    "baseline": "leave_one_out",
+    "advantage_scale": "none",
+    "advantage_clip": 0.0,
+    "clip": "none",
+    "clip_range": 0.3,
+    "kl_weight": 0.0,
+    "nll_weight": 1.0,
+    "nll_gate": "none",
+    "n_sample": 1,
+}
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    # arXiv 2512.12576. kl_weight and nll_weight are not stated there; ours come from a sweep (README).
+    "covrl": _COMMON
+    | {
+        "alpha": 0.5,
+        "composite_weight": 0.5,
+        "baseline": "mean",
+        "advantage_scale": "std",
+        "clip": "ppo",
+        "kl_weight": 0.1,
+        "nll_weight": 0.3,
+        "nll_gate": "prior_positive",
+    },
+    # arXiv 2503.19618: advantages divided by their deviation and clipped to +-1.
+    "jlb": _COMMON | {"advantage_scale": "std", "advantage_clip": 1.0, "nll_weight": 0.3},
+}
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "quantization": ("nf4", "none"),
+    "dtype": ("bfloat16", "float32"),
+    "prompt_style": ("auto", "few_shot", "chat"),
+    "method": tuple(METHOD_DEFAULTS),
+    "source_split": ("stratified", "bernoulli"),
+    "reward": ("sum_logprob", "mean_logprob", "probability", "mean_probability"),
+    "baseline": ("mean", "leave_one_out", "none"),
+    "advantage_scale": ("std", "none"),
+    "clip": ("ppo", "soft", "none"),
+    "loss_aggregation": ("token_mean", "trace_sum"),
+    "kl_gradient": ("exact", "published"),
+    "nll_gate": ("prior_positive", "none", "reward"),
+    "lr_schedule": ("cosine", "constant"),
+    "tracker": ("none", "tensorboard", "wandb", "trackio"),
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's numbers. Units are in the names; ``None`` means the method's own.
+
+    Raises ``ConfigError`` with one sentence for the first setting that cannot work.
+    """
+
+    # --- model
+    model: str = "smollm2-135m"  # "smollm2-135m", "tiny", a Hugging Face id, or a local folder
+    quantization: str = "nf4"  # "nf4" (QLoRA: 4-bit base, double quantisation) or "none"
+    dtype: str = "bfloat16"  # compute type of the base model: "bfloat16" or "float32"
+    lora_rank: int = 16
+    lora_alpha: int = 32  # LoRA scaling is lora_alpha / lora_rank
+    gradient_checkpointing: bool = False
+    device: str = "auto"  # "auto", "cpu", "cuda"
+    # --- task and prompts
+    task: str = (
+        "arithmetic"  # built-in, "reasoning_gym/NAME", "hf/OWNER/NAME", or a .jsonl/.csv/.parquet file
+    )
+    difficulty: int | None = None  # 1..5, built-in tasks only
+    demonstrations: int = 3  # worked examples in few-shot prompts
+    prompt_style: str = "auto"  # "few_shot", "chat", or "auto": few-shot where the task has demonstrations
+    question_column: str | None = None  # files and datasets: column names
+    answer_column: str | None = None
+    trace_column: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str | None = None
+    # --- method
+    method: str = "covrl"
+    alpha: float | None = None  # share of traces drawn from the prior prompt
+    composite_weight: float | None = None  # w of the composite p' = w p + (1 - w) q
+    reward: str | None = None
+    baseline: str | None = None  # "mean" of the group, "leave_one_out", "none"
+    advantage_scale: str | None = None  # "std": divide by the group's standard deviation
+    advantage_clip: float | None = None  # 0: off
+    clip: str | None = None  # "ppo", "soft", "none"
+    clip_range: float | None = None  # epsilon of either clip
+    kl_weight: float | None = None  # beta of KL(p'||p)
+    kl_gradient: str = "exact"  # "exact" or "published"
+    nll_weight: float | None = None  # factor of -log p(y|x,z)
+    nll_gate: str | None = None  # "prior_positive", "none" (every trace), "reward" (weighted by it)
+    n_sample: int | None = None  # traces inside the logarithm (JEPO)
+    loss_aggregation: str = (
+        "token_mean"  # "token_mean" over the step, or "trace_sum": sum, then mean over traces
+    )
+    unfinished_penalty: float = 1.0  # an unfinished trace earns its group's worst reward minus this
+    # --- sampling
+    steps: int = 40
+    questions_per_step: int = 8
+    rollouts_per_question: int = 4
+    max_trace_tokens: int = 28
+    temperature: float = 1.0
+    top_p: float = 1.0
+    source_split: str = "stratified"  # per group, or "bernoulli" per trace as in the paper
+    # --- optimisation
+    learning_rate: float = 2e-4
+    lr_schedule: str = "cosine"
+    warmup_steps: int = 4
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    updates_per_step: int = 1
+    max_packed_tokens: int = 4096  # tokens in one forward; longer steps are cut into micro-batches
+    seed: int = 0
+    # --- evaluation and output
+    eval_every: int = 10  # steps; 0: only before and after
+    eval_questions: int = 64
+    eval_samples: int = 0  # sampled generations a question for avg@k; 0: greedy only
+    max_answer_tokens: int = 12
+    checkpoint_every: int = 10  # steps
+    run_dir: str | None = None  # None: runs/<task>-<method>-<hash of this configuration>
+    tracker: str = "none"
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        for name, valid in CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in valid:
+                raise ConfigError(f"unknown {name} {value!r}{did_you_mean(value, valid)}")
+        for name, value in METHOD_DEFAULTS[self.method].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        self._check_ranges()
+        if self.run_dir is None:
+            task = Path(self.task).stem if "." in self.task else self.task.replace("/", "-")
+            object.__setattr__(self, "run_dir", f"runs/{task}-{self.method}-{self.run_id()}")
+
+    def _check_types(self) -> None:
+        """Accept what papermill delivers: ints for floats, whole floats and numeric strings for numbers."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is None and "None" in f.type:
+                continue
+            kind = f.type.split(" |")[0]
+            try:
+                if kind == "float" and not isinstance(value, bool):
+                    fixed: Any = float(value)
+                elif kind == "int" and not isinstance(value, bool) and float(value) == int(float(value)):
+                    fixed = int(float(value))
+                elif kind == "str" and isinstance(value, str | Path):
+                    fixed = str(value)
+                elif kind == "bool" and isinstance(value, bool):
+                    fixed = value
+                else:
+                    raise ValueError
+                if kind == "float" and not math.isfinite(fixed):
+                    raise ValueError
+            except (TypeError, ValueError, OverflowError):
+                names = {
+                    "float": "a finite number",
+                    "int": "a whole number",
+                    "str": "text",
+                    "bool": "True or False",
+                }
+                raise ConfigError(f"{f.name} must be {names[kind]}, not {value!r}") from None
+            object.__setattr__(self, f.name, fixed)
+
+    def _check_ranges(self) -> None:
+        def need(ok: bool, name: str, rule: str) -> None:
+            if not ok:
+                raise ConfigError(f"{name} must be {rule}, not {getattr(self, name)!r}")
+
+        for name in ("alpha", "composite_weight"):
+            need(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
+        need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+        need(self.clip_range > 0, "clip_range", "above 0")
+        need(self.temperature > 0, "temperature", "above 0 (greedy decoding belongs to evaluation)")
+        need(self.learning_rate > 0, "learning_rate", "above 0")
+        need(self.max_grad_norm > 0, "max_grad_norm", "above 0")
+        for name in ("kl_weight", "nll_weight", "advantage_clip", "unfinished_penalty", "weight_decay"):
+            need(getattr(self, name) >= 0, name, "0 or more")
+        for name in ("questions_per_step", "rollouts_per_question", "max_trace_tokens", "eval_questions"):
+            need(getattr(self, name) >= 1, name, "1 or more")
+        for name in (
+            "checkpoint_every",
+            "updates_per_step",
+            "n_sample",
+            "max_answer_tokens",
+            "max_packed_tokens",
+        ):
+            need(getattr(self, name) >= 1, name, "1 or more")
+        for name in ("steps", "eval_every", "eval_samples", "warmup_steps", "lora_rank", "demonstrations"):
+            need(getattr(self, name) >= 0, name, "0 or more")
+        need(self.lora_rank > 0 or self.quantization == "none", "lora_rank", "1 or more on a quantised model")
+        if self.baseline == "leave_one_out":
+            need(
+                self.rollouts_per_question >= 2,
+                "rollouts_per_question",
+                "2 or more with baseline='leave_one_out'",
+            )
+        if self.composite_weight == 0:
+            need(
+                self.alpha == 0 or self.clip != "none", "alpha", "0 when composite_weight is 0, or set a clip"
+            )
+        if self.composite_weight == 1:
+            need(self.alpha > 0, "alpha", "above 0 when composite_weight is 1: p' = p needs prior traces")
+
+    # --- JSON in and out
+    def to_dict(self) -> dict[str, Any]:
+        """Every field with its resolved value."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> RunConfig:
+        """Build from settings by name; an unknown name is an error that gives the nearest valid one."""
+        valid = [f.name for f in fields(cls)]
+        for name in settings:
+            if name not in valid:
+                raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, valid)}")
+        return cls(**settings)
+
+    def save(self, path: str | Path) -> None:
+        """Write ``config.json``."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunConfig:
+        """Read what ``save`` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
+        """Settings that change the numbers and differ, as ``{name: (self, other)}``."""
+        skip = {"run_dir", "tracker", "checkpoint_every"}
+        mine, theirs = self.to_dict(), other.to_dict()
+        return {k: (mine[k], theirs[k]) for k in mine if k not in skip and mine[k] != theirs[k]}
+
+    def run_id(self) -> str:
+        """Eight hexadecimal digits that name this configuration, the same on every machine."""
+        settings = {
+            k: v for k, v in self.to_dict().items() if k not in ("run_dir", "tracker", "checkpoint_every")
+        }
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]

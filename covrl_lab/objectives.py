@@ -1,0 +1,261 @@
+"""The objectives: pure functions from log-probabilities to credit and loss, one (credit, loss) pair a method.
+
+Symbols of CoVRL (arXiv 2512.12576), per token given its prefix; w is ``composite_weight``:
+
+    p, q           prior and posterior: the same weights under two prompts
+    p' = w p + (1-w) q          composite, what is optimised (paper: w = 1/2)
+    h  = alpha p + (1-alpha) q  hybrid, what traces are drawn from
+    u = p'/p,  v = p'/q,  so that w/u + (1-w)/v = 1
+    d = log q - log p,  a = log u = log(w + (1-w) e^d)
+    rho = w/u      responsibility of the prior: grad log p' = rho grad log p + (1-rho) grad log q
+
+The loss of a step is
+
+    - mean A f(p'_new / h_old)  +  kl_weight mean KL(p'||p)  -  nll_weight mean c_y log p(y|x,z)
+
+and at its first update, with T = 1, no clip, raw advantages, kl_weight = nll_weight = 1 and every trace in
+the answer term, minus its expected gradient is exactly that of the bound
+E_p'[log p(y|x,z)] - KL(p'||p) <= log p(y|x). For longer traces it is that of the token-level surrogate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import RunConfig
+from .types import Credit, LogProbs, TraceBatch
+
+LOG_RATIO_CAP = 30.0  # |log q - log p| in nats beyond which exp() is cut; how often is logged
+
+
+# --- the two mixtures
+
+
+def log_gap(prior: Tensor, posterior: Tensor) -> Tensor:
+    """d = log q - log p, cut to +-LOG_RATIO_CAP nats."""
+    return (posterior - prior).clamp(-LOG_RATIO_CAP, LOG_RATIO_CAP)
+
+
+def log_mixture_ratio(d: Tensor, weight: float) -> Tensor:
+    """log((weight p + (1 - weight) q) / p) from d = log q - log p, accurate near d = 0 and far from it."""
+    if weight == 1:
+        return torch.zeros_like(d)
+    if weight == 0:
+        return d
+    near = torch.log1p((1 - weight) * torch.expm1(d.clamp(-1, 1)))
+    far = torch.logaddexp(torch.full_like(d, math.log(weight)), d + math.log1p(-weight))
+    return torch.where(d.abs() < 1, near, far)
+
+
+def log_mixture(logprobs: LogProbs, weight: float) -> Tensor:
+    """log(weight p + (1 - weight) q), (N, T): the composite p' at w, the hybrid h at alpha."""
+    if weight == 1 or logprobs.posterior is None:
+        if weight != 1:
+            raise ValueError(f"a mixture with weight {weight} needs posterior log-probabilities")
+        return logprobs.prior
+    return logprobs.prior + log_mixture_ratio(log_gap(logprobs.prior, logprobs.posterior), weight)
+
+
+def responsibility(logprobs: LogProbs, weight: float) -> Tensor:
+    """rho = w p / p', (N, T): the share of a token's policy gradient that reaches the prior."""
+    if weight in (0, 1):
+        return torch.full_like(logprobs.prior, weight)
+    return torch.sigmoid(math.log(weight) - math.log1p(-weight) - log_gap(logprobs.prior, logprobs.posterior))
+
+
+# --- KL(p'||p)
+
+
+def kl_estimate(new: LogProbs, old: LogProbs, from_prior: Tensor, weight: float, gradient: str) -> Tensor:
+    """Low-variance estimates of KL(p'||p) at each visited prefix, (N, T), never negative at new = old.
+
+    From a prior sample k_P = u log u - u + 1, from a posterior sample k_Q = (p/q) k_P, which is
+    v log u + c (v - 1) with c = (1-w)/w; the paper's k_Q is the case w = 1/2, c = 1, and for other w only
+    this c keeps it non-negative. Both have expectation KL(p'||p) under their own source.
+
+    gradient="published" differentiates every p and q, also those in the sampling weights u and v, and so
+    omits the sampler's score: a biased gradient. "exact" holds the sampling probabilities at their old
+    values (u = p'_new / p_old, v = p'_new / q_old): the same value, the exact gradient.
+    """
+    a = log_mixture_ratio(log_gap(new.prior, new.posterior), weight)
+    if gradient == "published":
+        a_weight, source = a, new
+    else:
+        a_weight, source = a + (new.prior - old.prior), old
+    # e^{a_weight} a - (e^{a_weight} - 1), arranged so that nothing cancels near u = 1.
+    k_prior = torch.expm1(a_weight) * a - _expm1_minus(a_weight) + (a - a_weight)
+    importance = torch.where(from_prior[:, None], 0.0, -log_gap(source.prior, source.posterior)).exp()
+    return importance * k_prior
+
+
+def _expm1_minus(x: Tensor) -> Tensor:
+    """e^x - 1 - x, by its series where the difference would cancel."""
+    small = x.clamp(-0.05, 0.05)
+    series = small**2 * (1 / 2 + small * (1 / 6 + small * (1 / 24 + small / 120)))
+    return torch.where(x.abs() < 0.05, series, torch.expm1(x) - x)
+
+
+# --- rewards and advantages
+
+
+def answer_reward(logprobs: LogProbs, kind: str) -> Tensor:
+    """R(z) from the reference answer's token log-probabilities, (N,).
+
+    sum_logprob log p(y|x,z); mean_logprob the same a token; probability p(y|x,z); mean_probability the
+    arithmetic mean of the token probabilities (RLPR).
+    """
+    tokens, mask = logprobs.answer_mask.sum(1), logprobs.answer_mask
+    if kind == "mean_probability":
+        return torch.where(mask, logprobs.answer.exp(), 0.0).sum(1) / tokens
+    total = torch.where(mask, logprobs.answer, 0.0).sum(1)
+    return {"sum_logprob": total, "mean_logprob": total / tokens, "probability": total.exp()}[kind]
+
+
+def floor_unfinished(reward: Tensor, batch: TraceBatch, kind: str, penalty: float) -> Tensor:
+    """Replace unfinished traces' rewards so that never stopping cannot pay.
+
+    A spliced answer after an unfinished trace would earn its full likelihood, and such traces are exempt
+    from the KL. Log-rewards become the group's worst finished reward minus ``penalty`` (nats; equal for
+    all where none finished); probabilities become 0, as in VeriFree.
+    """
+    if kind in ("probability", "mean_probability"):
+        return torch.where(batch.finished, reward, 0.0)
+    groups, finished = reward.view(-1, batch.group_size), batch.finished.view(-1, batch.group_size)
+    worst = groups.masked_fill(~finished, math.inf).amin(1, keepdim=True)
+    worst = torch.where(worst.isinf(), groups.amin(1, keepdim=True), worst)
+    return torch.where(finished, groups, worst - penalty).flatten()
+
+
+def advantages(reward: Tensor, group_size: int, baseline: str, scale: str, clip: float = 0.0) -> Tensor:
+    """Centre (and scale) rewards within groups of ``group_size``; (N,) to (N,).
+
+    The baseline is the joint mean of a group's prior and posterior traces: only a baseline that does not
+    depend on the source leaves the composite's gradient unbiased. "mean" includes the trace itself and so
+    scales gradients by (G-1)/G against "leave_one_out".
+    """
+    if reward.dim() != 1:
+        raise ValueError(f"rewards must have shape (N,), got {tuple(reward.shape)}")
+    groups = reward.view(-1, group_size)
+    mean = groups.mean(1, keepdim=True)
+    if baseline == "leave_one_out":
+        mean = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+    advantage = groups - mean if baseline != "none" else groups
+    if scale == "std":
+        advantage = advantage / (groups.std(1, keepdim=True, correction=0) + 1e-4)
+    if clip:
+        advantage = advantage.clamp(-clip, clip)
+    return advantage.flatten()
+
+
+# --- credit and loss
+
+
+def likelihood_credit(batch: TraceBatch, old: LogProbs, config: RunConfig) -> Credit:
+    """Credit of the likelihood-rewarded methods (CoVRL, JLB): reward, advantage, gated answer term.
+
+    nll_gate="prior_positive" keeps the answer term for finished prior traces of positive advantage (CoVRL);
+    "none" keeps every finished trace with weight prod_t p'/h (JLB, and the exact bound); "reward" weighs
+    each by its reward (VeriFree).
+    """
+    reward = answer_reward(old, config.reward)
+    reward = floor_unfinished(reward, batch, config.reward, config.unfinished_penalty)
+    advantage = advantages(
+        reward, batch.group_size, config.baseline, config.advantage_scale, config.advantage_clip
+    )
+    if config.nll_gate == "prior_positive":
+        answer_weight = (batch.from_prior & batch.finished & (advantage > 0)).to(reward)
+    elif config.nll_gate == "reward":
+        answer_weight = reward * batch.finished
+    else:
+        log_ratio = log_mixture(old, config.composite_weight) - log_mixture(old, config.alpha)
+        log_ratio = torch.where(batch.mask, log_ratio, 0.0).sum(1)
+        answer_weight = log_ratio.clamp_max(LOG_RATIO_CAP).exp() * batch.finished
+    return Credit(reward=reward, advantage=advantage, answer_weight=answer_weight, kl_mask=batch.finished)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a whole step's sums are divided by, so that cutting it into micro-batches changes nothing."""
+
+    traces: int
+    trace_tokens: int
+    kl_tokens: int
+    answer_tokens: int
+
+    @classmethod
+    def of(cls, batch: TraceBatch, credit: Credit, answer_mask: Tensor) -> Totals:
+        """Count a step; ``answer_mask`` is (N, A)."""
+        return cls(
+            traces=len(batch),
+            trace_tokens=int(batch.mask.sum()),
+            kl_tokens=int((batch.mask & credit.kl_mask[:, None]).sum()),
+            answer_tokens=int((answer_mask & (credit.answer_weight != 0)[:, None]).sum()),
+        )
+
+
+def clipped_ratio(log_ratio: Tensor, advantage: Tensor, clip: str, epsilon: float) -> tuple[Tensor, Tensor]:
+    """A f(r) and where the clip holds the gradient back, both (N, T), for r = e^{log_ratio}.
+
+    "ppo": min(A r, A clip(r, 1-e, 1+e)). "soft": A (1 + e tanh((r-1)/e)), which equals SAPO's sigmoid gate
+    with tau = 2/e up to a constant: slope 1 at r = 1, saturating smoothly at 1 +- e. "none": A r.
+    """
+    ratio = log_ratio.clamp_max(LOG_RATIO_CAP).exp()
+    weight = advantage[:, None]
+    outside = (ratio - 1).abs() > epsilon
+    if clip == "soft":
+        return weight * (1 + epsilon * torch.tanh((ratio - 1) / epsilon)), outside
+    if clip == "none":
+        return weight * ratio, torch.zeros_like(outside)
+    cut = weight * ratio.clamp(1 - epsilon, 1 + epsilon)
+    return torch.minimum(weight * ratio, cut), outside & (cut < weight * ratio)
+
+
+def coupled_loss(
+    new: LogProbs, old: LogProbs, batch: TraceBatch, credit: Credit, totals: Totals, config: RunConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss in this module's docstring for some of a step's rollouts, divided by the step's totals.
+
+    ``old`` are the log-probabilities the traces were drawn with (detached). Returns the scalar loss and
+    its detached parts, which add up over micro-batches like the loss does.
+    """
+
+    def mean(values: Tensor, keep: Tensor, tokens: int) -> Tensor:
+        kept = torch.where(keep, values, 0.0).sum()
+        return kept / max(1, tokens if config.loss_aggregation == "token_mean" else totals.traces)
+
+    log_ratio = log_mixture(new, config.composite_weight) - log_mixture(old, config.alpha)
+    log_ratio = torch.where(batch.mask, log_ratio, 0.0)
+    surrogate, clipped = clipped_ratio(log_ratio, credit.advantage, config.clip, config.clip_range)
+    parts = {"policy": -mean(surrogate, batch.mask, totals.trace_tokens)}
+    parts["nll"] = -mean(credit.answer_weight[:, None] * new.answer, new.answer_mask, totals.answer_tokens)
+    loss = parts["policy"] + config.nll_weight * parts["nll"]
+    if new.posterior is not None and config.composite_weight < 1:
+        kl = kl_estimate(new, old, batch.from_prior, config.composite_weight, config.kl_gradient)
+        parts["kl"] = mean(kl, batch.mask & credit.kl_mask[:, None], totals.kl_tokens)
+        loss = loss + config.kl_weight * parts["kl"]
+    parts["clipped_share"] = (clipped & batch.mask).sum() / max(1, totals.trace_tokens)
+    return loss, {name: value.detach() for name, value in parts.items()}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A verifier-free method: how rollouts earn credit, and the loss that spends it."""
+
+    credit: Callable[[TraceBatch, LogProbs, RunConfig], Credit]
+    loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+
+METHODS: dict[str, Method] = {
+    "covrl": Method(likelihood_credit, coupled_loss),
+    "jlb": Method(likelihood_credit, coupled_loss),
+}
+
+
+def needs_posterior(config: RunConfig) -> bool:
+    """Whether the traces must be scored under the posterior prompt: some are drawn from it, or p' != p."""
+    return config.composite_weight < 1 or config.alpha < 1

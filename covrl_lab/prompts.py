@@ -1,0 +1,167 @@
+"""Prior, posterior and answer templates as token ids.
+
+Every piece between two seams is encoded once and pieces are joined as ids; a sampled trace keeps the
+very ids the model drew, under both prompts (method notes: re-encoding a decoded trace changes tokens).
+The answer is always scored after the *prior* context, else its reward would leak from the prompt.
+
+few_shot (base and small models)           chat (instruct models; ``<think>`` and ``<answer>`` tags)
+
+    Question: x1                               user: instruction, x
+    Reasoning: z1                              assistant, prior:     <think> z </think>
+    Answer: y1                                 assistant, posterior: The answer is y. ... <think> z </think>
+    Question: x                                then, scored in the prior context:
+    Reasoning: z                                  <answer | > y </answer>
+    Answer: | y
+
+A few-shot trace ends with the first token that holds a newline, a chat trace with ``</think>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .types import ConfigError, Demonstration, Example, Prompt
+
+INSTRUCTION = (
+    "Answer the question. Reason step by step between <think> and </think>, "
+    "then give only the final answer between <answer> and </answer>.\n\n"
+)
+
+
+@dataclass(frozen=True)
+class Style:
+    """Pieces of text around question, trace and answer; each is encoded on its own.
+
+    prior(x), posterior(x, y)  text from the end of the shared prefix to the start of the trace
+    demo_prior, demo_posterior (demonstration) the same with the trace and answer filled in, as pieces
+    seam, answer(y)            text between trace and answer; the answer with its terminator
+    trace_end, answer_end      text whose appearance ends a trace, an answer
+    """
+
+    name: str
+    prior: Callable[[str], list[str]]
+    posterior: Callable[[str, str], list[str]]
+    seam: str
+    answer: Callable[[str], str]
+    trace_end: str
+    answer_end: str
+
+
+FEW_SHOT = Style(
+    name="few_shot",
+    prior=lambda x: [f"Question: {x}\n", "Reasoning:"],
+    posterior=lambda x, y: [f"Question: {x}\n", f"The answer is {y}.\n", "Reasoning:"],
+    seam="Answer:",
+    answer=lambda y: f" {y}\n",
+    trace_end="\n",
+    answer_end="\n",
+)
+# The seam is cut inside the tag and the answer starts with "> ": no tokeniser we tried merges across it.
+CHAT = Style(
+    name="chat",
+    prior=lambda x: ["<think>\n"],
+    posterior=lambda x, y: [f"The answer is {y}. I now write the reasoning that leads to it.\n", "<think>\n"],
+    seam="\n<answer",
+    answer=lambda y: f"> {y} </answer>",
+    trace_end="</think>",
+    answer_end="</answer>",
+)
+STYLES = {style.name: style for style in (FEW_SHOT, CHAT)}
+
+
+class Prompter:
+    """Turns examples into ``Prompt`` ids for one tokenizer, task and style.
+
+    style: "few_shot", "chat" or "auto" (few-shot where there are demonstrations, else chat where the
+    tokenizer has a chat template, else few-shot without demonstrations).
+    Raises ``ConfigError`` for an answer that holds its own terminator, or "chat" without a template.
+    """
+
+    def __init__(
+        self, tokenizer: Any, demonstrations: Sequence[Demonstration] = (), style: str = "auto"
+    ) -> None:
+        has_template = getattr(tokenizer, "chat_template", None) is not None
+        if style == "auto":
+            style = "few_shot" if demonstrations or not has_template else "chat"
+        if style == "chat" and not has_template:
+            raise ConfigError("prompt_style='chat' needs a tokenizer with a chat template; use 'few_shot'")
+        self.tokenizer, self.style = tokenizer, STYLES[style]
+        self.demonstrations = tuple(demonstrations)
+        bos = [tokenizer.bos_token_id] if self._adds_bos() and style == "few_shot" else []
+        self._prior_root, self._posterior_root = list(bos), list(bos)
+        if style == "few_shot":
+            for d in self.demonstrations:
+                tail = [f" {d.trace}\n", self.style.seam, self.style.answer(d.answer)]
+                self._prior_root += self._encode(*self.style.prior(d.question), *tail)
+                self._posterior_root += self._encode(*self.style.posterior(d.question, d.answer), *tail)
+        self.seam = tuple(self._encode(self.style.seam))
+
+    def _adds_bos(self) -> bool:
+        """Whether this tokenizer starts plain text with its BOS token (Llama, Gemma: yes; Qwen: no)."""
+        ids = self.tokenizer("a")["input_ids"]
+        return len(ids) > 1 and ids[0] == self.tokenizer.bos_token_id
+
+    def _encode(self, *pieces: str) -> list[int]:
+        return [i for piece in pieces for i in self.tokenizer(piece, add_special_tokens=False)["input_ids"]]
+
+    def _chat_root(self, question: str) -> list[int]:
+        content = INSTRUCTION
+        for d in self.demonstrations:
+            content += f"{d.question}\n<think>\n{d.trace}\n</think>\n<answer> {d.answer} </answer>\n\n"
+        messages = [{"role": "user", "content": content + question}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # Reasoning models' templates may open the thinking themselves; ours opens it in both contexts.
+        return self._encode(
+            text.rstrip().removesuffix("<think>") if text.rstrip().endswith("<think>") else text
+        )
+
+    def __call__(self, example: Example) -> Prompt:
+        """Return the ids of one example's contexts, seam and answer."""
+        style, x, y = self.style, example.question, example.answer.strip()
+        if style.answer_end in y:
+            raise ConfigError(
+                f"the answer of example {example.id!r} contains {style.answer_end!r}, which ends an answer "
+                f"in prompt_style={style.name!r}; "
+                + ("use 'chat'" if style is FEW_SHOT else "rewrite that answer")
+            )
+        if style is FEW_SHOT:
+            prior_root, posterior_root = self._prior_root, self._posterior_root
+            x = " ".join(x.split("\n"))
+        else:
+            prior_root = posterior_root = self._chat_root(x)
+        return Prompt(
+            prior=tuple(prior_root + self._encode(*style.prior(x))),
+            posterior=tuple(posterior_root + self._encode(*style.posterior(x, y))),
+            seam=self.seam,
+            answer=tuple(self._encode(style.answer(y))),
+        )
+
+    def check_length(
+        self, prompt: Prompt, max_trace_tokens: int, max_context: int, example_id: str = ""
+    ) -> None:
+        """Raise ``ConfigError`` if prompt, trace and answer do not fit the model's context (tokens)."""
+        longest = max(len(prompt.posterior), len(prompt.prior) + len(prompt.seam) + len(prompt.answer))
+        if longest + max_trace_tokens > max_context:
+            raise ConfigError(
+                f"example {example_id!r} needs {longest} prompt and answer tokens plus {max_trace_tokens} "
+                f"trace tokens, more than the model's context of {max_context}; shorten the questions, "
+                "use fewer demonstrations, or lower max_trace_tokens"
+            )
+
+    # --- where traces and answers end
+    def ends(self, ids: Sequence[int], end: str) -> bool:
+        """Whether the last of ``ids`` completes the text ``end`` (looks at the tail only)."""
+        tail = self.tokenizer.decode(list(ids[-12:]), skip_special_tokens=False)
+        return end in tail
+
+    def trace_text(self, ids: Sequence[int]) -> str:
+        """Decoded trace without its end marker."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text.split(self.style.trace_end)[0].strip()
+
+    def answer_text(self, ids: Sequence[int]) -> str:
+        """Decoded answer without its wrapper."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text.split(self.style.answer_end)[0].strip().removeprefix(">").strip()

@@ -1,0 +1,145 @@
+"""Teacher-forced log-probabilities of traces under both prompts and of answers, packed as a prefix tree.
+
+For each rollout up to three sequences are scored: trace after the prior prompt, the same trace ids after
+the posterior prompt, and seam + answer after prior prompt + trace. ``score`` packs all of them into one
+tree (see tree.py) and applies the output head only at scored positions, in chunks that are recomputed in
+the backward pass. ``score_padded`` is the plain reference: one padded row per sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from .tree import build_tree, count_nodes, run_tree
+from .types import LogProbs, Prompt, TraceBatch
+
+HEAD_CHUNK = 512  # scored tokens per application of the output head
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Tokens ``start:`` of ``ids`` are scored, with logits divided by ``temperature``."""
+
+    ids: list[int]
+    start: int
+    temperature: float
+
+
+def _head_logprobs(
+    hidden: Tensor, targets: Tensor, head: torch.nn.Module, temperature: Tensor, cap
+) -> Tensor:
+    logits = head(hidden).float()
+    if cap is not None:  # Gemma's final soft cap
+        logits = cap * torch.tanh(logits / cap)
+    logits = logits / temperature[:, None]
+    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
+
+
+def token_logprobs(policy, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
+    """log softmax(head(hidden) / temperature)[targets], (k,) float32, for hidden (k, size).
+
+    The (k, vocabulary) logits never exist at once: HEAD_CHUNK rows at a time, recomputed in backward.
+    """
+    cap = getattr(policy.causal_lm.config, "final_logit_softcapping", None)
+    parts = []
+    for i in range(0, len(targets), HEAD_CHUNK):
+        args = (hidden[i : i + HEAD_CHUNK], targets[i : i + HEAD_CHUNK], policy.head)
+        args += (temperature[i : i + HEAD_CHUNK], cap)
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(_head_logprobs, *args, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(_head_logprobs(*args))
+    return torch.cat(parts)
+
+
+def _score_packed(policy, segments: Sequence[_Segment]) -> list[Tensor]:
+    tree = build_tree([s.ids for s in segments])
+    hidden = run_tree(policy, tree)
+    before = torch.cat([path[s.start - 1 : -1] for s, path in zip(segments, tree.paths, strict=True)])
+    return _scored(policy, segments, hidden[before.to(hidden.device)])
+
+
+def _score_rows(policy, segments: Sequence[_Segment]) -> list[Tensor]:
+    """The same numbers from right-padded rows, as every trainer computes them; the tests' reference."""
+    device = policy.device
+    rows = [torch.tensor(s.ids) for s in segments]
+    ids = pad_sequence(rows, batch_first=True).to(device)
+    mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True).to(device)
+    hidden = policy.decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    before = [hidden[i, s.start - 1 : len(s.ids) - 1] for i, s in enumerate(segments)]
+    return _scored(policy, segments, torch.cat(before))
+
+
+def _scored(policy, segments: Sequence[_Segment], hidden: Tensor) -> list[Tensor]:
+    lengths = [len(s.ids) - s.start for s in segments]
+    targets = torch.tensor([t for s in segments for t in s.ids[s.start :]], device=hidden.device)
+    temperature = torch.tensor([s.temperature for s in segments], device=hidden.device)
+    temperature = temperature.repeat_interleave(torch.tensor(lengths, device=hidden.device))
+    logprobs = token_logprobs(policy, hidden, targets, temperature)
+    if len(logprobs) != sum(lengths):
+        raise AssertionError("scored tokens and target tokens differ")
+    return list(logprobs.split(lengths))
+
+
+def _segments(
+    prompts: Sequence[Prompt], batch: TraceBatch, temperature: float, posterior: bool, answers: bool = True
+) -> dict[str, list[_Segment]]:
+    out: dict[str, list[_Segment]] = {"prior": []}
+    for i in range(len(batch)):
+        p, z = prompts[i // batch.group_size], batch.trace(i)
+        out["prior"].append(_Segment([*p.prior, *z], len(p.prior), temperature))
+        if posterior:
+            out.setdefault("posterior", []).append(
+                _Segment([*p.posterior, *z], len(p.posterior), temperature)
+            )
+        if answers:  # an answer is a likelihood of the model itself: always at temperature 1
+            context = [*p.prior, *z, *p.seam]
+            out.setdefault("answer", []).append(_Segment([*context, *p.answer], len(context), 1.0))
+    return out
+
+
+def score(
+    policy,
+    prompts: Sequence[Prompt],
+    batch: TraceBatch,
+    *,
+    temperature: float = 1.0,
+    posterior: bool = True,
+    packed: bool = True,
+) -> LogProbs:
+    """Score B prompts' N traces and reference answers; differentiable where gradients are enabled.
+
+    Trace log-probabilities are those of the sampling distribution softmax(logits / temperature) over the
+    whole vocabulary; answers are scored at temperature 1. ``posterior=False`` leaves log q out.
+    ``packed=False`` uses plain padded rows.
+    """
+    groups = _segments(prompts, batch, temperature, posterior)
+    flat = [s for segments in groups.values() for s in segments]
+    scores = iter((_score_packed if packed else _score_rows)(policy, flat))
+    rows = {name: [next(scores) for _ in segments] for name, segments in groups.items()}
+    width = batch.mask.shape[1]
+
+    def pad(values: list[Tensor], to: int) -> Tensor:
+        padded = pad_sequence(values, batch_first=True)
+        return torch.nn.functional.pad(padded, (0, to - padded.shape[1]))
+
+    answer = pad_sequence(rows["answer"], batch_first=True)
+    lengths = torch.tensor([len(r) for r in rows["answer"]], device=answer.device)
+    return LogProbs(
+        prior=pad(rows["prior"], width),
+        posterior=pad(rows["posterior"], width) if posterior else None,
+        answer=answer,
+        answer_mask=torch.arange(answer.shape[1], device=answer.device) < lengths[:, None],
+    )
+
+
+def packed_tokens(prompts: Sequence[Prompt], batch: TraceBatch, posterior: bool = True) -> tuple[int, int]:
+    """(tokens a packed forward computes, tokens plain padded rows would compute)."""
+    flat = [s.ids for g in _segments(prompts, batch, 1.0, posterior).values() for s in g]
+    return count_nodes(flat), sum(map(len, flat))
