@@ -43,7 +43,7 @@ def is_held_out(question: str) -> bool:
     return int(_digest(question)[:16], 16) % HELD_OUT_EVERY == 0
 
 
-# --- Built-in tasks. Each maps (rng, level 1..5, variant >= 0) to (question, trace, answer). The variant picks
+# --- Built-in tasks: each maps (rng, level 1..5, variant >= 0) to question, trace, answer. The variant picks
 # --- the kind of question (sign, position, story), so that demonstrations can go through the kinds in turn.
 
 NUMBERS = {1: (1, 9), 2: (10, 60), 3: (10, 99), 4: (100, 999), 5: (1000, 9999)}  # by level, inclusive
@@ -324,7 +324,11 @@ def _gym_task(name: str) -> Task:
             entry = dataset[rng.randrange(size)]
         except Exception:  # some generators give up on some rows
             return None
-        return (entry["question"], entry["answer"], entry["metadata"]) if entry["answer"] else None
+        return (
+            (entry["question"], entry["answer"], entry["metadata"])
+            if (entry["answer"] or "").strip()
+            else None
+        )
 
     def score(prediction: str, example: Example) -> float:
         prediction = prediction.strip()
@@ -394,9 +398,9 @@ def _cell(row: dict[str, Any], column: str | None) -> str:
 def _row_task(
     name: str, rows: Iterable[dict], question: str, answer: str, trace: str | None, shown: int
 ) -> Task:
-    """Split rows by the hash of their question; the first ``shown`` training rows with a trace are shown.
+    """Split rows by the hash of their question; the first ``shown`` traced training rows are examples.
 
-    Of an answer cell ``working #### answer`` (GSM8K) the end is the answer; as trace column it gives the working.
+    Of an answer cell ``working #### answer`` (GSM8K) the end is the answer, the beginning the trace.
     """
     seen: set[str] = set()
     train, held_out, demonstrations = [], [], []

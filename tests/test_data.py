@@ -195,6 +195,7 @@ def test_hub_data_sets_map_columns_and_explain_failures(monkeypatch):
         ("nan", "68", 0),
         ("ne", "en", 0),
         ("e", "en", 0),
+        ("ba12", "ab12", 0),
         ("23 + 45", "68", 0),
         ("136/2", "68", 0),
         ("68 or 69", "68", 0),
