@@ -8,15 +8,18 @@ holds a ``config.json``, or a Hugging Face id such as ``owner/name``.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,6 +78,9 @@ _TINY_CONFIGS = {
     ),
 }
 _ALIASES = (EMBEDDED, *_TINY_CONFIGS)
+
+# On some CPUs bitsandbytes warns at import that an optional kernel package is missing; results are the same.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @dataclass
@@ -220,8 +226,8 @@ def load_policy(
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
+        with _own_seed(seed), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
             policy.model = get_peft_model(model, lora)
         policy.model.peft_config["default"].base_model_name_or_path = name  # not a path of this machine
     policy.model.eval()
@@ -364,7 +370,7 @@ def _largest_file(folder: Path) -> int:
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     """Unpack a GGUF file into a plain bfloat16 model folder with its tokenizer."""
-    with _quiet():
+    with _quiet(), redirect_stderr(io.StringIO()):  # the converter's own bar knows no switch
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
         # Unless told to dequantise, transformers may keep the 4-bit blocks packed.
         unpacked = AutoModelForCausalLM.from_pretrained(
@@ -377,9 +383,10 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         # A model that came from GGUF refuses to be saved, so its weights move to one that did not.
-        plain = type(unpacked)(config)
-        plain.load_state_dict(unpacked.state_dict())
-        plain.to(torch.bfloat16).save_pretrained(folder)
+        plain = type(unpacked).from_pretrained(
+            None, config=config, state_dict=unpacked.state_dict(), dtype=torch.bfloat16
+        )
+        plain.save_pretrained(folder)
 
 
 def _load_frozen(name: str, quantization: str, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
@@ -395,8 +402,7 @@ def _load_frozen(name: str, quantization: str, dtype: torch.dtype, device: torch
     if name in _TINY_CONFIGS:
         config = load_config(name)
         model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(1234)  # the same weights for every seed: a tiny model is a fixture
+        with _own_seed(1234):  # the same weights for every seed: a tiny model is a fixture
             state = model_class(config).state_dict()
         with _quiet():
             model = model_class.from_pretrained(None, config=config, state_dict=state, **options)
@@ -480,6 +486,14 @@ def _pick_device(device: str) -> torch.device:
     if picked.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda', but torch sees no CUDA GPU here; use device='auto' or 'cpu'")
     return picked
+
+
+@contextmanager
+def _own_seed(seed: int) -> Iterator[None]:
+    """Draw from `seed` inside and leave the global generators as they were."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager
