@@ -1,0 +1,24 @@
+"""covrl_lab: a research workbench for CoVRL, reinforcement learning for reasoning without a verifier."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Resolved on first use, so that looking at run folders never imports torch.
+_HOME = {
+    "RunConfig": "config",
+    "ConfigError": "types",
+    "Example": "types",
+    "Trainer": "trainer",
+    "load_run": "traces",
+    "load_task": "data",
+    "load_policy": "models",
+}
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import logging
 import os
 import re
 import subprocess
@@ -78,9 +77,6 @@ _TINY_CONFIGS = {
     ),
 }
 _ALIASES = (EMBEDDED, *_TINY_CONFIGS)
-
-# On some CPUs bitsandbytes warns at import that an optional kernel package is missing; results are the same.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @dataclass
@@ -408,8 +404,12 @@ def _load_frozen(name: str, quantization: str, dtype: torch.dtype, device: torch
             model = model_class.from_pretrained(None, config=config, state_dict=state, **options)
     else:
         with _loading(name) as source:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, trust_remote_code=False, use_safetensors=True, **options
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **options
+            )
+        if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers
+            raise ConfigError(
+                f"the model {name!r} is incomplete: {len(missing)} weights missing, {missing[0]!r} first"
             )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -14,7 +14,7 @@ Log-probabilities are in nats, float32 or better, and exactly 0 where the mask i
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -90,10 +90,21 @@ def _check(tensor: Tensor, shape: tuple[int, ...], name: str) -> None:
 class _Rows:
     """What the batch types share."""
 
+    def _map(self, change: Callable[[Tensor], Tensor]):
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: change(v) for k, v in values.items() if hasattr(v, "shape")})
+
     def to(self, device: Any):
-        """Return the same batch with its tensors on ``device``."""
-        moved = {f.name: v.to(device) for f in fields(self) if hasattr(v := getattr(self, f.name), "to")}
-        return replace(self, **moved)
+        """The same batch with its tensors on ``device``."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def rows(self, index: Any):
+        """The rollouts at ``index`` (a slice or a tensor of row numbers)."""
+        return self._map(lambda tensor: tensor[index])
+
+    def detach(self):
+        """The same numbers, cut from the graph."""
+        return self._map(lambda tensor: tensor.detach())
 
 
 @dataclass(frozen=True)
@@ -128,6 +139,10 @@ class TraceBatch(_Rows):
     def __len__(self) -> int:
         return self.mask.shape[0]
 
+    def rows(self, index: Any) -> TraceBatch:
+        """Some of the rollouts, as groups of one."""
+        return replace(self, group_size=1)._map(lambda tensor: tensor[index])
+
     def trace(self, i: int) -> list[int]:
         """Token ids of rollout i, without padding."""
         return self.ids[i][self.mask[i]].tolist()
@@ -161,11 +176,6 @@ class LogProbs(_Rows):
                 _check(getattr(self, name), (n, t), name)
         if self.bare_answer is not None:
             _check(self.bare_answer, tuple(self.answer.shape), "bare_answer")
-
-    def detach(self) -> LogProbs:
-        """The same numbers, cut from the graph."""
-        cut = {f.name: v.detach() for f in fields(self) if (v := getattr(self, f.name)) is not None}
-        return replace(self, **cut)
 
 
 @dataclass(frozen=True)

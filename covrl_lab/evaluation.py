@@ -1,0 +1,148 @@
+"""Prior-only evaluation: the model sees the question, writes a trace, then its own answer.
+
+The trace is decoded until its end marker, the seam ("Answer:", or the opening answer tag) is appended as
+ids, and the answer is decoded until its terminator. A trace that does not end within the limit counts as
+wrong. Per-question results are kept, so that intervals can be computed later over any grouping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from .sampling import generate
+from .types import Example
+
+ROWS = 32  # generations decoded together
+
+
+def predict(
+    policy,
+    prompter,
+    prompts: Sequence,
+    *,
+    max_trace_tokens: int,
+    max_answer_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    uniforms: torch.Tensor | None = None,
+) -> list[dict]:
+    """Decode a trace and an answer after each prior prompt; greedy where ``uniforms`` is None.
+
+    uniforms is (rows, max_trace_tokens + max_answer_tokens) in [0, 1). Returns dictionaries with
+    ``trace``, ``prediction``, ``finished`` and ``trace_tokens``.
+    """
+    split = None if uniforms is None else uniforms.split([max_trace_tokens, max_answer_tokens], dim=1)
+    style, settings = prompter.style, {"temperature": temperature, "top_p": top_p}
+    traces, ended, _ = generate(
+        policy,
+        [p.prior for p in prompts],
+        max_tokens=max_trace_tokens,
+        ended=lambda ids: prompter.ends(ids, style.trace_end),
+        uniforms=None if split is None else split[0],
+        **settings,
+    )
+    answers, _, _ = generate(
+        policy,
+        [[*p.prior, *z, *p.seam] for p, z in zip(prompts, traces, strict=True)],
+        max_tokens=max_answer_tokens,
+        ended=lambda ids: prompter.ends(ids, style.answer_end),
+        uniforms=None if split is None else split[1],
+        **settings,
+    )
+    return [
+        {
+            "trace": prompter.trace_text(z),
+            "prediction": prompter.answer_text(y),
+            "finished": done and bool(prompter.trace_text(z)),
+            "trace_tokens": len(z),
+        }
+        for z, y, done in zip(traces, answers, ended, strict=True)
+    ]
+
+
+def evaluate(
+    policy,
+    prompter,
+    task,
+    examples: Sequence[Example],
+    *,
+    max_trace_tokens: int,
+    max_answer_tokens: int,
+    samples: int = 0,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """One row per generation: one greedy generation a question (sample -1), then ``samples`` sampled ones.
+
+    Columns: example_id, sample, question, answer, trace, prediction, finished, trace_tokens, score (0..1,
+    by the task's own scorer; 0 if the trace did not finish).
+    """
+    prompts = [prompter(e) for e in examples]
+    width = max_trace_tokens + max_answer_tokens
+    rows = []
+    with tqdm(total=len(examples) * (1 + samples), desc="evaluate", disable=not progress, leave=False) as bar:
+        for sample in range(-1, samples):
+            generator = torch.Generator().manual_seed(seed * 1000 + sample + 1)
+            uniforms = torch.rand(len(examples), width, generator=generator, dtype=torch.float64)
+            for start in range(0, len(examples), ROWS):
+                part = slice(start, start + ROWS)
+                results = predict(
+                    policy,
+                    prompter,
+                    prompts[part],
+                    max_trace_tokens=max_trace_tokens,
+                    max_answer_tokens=max_answer_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    uniforms=None if sample < 0 else uniforms[part],
+                )
+                for example, result in zip(examples[part], results, strict=True):
+                    score = task.score(result["prediction"], example) if result["finished"] else 0.0
+                    row = {"example_id": example.id, "sample": sample, "question": example.question}
+                    rows.append(row | {"answer": example.answer} | result | {"score": float(score)})
+                bar.update(len(results))
+    return pd.DataFrame(rows)
+
+
+def bootstrap_interval(
+    scores: np.ndarray, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """(mean, low, high) of the mean over the first axis, by the percentile bootstrap over questions."""
+    scores = np.asarray(scores, dtype=float)
+    if len(scores) == 0:
+        raise ValueError("no scores to average")
+    per_question = scores.reshape(len(scores), -1).mean(1)
+    draws = np.random.default_rng(seed).integers(0, len(scores), (resamples, len(scores)))
+    low, high = np.quantile(per_question[draws].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(per_question.mean()), float(low), float(high)
+
+
+def summarise(results: pd.DataFrame) -> dict[str, float]:
+    """pass@1 (greedy) and, where there are samples, avg@k, each with a 95% bootstrap interval.
+
+    pass@1 of greedy decoding is the share of questions whose one answer is right; avg@k is the mean score
+    over k sampled answers, averaged over questions.
+    """
+    greedy = results[results["sample"] < 0]
+    accuracy, low, high = bootstrap_interval(greedy["score"].to_numpy())
+    summary = {
+        "accuracy": accuracy,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "eval_questions": len(greedy),
+        "eval_finished_share": float(greedy["finished"].mean()),
+        "eval_trace_tokens": float(greedy["trace_tokens"].mean()),
+    }
+    sampled = results[results["sample"] >= 0]
+    if len(sampled):
+        table = sampled.pivot(index="example_id", columns="sample", values="score").to_numpy()
+        mean, low, high = bootstrap_interval(table)
+        summary |= {"avg_at_k": mean, "avg_at_k_low": low, "avg_at_k_high": high, "k": table.shape[1]}
+    return summary
