@@ -26,13 +26,17 @@ _COMMON = {
     "advantage_clip": 0.0,
     "clip": "none",
     "clip_range": 0.3,
+    "clip_range_high": 0.3,
     "kl_weight": 0.0,
     "nll_weight": 1.0,
     "nll_gate": "none",
     "n_sample": 1,
+    "loss_aggregation": "trace_sum",
+    "reference_kl_weight": 0.0,
+    "std_filter": 0.0,
 }
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    # arXiv 2512.12576. kl_weight and nll_weight are not stated there; ours come from a sweep (README).
+    # arXiv 2512.12576. kl_weight and nll_weight are not stated there; see the README for ours.
     "covrl": _COMMON
     | {
         "alpha": 0.5,
@@ -40,12 +44,63 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
         "baseline": "mean",
         "advantage_scale": "std",
         "clip": "ppo",
-        "kl_weight": 0.1,
+        "kl_weight": 0.3,
         "nll_weight": 0.3,
         "nll_gate": "prior_positive",
+        "loss_aggregation": "token_mean",
     },
-    # arXiv 2503.19618: advantages divided by their deviation and clipped to +-1.
-    "jlb": _COMMON | {"advantage_scale": "std", "advantage_clip": 1.0, "nll_weight": 0.3},
+    # arXiv 2503.19618: advantages divided by their deviation and clipped to +-1. nll_weight as in covrl, so
+    # that the two differ in what they sample; the paper uses 0 to 0.01 for short answers and 1 for long.
+    "jlb": _COMMON
+    | {
+        "advantage_scale": "std",
+        "advantage_clip": 1.0,
+        "nll_weight": 0.3,
+        "loss_aggregation": "token_mean",
+    },
+    # arXiv 2505.21493: plain REINFORCE with leave-one-out baseline, answer term weighted by the reward.
+    "verifree": _COMMON | {"reward": "probability", "nll_gate": "reward"},
+    # arXiv 2411.04282: KL to the frozen base inside the reward, weight 0.05.
+    "latro": _COMMON | {"reference_kl_weight": 0.05},
+    # arXiv 2506.18254: GRPO on the mean token probability, clip 0.2 / 0.27, no answer term.
+    "rlpr": _COMMON
+    | {
+        "reward": "mean_probability",
+        "baseline": "mean",
+        "advantage_scale": "std",
+        "clip": "ppo",
+        "clip_range": 0.2,
+        "clip_range_high": 0.27,
+        "nll_weight": 0.0,
+        "std_filter": 0.5,
+        "loss_aggregation": "token_mean",
+    },
+    # arXiv 2510.25206 (full text not public): our reading, the posterior-only bound, w -> 0.
+    "ravr_like": _COMMON
+    | {
+        "alpha": 0.0,
+        "composite_weight": 0.0,
+        "baseline": "mean",
+        "advantage_scale": "std",
+        "clip": "ppo",
+        "clip_range": 0.2,
+        "clip_range_high": 0.2,
+        "kl_weight": 0.3,
+        "nll_weight": 0.3,
+        "loss_aggregation": "token_mean",
+    },
+    # arXiv 2402.03300, with a verifier: the upper reference.
+    "grpo": _COMMON
+    | {
+        "reward": "verdict",
+        "baseline": "mean",
+        "advantage_scale": "std",
+        "clip": "ppo",
+        "clip_range": 0.2,
+        "clip_range_high": 0.2,
+        "nll_weight": 0.0,
+        "loss_aggregation": "token_mean",
+    },
 }
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -54,7 +109,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "prompt_style": ("auto", "few_shot", "chat"),
     "method": tuple(METHOD_DEFAULTS),
     "source_split": ("stratified", "bernoulli"),
-    "reward": ("sum_logprob", "mean_logprob", "probability", "mean_probability"),
+    "reward": ("sum_logprob", "mean_logprob", "probability", "mean_probability", "verdict"),
     "baseline": ("mean", "leave_one_out", "none"),
     "advantage_scale": ("std", "none"),
     "clip": ("ppo", "soft", "none"),
@@ -102,15 +157,16 @@ class RunConfig:
     advantage_scale: str | None = None  # "std": divide by the group's standard deviation
     advantage_clip: float | None = None  # 0: off
     clip: str | None = None  # "ppo", "soft", "none"
-    clip_range: float | None = None  # epsilon of either clip
+    clip_range: float | None = None  # epsilon of either clip: ratios from 1 - clip_range ...
+    clip_range_high: float | None = None  # ... to 1 + clip_range_high
     kl_weight: float | None = None  # beta of KL(p'||p)
     kl_gradient: str = "exact"  # "exact" or "published"
     nll_weight: float | None = None  # factor of -log p(y|x,z)
     nll_gate: str | None = None  # "prior_positive", "none" (every trace), "reward" (weighted by it)
     n_sample: int | None = None  # traces inside the logarithm (JEPO)
-    loss_aggregation: str = (
-        "token_mean"  # "token_mean" over the step, or "trace_sum": sum, then mean over traces
-    )
+    reference_kl_weight: float | None = None  # KL to the frozen base inside the reward (LaTRO)
+    std_filter: float | None = None  # drop groups whose reward varies less than this share of average (RLPR)
+    loss_aggregation: str | None = None  # "token_mean", or "trace_sum": sum per trace, mean over traces
     unfinished_penalty: float = 1.0  # an unfinished trace earns its group's worst reward minus this
     # --- sampling
     steps: int = 40
@@ -190,11 +246,14 @@ class RunConfig:
         for name in ("alpha", "composite_weight"):
             need(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
         need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        need(self.clip_range > 0, "clip_range", "above 0")
+        for name in ("clip_range", "clip_range_high"):
+            need(getattr(self, name) > 0, name, "above 0")
         need(self.temperature > 0, "temperature", "above 0 (greedy decoding belongs to evaluation)")
         need(self.learning_rate > 0, "learning_rate", "above 0")
         need(self.max_grad_norm > 0, "max_grad_norm", "above 0")
         for name in ("kl_weight", "nll_weight", "advantage_clip", "unfinished_penalty", "weight_decay"):
+            need(getattr(self, name) >= 0, name, "0 or more")
+        for name in ("reference_kl_weight", "std_filter"):
             need(getattr(self, name) >= 0, name, "0 or more")
         for name in ("questions_per_step", "rollouts_per_question", "max_trace_tokens", "eval_questions"):
             need(getattr(self, name) >= 1, name, "1 or more")
@@ -209,6 +268,17 @@ class RunConfig:
         for name in ("steps", "eval_every", "eval_samples", "warmup_steps", "lora_rank", "demonstrations"):
             need(getattr(self, name) >= 0, name, "0 or more")
         need(self.lora_rank > 0 or self.quantization == "none", "lora_rank", "1 or more on a quantised model")
+        if self.n_sample > 1:
+            need(self.method == "jlb", "n_sample", "1 unless method='jlb'")
+            need(
+                self.rollouts_per_question % self.n_sample == 0,
+                "n_sample",
+                "a divisor of rollouts_per_question",
+            )
+        if (self.reward == "verdict") != (self.method == "grpo"):
+            raise ConfigError(
+                "reward='verdict' goes with method='grpo' and with no other; leave reward at None"
+            )
         if self.baseline == "leave_one_out":
             need(
                 self.rollouts_per_question >= 2,

@@ -46,23 +46,29 @@ def predict(
         uniforms=None if split is None else split[0],
         **settings,
     )
-    answers, _, _ = generate(
-        policy,
-        [[*p.prior, *z, *p.seam] for p, z in zip(prompts, traces, strict=True)],
-        max_tokens=max_answer_tokens,
-        ended=lambda ids: prompter.ends(ids, style.answer_end),
-        uniforms=None if split is None else split[1],
-        **settings,
-    )
+    contexts = [[*p.prior, *z, *p.seam] for p, z in zip(prompts, traces, strict=True)]
+    uniforms = None if split is None else split[1]
+    answers = predict_answers(policy, prompter, contexts, max_answer_tokens, uniforms=uniforms, **settings)
     return [
         {
             "trace": prompter.trace_text(z),
-            "prediction": prompter.answer_text(y),
+            "prediction": answer,
             "finished": done and bool(prompter.trace_text(z)),
             "trace_tokens": len(z),
         }
-        for z, y, done in zip(traces, answers, ended, strict=True)
+        for z, answer, done in zip(traces, answers, ended, strict=True)
     ]
+
+
+def predict_answers(
+    policy, prompter, contexts: Sequence[Sequence[int]], max_tokens: int, **sampling
+) -> list[str]:
+    """Decode the answer after each context (prompt, trace and seam ids); greedy without ``uniforms``."""
+    end = prompter.style.answer_end
+    ids, _, _ = generate(
+        policy, contexts, max_tokens=max_tokens, ended=lambda y: prompter.ends(y, end), **sampling
+    )
+    return [prompter.answer_text(y) for y in ids]
 
 
 def evaluate(

@@ -1,4 +1,4 @@
-"""The objectives: pure functions from log-probabilities to credit and loss, one (credit, loss) pair a method.
+"""The objective in pure functions: mixtures, KL, rewards, advantages, clip, and the loss they make.
 
 Symbols of CoVRL (arXiv 2512.12576), per token given its prefix; w is ``composite_weight``:
 
@@ -21,7 +21,6 @@ E_p'[log p(y|x,z)] - KL(p'||p) <= log p(y|x). For longer traces it is that of th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -156,7 +155,7 @@ def advantages(reward: Tensor, group_size: int, baseline: str, scale: str, clip:
 
 
 def likelihood_credit(batch: TraceBatch, old: LogProbs, config: RunConfig) -> Credit:
-    """Credit of the likelihood-rewarded methods (CoVRL, JLB): reward, advantage, gated answer term.
+    """Credit of the likelihood-rewarded methods: reward, advantage, gated answer term.
 
     nll_gate="prior_positive" keeps the answer term for finished prior traces of positive advantage (CoVRL);
     "none" keeps every finished trace with weight prod_t p'/h (JLB, and the exact bound); "reward" weighs
@@ -198,11 +197,14 @@ class Totals:
         )
 
 
-def clipped_ratio(log_ratio: Tensor, advantage: Tensor, clip: str, epsilon: float) -> tuple[Tensor, Tensor]:
+def clipped_ratio(
+    log_ratio: Tensor, advantage: Tensor, clip: str, epsilon: float, epsilon_high: float | None = None
+) -> tuple[Tensor, Tensor]:
     """A f(r) and where the clip holds the gradient back, both (N, T), for r = e^{log_ratio}.
 
-    "ppo": min(A r, A clip(r, 1-e, 1+e)). "soft": A (1 + e tanh((r-1)/e)), which equals SAPO's sigmoid gate
-    with tau = 2/e up to a constant: slope 1 at r = 1, saturating smoothly at 1 +- e. "none": A r.
+    "ppo": min(A r, A clip(r, 1-e, 1+e_high)); e_high = e unless given. "soft": A (1 + e tanh((r-1)/e)),
+    which equals SAPO's sigmoid gate with tau = 2/e up to a constant: slope 1 at r = 1, saturating smoothly
+    at 1 +- e. "none": A r.
     """
     ratio = log_ratio.clamp_max(LOG_RATIO_CAP).exp()
     weight = advantage[:, None]
@@ -211,8 +213,8 @@ def clipped_ratio(log_ratio: Tensor, advantage: Tensor, clip: str, epsilon: floa
         return weight * (1 + epsilon * torch.tanh((ratio - 1) / epsilon)), outside
     if clip == "none":
         return weight * ratio, torch.zeros_like(outside)
-    cut = weight * ratio.clamp(1 - epsilon, 1 + epsilon)
-    return torch.minimum(weight * ratio, cut), outside & (cut < weight * ratio)
+    cut = weight * ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
+    return torch.minimum(weight * ratio, cut), cut < weight * ratio
 
 
 def coupled_loss(
@@ -230,7 +232,9 @@ def coupled_loss(
 
     log_ratio = log_mixture(new, config.composite_weight) - log_mixture(old, config.alpha)
     log_ratio = torch.where(batch.mask, log_ratio, 0.0)
-    surrogate, clipped = clipped_ratio(log_ratio, credit.advantage, config.clip, config.clip_range)
+    surrogate, clipped = clipped_ratio(
+        log_ratio, credit.advantage, config.clip, config.clip_range, config.clip_range_high
+    )
     parts = {"policy": -mean(surrogate, batch.mask, totals.trace_tokens)}
     parts["nll"] = -mean(credit.answer_weight[:, None] * new.answer, new.answer_mask, totals.answer_tokens)
     loss = parts["policy"] + config.nll_weight * parts["nll"]
@@ -240,20 +244,6 @@ def coupled_loss(
         loss = loss + config.kl_weight * parts["kl"]
     parts["clipped_share"] = (clipped & batch.mask).sum() / max(1, totals.trace_tokens)
     return loss, {name: value.detach() for name, value in parts.items()}
-
-
-@dataclass(frozen=True)
-class Method:
-    """A verifier-free method: how rollouts earn credit, and the loss that spends it."""
-
-    credit: Callable[[TraceBatch, LogProbs, RunConfig], Credit]
-    loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
-
-
-METHODS: dict[str, Method] = {
-    "covrl": Method(likelihood_credit, coupled_loss),
-    "jlb": Method(likelihood_credit, coupled_loss),
-}
 
 
 def needs_posterior(config: RunConfig) -> bool:

@@ -139,6 +139,31 @@ def score(
     )
 
 
+@torch.no_grad()
+def reference(
+    policy, prompts: Sequence[Prompt], batch: TraceBatch, needs: frozenset[str], temperature: float = 1.0
+) -> dict[str, Tensor]:
+    """Log-probabilities under the frozen base (adapter off), by name of the ``LogProbs`` field.
+
+    "ref_prior" (N, T): the traces under the prior prompt. "bare_answer" (N, A): the answers right after the
+    prior prompt, without a trace.
+    """
+    found = {}
+    with policy.base():
+        if "ref_prior" in needs:
+            segments = _segments(prompts, batch, temperature, posterior=False, answers=False)["prior"]
+            rows = pad_sequence(_score_packed(policy, segments), batch_first=True)
+            found["ref_prior"] = torch.nn.functional.pad(rows, (0, batch.mask.shape[1] - rows.shape[1]))
+        if "bare_answer" in needs:
+            contexts = [[*p.prior, *p.seam] for p in prompts]
+            segments = [
+                _Segment([*c, *p.answer], len(c), 1.0) for c, p in zip(contexts, prompts, strict=True)
+            ]
+            rows = pad_sequence(_score_packed(policy, segments), batch_first=True)
+            found["bare_answer"] = rows.repeat_interleave(batch.group_size, dim=0)
+    return found
+
+
 def packed_tokens(prompts: Sequence[Prompt], batch: TraceBatch, posterior: bool = True) -> tuple[int, int]:
     """(tokens a packed forward computes, tokens plain padded rows would compute)."""
     flat = [s.ids for g in _segments(prompts, batch, 1.0, posterior).values() for s in g]

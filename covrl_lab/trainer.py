@@ -28,12 +28,13 @@ from tqdm.auto import tqdm
 
 from .config import RunConfig
 from .data import check_task, load_task
-from .evaluation import evaluate, summarise
+from .evaluation import evaluate, predict_answers, summarise
+from .methods import METHODS
 from .models import check_model, load_adapter, load_config, load_policy, load_tokenizer, save_adapter
-from .objectives import METHODS, Totals, log_mixture, needs_posterior, responsibility
+from .objectives import Totals, log_mixture, needs_posterior, responsibility
 from .prompts import Prompter
 from .sampling import draw_sources, sample_traces
-from .scoring import packed_tokens, score
+from .scoring import packed_tokens, reference, score
 from .traces import step_file, steps_in, write_parquet
 from .types import ConfigError, Credit, Example, LogProbs, Prompt, TraceBatch
 
@@ -98,6 +99,7 @@ class Trainer:
         check_task(config.task, **self._task_settings())
         self._check_run_dir()
         self.records: list[dict[str, Any]] = []  # one dictionary a finished step, also of earlier sessions
+        self.method = METHODS[config.method]
         self.policy = None
         self._updating = False
 
@@ -166,10 +168,12 @@ class Trainer:
         """Go back to the last whole checkpoint; what was written after it is written again."""
         saved = steps_in(self.run_dir / "checkpoints")
         self.step = saved[-1] if saved else 0
+        self.memory: dict[str, float] = {}  # what a method carries from step to step
         if saved:
             folder = step_file(self.run_dir / "checkpoints", self.step, "")
             load_adapter(self.policy, folder)
             self._load_optimizer(folder)
+            self.memory = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
         self.saved_step = self.step
         self.records = self._keep_lines("metrics.jsonl", self.step)
         self._keep_lines("evaluations.jsonl", self.step if saved else -1)
@@ -214,6 +218,7 @@ class Trainer:
             for key, value in self.optimizer.state[parameter].items()
         }
         save_file(state, temporary / "optimizer.safetensors")
+        (temporary / "memory.json").write_text(json.dumps(self.memory), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         self.saved_step = self.step
@@ -302,9 +307,31 @@ class Trainer:
             posterior=needs_posterior(self.config),
         )
 
+    def _verdicts(self, examples: list[Example], prompts: list[Prompt], batch: TraceBatch) -> torch.Tensor:
+        """(N,) the task's score of the policy's own greedy answer after each trace."""
+        own = [i // batch.group_size for i in range(len(batch))]
+        contexts = [[*prompts[q].prior, *batch.trace(i), *prompts[q].seam] for i, q in enumerate(own)]
+        answers = predict_answers(self.policy, self.prompter, contexts, self.config.max_answer_tokens)
+        scores = [self.task.score(answer, examples[q]) for answer, q in zip(answers, own, strict=True)]
+        return torch.tensor(scores, device=batch.mask.device)
+
+    def _reference(
+        self, prompts: list[Prompt], batch: TraceBatch, parts: list[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """What the method wants of the frozen base, for all rollouts."""
+        found = []
+        for rows in parts if self.method.needs & {"ref_prior", "bare_answer"} else []:
+            own = [prompts[i // batch.group_size] for i in rows.tolist()]
+            found.append(
+                reference(self.policy, own, batch.rows(rows), self.method.needs, self.config.temperature)
+            )
+        return {name: _pad_and_cat([f[name] for f in found]) for name in (found[0] if found else ())}
+
     def _train_step(self) -> StepRecord:
-        config, method, started = self.config, METHODS[self.config.method], time.perf_counter()
+        config, method, started = self.config, self.method, time.perf_counter()
         examples, prompts, batch = self.sample(self.step)
+        if "verdict" in method.needs:
+            batch = dataclasses.replace(batch, verdict=self._verdicts(examples, prompts, batch))
         sampled = time.perf_counter()
 
         parts = micro_batches(prompts, batch, needs_posterior(config), config.max_packed_tokens)
@@ -312,6 +339,7 @@ class Trainer:
         if len(parts) > 1 or config.updates_per_step > 1:
             with torch.no_grad():
                 old = join([self.score(prompts, batch, rows) for rows in parts])
+        frozen = self._reference(prompts, batch, parts)
         self._set_learning_rate()
         credit: Credit | None = None
         for _ in range(config.updates_per_step):
@@ -322,7 +350,9 @@ class Trainer:
                 if old is None:  # one micro-batch, one update: the first pass is the old policy's
                     old = new.detach()
                 if credit is None:
-                    credit = method.credit(batch, old, config)
+                    old = dataclasses.replace(old, **frozen)
+                    credit = method.credit(batch, old, config, self.memory)
+                    self.memory = credit.memory
                     totals = Totals.of(batch, credit, old.answer_mask)
                 loss, measured = method.loss(
                     new, old.rows(rows), batch.rows(rows), credit.rows(rows), totals, config
@@ -523,17 +553,15 @@ def micro_batches(
 
 def join(parts: Sequence[LogProbs]) -> LogProbs:
     """Put micro-batches' log-probabilities together again, in row order."""
-    width = max(p.answer.shape[1] for p in parts)
-    joined: dict[str, Any] = {}
-    for field in dataclasses.fields(LogProbs):
-        values = [getattr(p, field.name) for p in parts]
-        if values[0] is None:
-            joined[field.name] = None
-            continue
-        if field.name in ("answer", "answer_mask", "bare_answer"):
-            values = [torch.nn.functional.pad(v, (0, width - v.shape[1])) for v in values]
-        joined[field.name] = torch.cat(values)
-    return LogProbs(**joined)
+    names = [f.name for f in dataclasses.fields(LogProbs)]
+    columns = {name: [getattr(part, name) for part in parts] for name in names}
+    return LogProbs(**{n: None if c[0] is None else _pad_and_cat(c) for n, c in columns.items()})
+
+
+def _pad_and_cat(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows of different widths under each other, padded with zeros (False)."""
+    width = max(p.shape[1] for p in parts)
+    return torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in parts])
 
 
 def peak_memory_gib(device: torch.device) -> float:
