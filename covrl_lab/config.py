@@ -49,13 +49,13 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
         "nll_gate": "prior_positive",
         "loss_aggregation": "token_mean",
     },
-    # arXiv 2503.19618: advantages divided by their deviation and clipped to +-1. nll_weight as in covrl, so
-    # that the two differ in what they sample; the paper uses 0 to 0.01 for short answers and 1 for long.
+    # arXiv 2503.19618: advantages divided by their deviation and clipped to +-1; answer term 0 to 0.01 for
+    # short answers, 1 for long ones.
     "jlb": _COMMON
     | {
         "advantage_scale": "std",
         "advantage_clip": 1.0,
-        "nll_weight": 0.3,
+        "nll_weight": 0.01,
         "loss_aggregation": "token_mean",
     },
     # arXiv 2505.21493: plain REINFORCE with leave-one-out baseline, answer term weighted by the reward.
