@@ -15,7 +15,6 @@ from world import World, expected_loss, select
 
 from covrl_lab.config import RunConfig
 from covrl_lab.objectives import (
-    METHODS,
     Totals,
     advantages,
     answer_reward,
@@ -35,6 +34,7 @@ torch.set_num_threads(1)
 
 EXACT = dict(model="tiny", quantization="none", clip="none", loss_aggregation="trace_sum", nll_gate="none")
 EXACT |= dict(baseline="none", advantage_scale="none", advantage_clip=0, kl_weight=1, nll_weight=1)
+CREDIT = ("reward", "advantage", "answer_weight", "kl_mask")
 ALPHAS, WEIGHTS = (0.2, 0.5, 0.9), (0.3, 0.5, 0.8)
 TOLERANCE = 1e-9  # the float64 sums agree to 1e-15; the series in the KL stops at 2e-10 in the gradient
 
@@ -74,6 +74,12 @@ def live(logprobs: LogProbs) -> tuple[LogProbs, list[torch.Tensor]]:
     """The same numbers as leaves that collect gradients."""
     leaves = [x.clone().requires_grad_() for x in (logprobs.prior, logprobs.posterior, logprobs.answer)]
     return LogProbs(*leaves, logprobs.answer_mask), leaves
+
+
+def credited_step(**settings):
+    new, old, batch = random_step()
+    config = exact(**settings)
+    return new, old, batch, likelihood_credit(batch, old, config), config
 
 
 def loss_and_gradient(new, old, batch, credit, config):
@@ -289,15 +295,15 @@ def test_covrl_without_posterior_is_jlb_to_the_bit():
     assert (covrl.alpha, covrl.composite_weight, covrl.kl_weight, covrl.advantage_clip) == (1, 1, 0, 1)
     results = []
     for config, posterior in ((covrl, True), (jlb, False)):
-        method = METHODS[config.method]
-        mine, theirs = (x if posterior else dataclasses.replace(x, posterior=None) for x in (new, old))
-        prior, answer = (x.clone().requires_grad_() for x in (mine.prior, mine.answer))
-        mine = dataclasses.replace(mine, prior=prior, answer=answer)
-        credit = method.credit(batch, theirs, config)
-        totals = Totals.of(batch, credit, mine.answer_mask)
-        loss, _ = method.loss(mine, theirs, batch, credit, totals, config)
+        theirs = old if posterior else dataclasses.replace(old, posterior=None)
+        mine, (prior, q, answer) = live(new)
+        mine = dataclasses.replace(mine, posterior=q if posterior else None)
+        credit = likelihood_credit(batch, theirs, config)
+        loss, _ = coupled_loss(
+            mine, theirs, batch, credit, Totals.of(batch, credit, mine.answer_mask), config
+        )
         results.append((loss, *torch.autograd.grad(loss, (prior, answer))))
-    assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
+    assert results[0][1].any() and all(map(torch.equal, *results))
 
 
 # --- baselines
@@ -342,8 +348,8 @@ def test_wrong_shapes_are_refused():
     """A (B, 1) reward would broadcast to (B, B); a credit of the wrong length likewise."""
     with pytest.raises(ValueError, match=r"\(N,\)"):
         advantages(torch.zeros(4, 1), 2, "mean", "none")
-    right = {field.name: torch.zeros(4) for field in dataclasses.fields(Credit)}
-    for wrong, name in product((torch.zeros(4, 1), torch.zeros(3)), list(right)[1:]):
+    right = {name: torch.zeros(4) for name in CREDIT}
+    for wrong, name in product((torch.zeros(4, 1), torch.zeros(3)), CREDIT[1:]):
         with pytest.raises(ValueError, match=name):
             Credit(**(right | {name: wrong}))
 
@@ -450,9 +456,7 @@ def poison(logprobs: LogProbs, mask: torch.Tensor, value: float) -> LogProbs:
     "value, value_old", [(-1e4, 1e4), (1e4, 1e4), pytest.param(1e4, -1e4, marks=OVERFLOW)]
 )
 def test_padding_never_matters(settings, value, value_old):
-    new, old, batch = random_step()
-    config = exact(**settings)
-    credit = likelihood_credit(batch, old, config)
+    new, old, batch, credit, config = credited_step(**settings)
     clean = loss_and_gradient(new, old, batch, credit, config)
     dirty_old = poison(old, batch.mask, value_old)
     dirty = loss_and_gradient(poison(new, batch.mask, value), dirty_old, batch, credit, config)
@@ -463,21 +467,17 @@ def test_padding_never_matters(settings, value, value_old):
 @pytest.mark.parametrize("gate", ["none", "reward", "prior_positive"])
 @pytest.mark.parametrize("reward", ["sum_logprob", "mean_logprob", "probability", "mean_probability"])
 def test_padding_earns_no_credit(gate, reward):
-    _, old, batch = random_step()
-    config = exact(nll_gate=gate, reward=reward, alpha=0.5, composite_weight=0.4, baseline="mean")
-    clean = likelihood_credit(batch, old, config)
+    settings = dict(alpha=0.5, composite_weight=0.4, baseline="mean")
+    _, old, batch, clean, config = credited_step(nll_gate=gate, reward=reward, **settings)
     dirty = likelihood_credit(batch, poison(old, batch.mask, 1e4), config)
-    for field in dataclasses.fields(clean):
-        assert torch.equal(getattr(clean, field.name), getattr(dirty, field.name)), field.name
+    assert all(torch.equal(getattr(clean, name), getattr(dirty, name)) for name in CREDIT)
 
 
 @pytest.mark.parametrize("settings", STEP_SETTINGS)
 @pytest.mark.parametrize("pieces", [2, 4, 8])
 def test_micro_batches_add_up_to_the_step(settings, pieces):
     """Loss, gradient and every reported part, whatever the cut."""
-    new, old, batch = random_step()
-    config = exact(**settings)
-    credit = likelihood_credit(batch, old, config)
+    new, old, batch, credit, config = credited_step(**settings)
     totals = Totals.of(batch, credit, new.answer_mask)
     loss, parts, grads = loss_and_gradient(new, old, batch, credit, config)
     mine, leaves = live(new)
@@ -544,9 +544,7 @@ def test_never_stopping_never_pays(baseline, scale, kind):
 
 @pytest.mark.parametrize("gate", ["none", "reward", "prior_positive"])
 def test_unfinished_traces_stay_out_of_the_kl_and_the_answer_term(gate):
-    new, old, batch = random_step()
-    config = exact(alpha=0.5, composite_weight=0.4, nll_gate=gate)
-    credit = likelihood_credit(batch, old, config)
+    new, old, batch, credit, config = credited_step(alpha=0.5, composite_weight=0.4, nll_gate=gate)
     _, parts, _ = loss_and_gradient(new, old, batch, credit, config)
     assert torch.equal(credit.kl_mask, batch.finished)
     done = batch.finished[:, None]
