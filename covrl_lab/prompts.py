@@ -164,4 +164,6 @@ class Prompter:
     def answer_text(self, ids: Sequence[int]) -> str:
         """Decoded answer without its wrapper."""
         text = self.tokenizer.decode(list(ids), skip_special_tokens=False)
-        return text.split(self.style.answer_end)[0].strip().removeprefix(">").strip()
+        text = text.split(self.style.answer_end)[0].strip()
+        # Only the chat answer starts with its tag's bracket; a few-shot answer may itself be ">".
+        return text.removeprefix(">").strip() if self.style is CHAT else text
