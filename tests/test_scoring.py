@@ -1,0 +1,366 @@
+"""Scoring: the packed tree gives the numbers and gradients of a plain forward of each sequence alone.
+
+Tolerances are float32 rounding: logits of size about 10 carry errors of some 1e-6 relative, the order of
+summation differs between packed and plain matrices, and log-probabilities lie around 5 nats a token.
+"""
+
+import dataclasses
+import random
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from covrl_lab import scoring
+from covrl_lab.models import Policy, load_tokenizer
+from covrl_lab.prompts import Prompter
+from covrl_lab.scoring import packed_tokens, score
+from covrl_lab.tree import build_tree, count_nodes, run_tree
+from covrl_lab.types import Demonstration, Example, TraceBatch
+
+LOGPROB_TOLERANCE = 1e-4  # nats a token
+GRADIENT_TOLERANCE = 1e-4  # of a parameter's gradient norm
+
+SIZES = {
+    "vocab_size": 290,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.1,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# Windows shorter than any prompt here. Qwen 2 windows layer 1 only.
+FAMILIES = {
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen2-window": (
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
+    "phi3": (Phi3ForCausalLM, Phi3Config, {"sliding_window": None}),
+    "phi3-window": (Phi3ForCausalLM, Phi3Config, {"sliding_window": 8}),
+    "mistral-window": (MistralForCausalLM, MistralConfig, {"sliding_window": 8}),
+}
+TINIES = ["tiny", "tiny-qwen3", "tiny-gemma3"]
+
+
+@pytest.fixture(scope="module")
+def policies(tiny_policies):
+    """name -> float32 policy with an adapter that is not zero."""
+    cache = {}
+
+    def get(name):
+        if name in TINIES:
+            return tiny_policies(name)
+        if name not in cache:
+            model_class, config_class, extra = FAMILIES[name]
+            with torch.random.fork_rng():
+                torch.manual_seed(3)
+                model = model_class(config_class(**SIZES, **extra))
+                lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+                    model = get_peft_model(model.requires_grad_(False), lora).eval()
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.data.normal_(0, 0.1)
+            cache[name] = Policy(model, load_tokenizer("tiny"), name)
+        return cache[name]
+
+    return get
+
+
+def trace_batch(traces, group_size):
+    rows = [torch.tensor(z) for z in traces]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(z) for z in traces])[:, None]
+    flags = torch.ones(len(traces), dtype=torch.bool)
+    return TraceBatch(ids=ids, mask=mask, from_prior=flags, finished=flags, group_size=group_size)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    prompter = Prompter(load_tokenizer("tiny"), [Demonstration("2+3?", "it is five", "5")])
+    return [prompter(Example("a", "the hat?", "seven")), prompter(Example("b", "4+4?", "8"))]
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Two groups of four random traces: ragged, of one token, repeated, and one that starts another."""
+    draw = random.Random(0)
+    long = [draw.randrange(3, 290) for _ in range(23)]
+    other = [draw.randrange(3, 290) for _ in range(7)]
+    return trace_batch([long, [42], other, long, [17], long[:5], [17], other], group_size=4)
+
+
+def alone(policy, context, continuation, temperature):
+    """Log-probabilities of a continuation from one plain forward of the whole model on one sequence."""
+    ids = torch.tensor([[*context, *continuation]], device=policy.device)
+    logits = policy.causal_lm(input_ids=ids, use_cache=False).logits[0]
+    logp = torch.log_softmax(logits.double() / temperature, dim=-1)
+    return torch.stack([logp[len(context) - 1 + t, token] for t, token in enumerate(continuation)])
+
+
+def by_hand(policy, prompts, batch, temperature):
+    """{"prior", "posterior", "answer"}: for each rollout its token log-probabilities, one forward each."""
+    out = {"prior": [], "posterior": [], "answer": []}
+    for i in range(len(batch)):
+        p, z = prompts[i // batch.group_size], batch.ids[i, : int(batch.mask[i].sum())].tolist()
+        out["prior"].append(alone(policy, p.prior, z, temperature))
+        out["posterior"].append(alone(policy, p.posterior, z, temperature))
+        out["answer"].append(alone(policy, [*p.prior, *z, *p.seam], p.answer, 1.0))
+    return out
+
+
+def unpadded(scores, batch):
+    masks = {"prior": batch.mask, "posterior": batch.mask, "answer": scores.answer_mask.cpu()}
+    out = {}
+    for name, mask in masks.items():
+        values = getattr(scores, name).cpu()
+        assert bool((values[~mask] == 0).all()), f"{name}: padding is not exactly 0"
+        out[name] = [row[keep] for row, keep in zip(values, mask, strict=True)]
+    return out
+
+
+def weighted(rows):
+    """A scalar in which each token has a weight of its own."""
+    flat = torch.cat([row for name in ("prior", "posterior", "answer") for row in rows[name]])
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.randn(len(flat), generator=generator, dtype=torch.float64)
+    return (weights.to(flat.device) * flat.double()).sum()
+
+
+def gradients(policy, loss):
+    names, parameters = zip(*policy.trainable(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+def assert_same_rows(ours, theirs):
+    for name in ("prior", "posterior", "answer"):
+        for i, (a, b) in enumerate(zip(ours[name], theirs[name], strict=True)):
+            assert a.shape == b.shape, (name, i)
+            gap = float((a.cpu().double() - b.cpu().double()).abs().max().detach())
+            assert gap < LOGPROB_TOLERANCE, (name, i, gap)
+
+
+def assert_same_gradients(ours, theirs):
+    for name, gradient in theirs.items():
+        assert float(gradient.norm()) > 1e-3, f"{name}: the test sees no gradient"
+        gap = float((ours[name] - gradient).norm() / gradient.norm())
+        assert gap < GRADIENT_TOLERANCE, (name, gap)
+
+
+# --- packed, padded and one sequence at a time
+@pytest.mark.parametrize("name", [*TINIES, *FAMILIES])
+def test_packed_equals_padded_equals_one_by_one(policies, prompts, batch, name):
+    policy, temperature = policies(name), 0.7
+    expected = by_hand(policy, prompts, batch, temperature)
+    reference = gradients(policy, weighted(expected))
+    for packed in (True, False):
+        rows = unpadded(score(policy, prompts, batch, temperature=temperature, packed=packed), batch)
+        assert_same_rows(rows, expected)
+        assert_same_gradients(gradients(policy, weighted(rows)), reference)
+    # These sizes give the tolerance its meaning.
+    assert 2 < -float(torch.cat(expected["prior"]).mean().detach()) < 30
+
+
+def test_windows_matter_at_these_lengths(policies, prompts, batch, monkeypatch):
+    """The windowed families above would not notice a missing window on shorter sequences."""
+    policy = policies("phi3-window")
+    assert policy.decoder.config.sliding_window == 8 < min(len(p.prior) for p in prompts)
+    with torch.no_grad():
+        windowed = score(policy, prompts, batch)
+        monkeypatch.setattr(policy.decoder.config, "sliding_window", None)
+        full = score(policy, prompts, batch)
+    assert float((full.prior - windowed.prior).abs().max()) > 0.01
+
+
+def test_without_posterior(policies, prompts, batch):
+    policy = policies("tiny")
+    both, prior_only = score(policy, prompts, batch), score(policy, prompts, batch, posterior=False)
+    assert prior_only.posterior is None
+    torch.testing.assert_close(prior_only.prior, both.prior, atol=LOGPROB_TOLERANCE, rtol=0)
+    torch.testing.assert_close(prior_only.answer, both.answer, atol=LOGPROB_TOLERANCE, rtol=0)
+
+
+def test_no_gradient_mode_gives_the_same_numbers(policies, prompts, batch):
+    policy = policies("tiny")
+    with torch.no_grad():
+        plain = score(policy, prompts, batch)
+    assert not plain.prior.requires_grad
+    torch.testing.assert_close(plain.prior, score(policy, prompts, batch).prior.detach(), atol=1e-5, rtol=0)
+
+
+# --- what is scored, and where
+def test_the_ids_that_reach_the_model(policies, prompts, batch, monkeypatch):
+    """Sampled ids appear unchanged in all three contexts, and answers follow the prior context only."""
+    seen = []
+
+    def spy(sequences):
+        seen.extend(map(tuple, sequences))
+        return build_tree(sequences)
+
+    monkeypatch.setattr(scoring, "build_tree", spy)
+    with torch.no_grad():
+        score(policies("tiny"), prompts, batch)
+    expected = []
+    for i in range(len(batch)):
+        p, z = prompts[i // 4], tuple(batch.ids[i][batch.mask[i]].tolist())
+        expected += [p.prior + z, p.posterior + z, p.prior + z + p.seam + p.answer]
+    assert sorted(seen) == sorted(expected)
+    tokenizer = policies("tiny").tokenizer
+    changed = [s for s in seen if tuple(tokenizer.encode(tokenizer.decode(s))) != s]
+    assert changed  # decoding and encoding again would have scored other tokens
+
+
+def test_answers_see_the_prior_prompt_and_not_the_posterior(policies, prompts, batch):
+    policy = policies("tiny")
+    with torch.no_grad():
+        base = score(policy, prompts, batch)
+        hint = [dataclasses.replace(p, posterior=(*p.posterior[:-3], 9, 9, 9)) for p in prompts]
+        changed_posterior = score(policy, hint, batch)
+        question = [dataclasses.replace(p, prior=(*p.prior[:-3], 9, 9, 9)) for p in prompts]
+        changed_prior = score(policy, question, batch)
+    torch.testing.assert_close(changed_posterior.answer, base.answer, atol=LOGPROB_TOLERANCE, rtol=0)
+    torch.testing.assert_close(changed_posterior.prior, base.prior, atol=LOGPROB_TOLERANCE, rtol=0)
+    torch.testing.assert_close(changed_prior.posterior, base.posterior, atol=LOGPROB_TOLERANCE, rtol=0)
+    first = (slice(None), 0)
+    assert bool(((changed_prior.answer - base.answer)[first].abs() > 1e-3).all())
+    assert bool(((changed_posterior.posterior - base.posterior)[first].abs() > 1e-3).all())
+
+
+def test_temperature_changes_traces_and_never_answers(policies, prompts, batch):
+    policy = policies("tiny")
+    with torch.no_grad():
+        cold, warm = (score(policy, prompts, batch, temperature=t) for t in (0.5, 2.0))
+    torch.testing.assert_close(cold.answer, warm.answer, atol=0, rtol=0)
+    for name in ("prior", "posterior"):
+        assert bool(((getattr(cold, name) - getattr(warm, name)).abs().cpu()[batch.mask] > 1e-4).all())
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_scored_length_is_answer_length(policies, prompts, batch, packed):
+    with torch.no_grad():
+        scores = score(policies("tiny"), prompts, batch, packed=packed)
+    lengths = [len(prompts[i // 4].answer) for i in range(8)]
+    assert lengths[0] != lengths[-1]
+    assert scores.answer_mask.sum(1).tolist() == lengths
+    assert tuple(scores.prior.shape) == tuple(batch.mask.shape)
+    assert bool((scores.answer.cpu()[scores.answer_mask.cpu()] < 0).all())
+
+
+def test_duplicated_traces_score_the_same(policies, prompts, batch):
+    with torch.no_grad():
+        scores = score(policies("tiny"), prompts, batch)
+    for name in ("prior", "posterior", "answer"):
+        values = getattr(scores, name)
+        assert torch.equal(values[0], values[3]) and torch.equal(values[4], values[6])
+
+
+def test_head_chunks_change_nothing(policies, prompts, batch, monkeypatch):
+    policy = policies("tiny")
+    whole = unpadded(score(policy, prompts, batch), batch)
+    reference = gradients(policy, weighted(whole))
+    sizes, head = [], policy.head.forward
+    monkeypatch.setattr(scoring, "HEAD_CHUNK", 3)
+    monkeypatch.setattr(policy.head, "forward", lambda x: sizes.append(len(x)) or head(x))
+    rows = unpadded(score(policy, prompts, batch), batch)
+    total = sum(len(row) for name in rows for row in rows[name])
+    assert max(sizes) == 3 and sum(sizes) == total
+    assert_same_rows(rows, whole)
+    assert_same_gradients(gradients(policy, weighted(rows)), reference)
+    assert sum(sizes) == 2 * total  # the backward pass made the logits again, instead of keeping them
+
+
+def test_final_logit_soft_cap(policies, prompts, batch, monkeypatch):
+    """Gemma 2's cap, which its model applies after the head."""
+    policy = policies("tiny-gemma3")
+    monkeypatch.setattr(policy.causal_lm.config, "final_logit_softcapping", 2.0)
+    with torch.no_grad():
+        capped = unpadded(score(policy, prompts, batch, temperature=1.5), batch)
+        assert_same_rows(capped, by_hand(policy, prompts, batch, 1.5))
+    # log-probabilities cannot be lower than logits within +-2 allow
+    assert float(torch.cat(capped["answer"]).min()) > -4 - torch.log(torch.tensor(290.0))
+
+
+def test_packing_shares_what_is_common(prompts, batch):
+    packed, padded = packed_tokens(prompts, batch)
+    sequences = []
+    for i in range(len(batch)):
+        p, z = prompts[i // 4], batch.trace(i)
+        sequences += [[*p.prior, *z], [*p.posterior, *z], [*p.prior, *z, *p.seam, *p.answer]]
+    assert padded == sum(map(len, sequences))
+    assert packed == len({tuple(s[:k]) for s in sequences for k in range(1, len(s) + 1)})
+    assert packed < padded / 4
+    assert packed_tokens(prompts, batch, posterior=False)[0] < packed
+
+
+# --- the tree itself
+def test_tree_worked_by_hand():
+    #  0:5 - 1:6 - 2:7
+    #          \ - 3:8 - 4:7
+    #  5:6 - 6:7
+    tree = build_tree([[5, 6, 7], [5, 6, 8, 7], [6, 7], [5, 6]])
+    assert tree.ids.tolist() == [5, 6, 7, 8, 7, 6, 7]
+    assert tree.position.tolist() == [0, 1, 2, 2, 3, 0, 1]
+    assert [path.tolist() for path in tree.paths] == [[0, 1, 2], [0, 1, 3, 4], [5, 6], [0, 1]]
+    attends = [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4], [5], [5, 6]]
+    assert [row.nonzero()[:, 0].tolist() for row in tree.ancestors] == attends
+    assert len(tree) == count_nodes([[5, 6, 7], [5, 6, 8, 7], [6, 7], [5, 6]]) == 7
+
+
+def test_tree_nodes_are_the_distinct_prefixes():
+    draw = random.Random(1)
+    for _ in range(20):
+        sequences = [[draw.randrange(3) for _ in range(draw.randint(1, 6))] for _ in range(9)]
+        tree = build_tree(sequences)
+        prefix_of = {}
+        for sequence, path in zip(sequences, tree.paths, strict=True):
+            assert tree.ids[path].tolist() == sequence
+            for depth, node in enumerate(path.tolist()):
+                assert prefix_of.setdefault(node, tuple(sequence[: depth + 1])) == tuple(
+                    sequence[: depth + 1]
+                )
+        prefixes = [prefix_of[node] for node in range(len(tree))]
+        assert len(set(prefixes)) == len(prefixes) == count_nodes(sequences)
+        assert tree.position.tolist() == [len(prefix) - 1 for prefix in prefixes]
+        for row, prefix in zip(tree.ancestors.tolist(), prefixes, strict=True):
+            assert row == [prefix[: len(other)] == other for other in prefixes]
+
+
+@pytest.mark.parametrize("name", [*TINIES, "phi3-window"])
+@torch.no_grad()
+def test_a_branch_sees_its_own_path_and_nothing_else(policies, name):
+    """Poison: other tokens everywhere off the path change nothing; one other token on it does."""
+    policy, draw = policies(name), random.Random(2)
+    root = [draw.randrange(3, 290) for _ in range(6)]
+    branches = [[draw.randrange(3, 290) for _ in range(n)] for n in (9, 4, 14)]
+    tree = build_tree([*(root + b for b in branches), branches[0]])
+    clean = run_tree(policy, tree)
+    for path in tree.paths:
+        off = torch.ones(len(tree), dtype=torch.bool)
+        off[path] = False
+        ids = torch.where(off, (tree.ids + 1 + torch.arange(len(tree))) % 287 + 3, tree.ids)
+        assert bool((ids != tree.ids)[off].float().mean() > 0.9)
+        poisoned = run_tree(policy, dataclasses.replace(tree, ids=ids))
+        torch.testing.assert_close(poisoned[path], clean[path], atol=1e-5, rtol=1e-5)
+        if name == "tiny":  # full attention: each node on the path reaches its end
+            for node in path.tolist():
+                ids = tree.ids.clone()
+                ids[node] = (ids[node] + 50) % 287 + 3
+                changed = run_tree(policy, dataclasses.replace(tree, ids=ids))
+                assert float((changed[path[-1]] - clean[path[-1]]).abs().max()) > 1e-3
