@@ -1,9 +1,13 @@
 """covrl_lab: a research workbench for CoVRL, reinforcement learning for reasoning without a verifier."""
 
+import logging
 from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
+
+# On some CPUs bitsandbytes warns at import that an optional kernel package is missing; results are the same.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # Resolved on first use, so that looking at run folders never imports torch.
 _HOME = {
