@@ -23,6 +23,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -35,7 +36,7 @@ from .objectives import Totals, log_mixture, needs_posterior, responsibility
 from .prompts import Prompter
 from .sampling import draw_sources, sample_traces
 from .scoring import packed_tokens, reference, score
-from .traces import step_file, steps_in, write_parquet
+from .traces import read_jsonl, step_file, steps_in, write_parquet
 from .types import ConfigError, Credit, Example, LogProbs, Prompt, TraceBatch
 
 FREE_BYTES = 200 * 2**20  # a run folder of the embedded model with its checkpoints stays below this
@@ -101,13 +102,17 @@ class Trainer:
         self.records: list[dict[str, Any]] = []  # one dictionary a finished step, also of earlier sessions
         self.method = METHODS[config.method]
         self.policy = None
-        self._updating = False
+        self._unrecorded = False  # whether the weights have been updated since the last whole record
 
     def _task_settings(self) -> dict[str, Any]:
         names = ("difficulty", "demonstrations", "question_column", "answer_column", "trace_column")
         return {n: getattr(self.config, n) for n in (*names, "dataset_config", "dataset_split")}
 
     def _check_run_dir(self) -> None:
+        parent = next(p for p in (self.run_dir, *self.run_dir.absolute().parents) if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            problem = "cannot be written" if parent.is_dir() else "is a file"
+            raise ConfigError(f"{str(parent)!r} {problem}, so it cannot hold a run; choose another run_dir")
         existing = self.run_dir / "config.json"
         if existing.exists():
             different = self.config.differences(RunConfig.load(existing))
@@ -121,7 +126,6 @@ class Trainer:
             raise ConfigError(
                 f"{str(self.run_dir)!r} is not empty and not a run folder; choose another run_dir"
             )
-        parent = next(p for p in (self.run_dir, *self.run_dir.absolute().parents) if p.exists())
         if shutil.disk_usage(parent).free < FREE_BYTES:
             raise ConfigError(
                 f"less than {FREE_BYTES // 2**20} MiB are free for {str(self.run_dir)!r}; free some space"
@@ -166,6 +170,8 @@ class Trainer:
 
     def _resume(self) -> None:
         """Go back to the last whole checkpoint; what was written after it is written again."""
+        for half in (self.run_dir / "checkpoints").glob("*.tmp"):
+            shutil.rmtree(half)
         saved = steps_in(self.run_dir / "checkpoints")
         self.step = saved[-1] if saved else 0
         self.memory: dict[str, float] = {}  # what a method carries from step to step
@@ -176,7 +182,8 @@ class Trainer:
             self.memory = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
         self.saved_step = self.step
         self.records = self._keep_lines("metrics.jsonl", self.step)
-        self._keep_lines("evaluations.jsonl", self.step if saved else -1)
+        self._keep_lines("evaluations.jsonl", self.step)
+        self._unrecorded = False
 
     def _keep_lines(self, name: str, last_step: int) -> list[dict[str, Any]]:
         """Drop the lines of later steps from a JSON-lines file; return the ones kept."""
@@ -233,20 +240,25 @@ class Trainer:
         config = self.config
         bar = tqdm(total=config.steps, initial=self.step, desc=config.method, disable=not self.progress)
         try:
-            if self.step == 0 and not (self.run_dir / "evaluations.jsonl").exists():
+            if self.step == 0 and not read_jsonl(self.run_dir / "evaluations.jsonl"):
                 self.evaluate()
             while self.step < config.steps and not (self.run_dir / "STOP").exists():
                 record = self._train_step()
                 self.records.append(dataclasses.asdict(record))
                 self._append("metrics.jsonl", self.records[-1])
+                self._uncommitted = False
+                self._unrecorded = False
                 if self.step % config.checkpoint_every == 0 or self.step == config.steps:
                     self.save_checkpoint()
                 self._track(record)
                 bar.update(1)
                 bar.set_postfix(self._summary(record))
                 yield record
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
+        except (OSError, SafetensorError) as error:
+            # safetensors passes the system's error on as text only.
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            if full or f"os error {errno.ENOSPC}" in str(error):
+                self._unrecorded = True  # a file may be cut short, too
                 raise ConfigError(
                     f"no space left for {str(self.run_dir)!r}; free some and run again, it goes on from step "
                     f"{self.saved_step}"
@@ -254,8 +266,8 @@ class Trainer:
             raise
         finally:
             bar.close()
-            if self._updating:  # interrupted inside an update: the weights are no step's; reload
-                self.policy, self._updating = None, False
+            if self._unrecorded:  # weights and files are not the same step's: go on from the last checkpoint
+                self.policy = None
             elif self.saved_step != self.step and sys.exc_info()[0] is not ConfigError:
                 self.save_checkpoint()
             if self.step == config.steps and self._accelerator is not None:
@@ -352,7 +364,6 @@ class Trainer:
                 if credit is None:
                     old = dataclasses.replace(old, **frozen)
                     credit = method.credit(batch, old, config, self.memory)
-                    self.memory = credit.memory
                     totals = Totals.of(batch, credit, old.answer_mask)
                 loss, measured = method.loss(
                     new, old.rows(rows), batch.rows(rows), credit.rows(rows), totals, config
@@ -361,7 +372,7 @@ class Trainer:
                 for name, value in {"loss": loss.detach(), **measured}.items():
                     losses[name] = losses.get(name, 0.0) + float(value)
             norm = self._update()
-        self.step += 1
+        self.step, self.memory = self.step + 1, credit.memory
         self._store_traces(examples, batch, old, credit)
         accuracy = None
         if self.step == config.steps or (config.eval_every and self.step % config.eval_every == 0):
@@ -379,9 +390,8 @@ class Trainer:
                 f"the gradient of step {self.step + 1} is not finite; lower learning_rate or kl_weight, "
                 "or use dtype='float32' (the run goes on from its last checkpoint)"
             )
-        self._updating = True
+        self._unrecorded = True
         self.optimizer.step()
-        self._updating = False
         return norm
 
     def _set_learning_rate(self) -> None:
