@@ -246,7 +246,6 @@ class Trainer:
                 record = self._train_step()
                 self.records.append(dataclasses.asdict(record))
                 self._append("metrics.jsonl", self.records[-1])
-                self._uncommitted = False
                 self._unrecorded = False
                 if self.step % config.checkpoint_every == 0 or self.step == config.steps:
                     self.save_checkpoint()
