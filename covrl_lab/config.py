@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -265,9 +266,11 @@ class RunConfig:
             "max_packed_tokens",
         ):
             need(getattr(self, name) >= 1, name, "1 or more")
-        for name in ("steps", "eval_every", "eval_samples", "warmup_steps", "lora_rank", "demonstrations"):
+        for name in ("lora_rank", "lora_alpha"):
+            need(getattr(self, name) >= 1, name, "1 or more")
+        for name in ("steps", "eval_every", "eval_samples", "warmup_steps", "demonstrations"):
             need(getattr(self, name) >= 0, name, "0 or more")
-        need(self.lora_rank > 0 or self.quantization == "none", "lora_rank", "1 or more on a quantised model")
+        need(0 <= self.seed < 2**32, "seed", "from 0 to 2**32 - 1")
         if self.n_sample > 1:
             need(self.method == "jlb", "n_sample", "1 unless method='jlb'")
             need(
@@ -307,13 +310,21 @@ class RunConfig:
         return cls(**settings)
 
     def save(self, path: str | Path) -> None:
-        """Write ``config.json``."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Write ``config.json``, whole and then renamed."""
+        temporary = Path(path).with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
         """Read what ``save`` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        try:
+            settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(
+                f"{str(path)!r} cannot be read ({error}); remove it or choose another run_dir"
+            ) from error
+        return cls.from_dict(settings)
 
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
         """Settings that change the numbers and differ, as ``{name: (self, other)}``."""
