@@ -489,20 +489,25 @@ def test_micro_batches_add_up_to_the_step(settings, pieces):
 
 
 def test_what_the_sums_are_divided_by():
-    """Two traces of 1 and 3 tokens, one of them unfinished and ungated; p = q, so every ratio is 1."""
+    """Two traces of 1 and 3 tokens, one of them unfinished; q = p/e and alpha = w = 1/2: ratio 1."""
     keep = torch.tensor([[1, 0, 0], [1, 1, 1]], dtype=torch.bool)
     answer_mask = torch.tensor([[1, 1], [1, 0]], dtype=torch.bool)
-    rows = LogProbs(-1.0 * keep, -1.0 * keep, -2.0 * answer_mask, answer_mask)
+    rows = LogProbs(-1.0 * keep, -2.0 * keep, -2.0 * answer_mask, answer_mask)
     yes = torch.ones(2, dtype=torch.bool)
     batch = TraceBatch(keep.long(), keep, yes, torch.tensor([True, False]), group_size=2)
     weight = torch.tensor([0.5, 0.0])
     credit = Credit(weight, torch.tensor([2.0, 6.0]), weight, batch.finished)
     assert Totals.of(batch, credit, answer_mask) == Totals(2, 4, 1, 2)
-    for how, policy, nll in (("token_mean", -(2 + 18) / 4, 2 / 2), ("trace_sum", -(2 + 18) / 2, 2 / 2)):
+    u = (1 + math.exp(-1)) / 2
+    kl = u * math.log(u) - u + 1
+    for how, *parts in (
+        ("token_mean", -(2 + 18) / 4, 2 / 2, kl),
+        ("trace_sum", -(2 + 18) / 2, 2 / 2, kl / 2),
+    ):
         config = exact(alpha=0.5, composite_weight=0.5, loss_aggregation=how, nll_weight=0.25, kl_weight=3)
-        _, parts, _ = loss_and_gradient(rows, rows, batch, credit, config)
-        assert parts["policy"].item() == pytest.approx(policy)
-        assert parts["nll"].item() == pytest.approx(nll)
+        loss, found, _ = loss_and_gradient(rows, rows, batch, credit, config)
+        assert [found[name].item() for name in ("policy", "nll", "kl")] == pytest.approx(parts)
+        assert loss.item() == pytest.approx(parts[0] + 0.25 * parts[1] + 3 * parts[2])
 
 
 # --- unfinished traces
