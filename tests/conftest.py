@@ -8,7 +8,11 @@ from covrl_lab.models import load_policy
 
 @pytest.fixture(scope="session")
 def tiny_policies():
-    """name -> float32 policy whose adapter is not zero, so that gradients reach both of its factors."""
+    """name -> float32 policy whose output depends visibly on its context.
+
+    The adapter is not zero, so that gradients reach both of its factors. The output head is random and not
+    tied to the embedding, else the most likely next token would mostly be the last one again.
+    """
     cache = {}
 
     def get(name="tiny"):
@@ -18,6 +22,8 @@ def tiny_policies():
             with torch.no_grad():
                 for _, parameter in policy.trainable():
                     parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+                head = 0.25 * torch.randn(policy.head.weight.shape, generator=generator)
+            policy.head.weight = torch.nn.Parameter(head.to(policy.device), requires_grad=False)
             cache[name] = policy
         return cache[name]
 
