@@ -1,0 +1,430 @@
+"""Data frames to plotly figures and HTML tables: no files, no model, no torch.
+
+Frames come from a run folder (``traces.Run``) or from ``trace_frame``. Text that a model or a data set wrote
+is made visible and escaped wherever it enters hover text, tick labels or HTML. Backgrounds are transparent
+and lines mid-grey, so that figures fit light and dark themes.
+"""
+
+from __future__ import annotations
+
+import html
+import textwrap
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+# Colours that stay apart with the common colour-vision deficiencies and on light and dark grounds.
+PRIOR, POSTERIOR, BOTH = "#1f77b4", "#d55e00", "#009e73"
+SOURCE_COLOURS = {"prior": PRIOR, "posterior": POSTERIOR}
+PALETTE = (PRIOR, POSTERIOR, BOTH, "#cc79a7", "#8a6fd1", "#b58900", "#56b4e9", "#7f7f7f")
+GREY, GRID = "#7a7a7a", "rgba(128, 128, 128, 0.25)"
+
+_AXIS = {
+    "gridcolor": GRID,
+    "zerolinecolor": GRID,
+    "linecolor": GREY,
+    "tickcolor": GREY,
+    "automargin": True,
+    "title": {"standoff": 8},
+}
+TEMPLATE = go.layout.Template(
+    layout={
+        "paper_bgcolor": "rgba(0, 0, 0, 0)",
+        "plot_bgcolor": "rgba(0, 0, 0, 0)",
+        "font": {"color": GREY, "size": 12},
+        "colorway": PALETTE,
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+        "margin": {"l": 60, "r": 40, "t": 60, "b": 50},  # r: room for the mode bar
+        "modebar": {
+            "orientation": "v",
+            "bgcolor": "rgba(0, 0, 0, 0)",
+            "color": GREY,
+            "activecolor": POSTERIOR,
+        },
+        "title": {"x": 0, "xref": "paper", "xanchor": "left", "font": {"size": 14}},
+        "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
+        "hoverlabel": {"align": "left", "namelength": -1},
+    }
+)
+
+
+# --- text
+
+
+def visible(text: str, spaces: bool = False) -> str:
+    """The same text with control, direction and other invisible characters shown by a sign.
+
+    New lines become ↵, tabs ⇥, an escape ␛, U+202E ⟨U+202E⟩, and with ``spaces`` a space becomes ·.
+    """
+    signs = {"\n": "↵", "\t": "⇥"} | ({" ": "·"} if spaces else {})
+
+    def sign(character: str) -> str:
+        if character in signs:
+            return signs[character]
+        if unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+            return character
+        code = ord(character)
+        return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
+
+    return "".join(map(sign, str(text)))
+
+
+def _label(text: str, width: int = 60, lines: int = 8, spaces: bool = False) -> str:
+    """Text for plotly, which reads a little HTML and TeX: visible, wrapped, cut after ``lines``, escaped."""
+    wrapped = textwrap.wrap(visible(text, spaces), width, max_lines=lines, placeholder=" …")
+    # Quotes stay: plotly knows no entity for them, and text never becomes an attribute.
+    return "<br>".join(html.escape(line, quote=False).replace("$", "&#36;") for line in wrapped)
+
+
+def _table(header: Sequence[str], rows: Sequence[str]) -> str:
+    style = "border-collapse: collapse; background: transparent"
+    heads = "".join(f'<th style="text-align: left; padding: 2px 12px 2px 0">{name}</th>' for name in header)
+    return f'<table style="{style}"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+
+
+def _row(cells: Sequence[str]) -> str:
+    style = "text-align: left; vertical-align: top; padding: 2px 12px 2px 0"
+    return "<tr>" + "".join(f'<td style="{style}">{cell}</td>' for cell in cells) + "</tr>"
+
+
+# --- traces
+
+
+def trace_frame(examples: Sequence[Any], batch: Any, logprobs: Any, prompter: Any) -> pd.DataFrame:
+    """One row a rollout of a ``TraceBatch`` with its ``LogProbs``; columns as in ``Run.traces``.
+
+    Without the columns that only training knows: step, log_ratio, reward, advantage, answer_weight.
+    """
+    batch, logprobs = batch.to("cpu"), logprobs.detach().to("cpu")
+    rows = []
+    for i in range(len(batch)):
+        example, ids, keep = examples[i // batch.group_size], batch.trace(i), batch.mask[i]
+        rows.append(
+            {
+                "rollout": i,
+                "example_id": example.id,
+                "question": example.question,
+                "answer": example.answer,
+                "source": "prior" if batch.from_prior[i] else "posterior",
+                "finished": bool(batch.finished[i]),
+                "trace": prompter.trace_text(ids),
+                "tokens": [prompter.tokenizer.decode([token]) for token in ids],
+                "token_ids": ids,
+                "logp": logprobs.prior[i][keep].tolist(),
+                "logq": None if logprobs.posterior is None else logprobs.posterior[i][keep].tolist(),
+                "answer_logp": logprobs.answer[i][logprobs.answer_mask[i]].tolist(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def answer_logprob(frame: pd.DataFrame) -> pd.Series:
+    """log p(y|x,z) of every trace in nats: the sum over the reference answer's tokens."""
+    return frame["answer_logp"].map(lambda tokens: float(np.sum(tokens))).astype(float)
+
+
+def trace_table(frame: pd.DataFrame) -> str:
+    """HTML table of traces, grouped by question: source, trace, log p(y|x,z) in nats, finished."""
+    if frame.empty:
+        return "<p>no traces</p>"
+    rows = []
+    for _, group in frame.assign(total=answer_logprob(frame)).groupby("example_id", sort=False):
+        question, answer = (html.escape(visible(group[name].iloc[0])) for name in ("question", "answer"))
+        rows.append(
+            '<tr><th colspan="4" style="text-align: left; padding: 10px 0 2px 0">'
+            f"<code>{question}</code> reference answer <code>{answer}</code></th></tr>"
+        )
+        for row in group.itertuples():
+            source = html.escape(row.source)
+            colour = SOURCE_COLOURS.get(row.source, GREY)
+            rows.append(
+                _row(
+                    [
+                        f'<b style="color: {colour}">{source}</b>',
+                        # <code>: no page's formula renderer looks for dollars in it.
+                        f'<code style="overflow-wrap: anywhere">{html.escape(visible(row.trace))}</code>',
+                        f"{row.total:.2f}",
+                        "yes" if row.finished else "no",
+                    ]
+                )
+            )
+    return _table(["drawn from", "trace z", "log p(y|x,z), nats", "finished"], rows)
+
+
+def answer_logprobs(frame: pd.DataFrame, questions: int = 8) -> go.Figure:
+    """log p(y|x,z) in nats of prior against posterior traces, one row for each of the first questions.
+
+    A point is a trace (hollow: unfinished), a bar the mean of a question's traces from one source.
+    """
+    frame = frame.assign(total=answer_logprob(frame))
+    groups = [group for _, group in frame.groupby("example_id", sort=False)][:questions]
+    figure = go.Figure(layout={"template": TEMPLATE})
+    for source, colour in SOURCE_COLOURS.items():
+        parts = [(i, group[group["source"] == source]) for i, group in enumerate(groups)]
+        parts = [(i, part) for i, part in parts if len(part)]
+        if not parts:
+            continue
+        offset = -0.17 if source == "prior" else 0.17
+        rows = pd.concat([part for _, part in parts])
+        figure.add_scatter(
+            x=rows["total"],
+            y=[i + offset for i, part in parts for _ in range(len(part))],
+            mode="markers",
+            name=source,
+            legendgroup=source,
+            marker={
+                "color": colour,
+                "size": 9,
+                "opacity": 0.8,
+                "symbol": ["circle" if done else "circle-open" for done in rows["finished"]],
+            },
+            customdata=[
+                [_label(trace), np.exp(total), "" if done else "<br>unfinished"]
+                for trace, total, done in zip(rows["trace"], rows["total"], rows["finished"], strict=True)
+            ],
+            hovertemplate="%{customdata[0]}<br>log p(y|x,z) = %{x:.2f} nats, p = %{customdata[1]:.2g}"
+            f"%{{customdata[2]}}<extra>{source}</extra>",
+        )
+        figure.add_scatter(
+            x=[part["total"].mean() for _, part in parts],
+            y=[i + offset for i, _ in parts],
+            mode="markers",
+            name=f"mean, {source}",
+            legendgroup=source,
+            showlegend=False,
+            marker={"symbol": "line-ns", "size": 20, "line": {"color": colour, "width": 3}},
+            hovertemplate=f"mean of {source} traces: %{{x:.2f}} nats<extra></extra>",
+        )
+    figure.update_xaxes(title_text="log p(y | x, z), nats (right: the reference answer is more probable)")
+    figure.update_yaxes(
+        tickvals=list(range(len(groups))),
+        ticktext=[
+            f"{_label(g['question'].iloc[0], 40, 3)}<br>y = {_label(g['answer'].iloc[0], 40, 2)}"
+            for g in groups
+        ],
+        range=[len(groups) - 0.5, -0.5],
+        zeroline=False,
+    )
+    return figure.update_layout(height=140 + 80 * max(1, len(groups)))
+
+
+def token_comparison(row: Any) -> go.Figure:
+    """One trace (a row of ``Run.traces``): log p and log q in nats of every token, over the tokens' text."""
+    tokens = [_label(token, spaces=True) for token in row["tokens"]]
+    places, logp, logq = list(range(len(tokens))), list(row["logp"]), row["logq"]
+    figure = go.Figure(layout={"template": TEMPLATE})
+    lines = [("log p, prior prompt", logp, PRIOR)]
+    if logq is not None:
+        lines.append(("log q, posterior prompt", list(logq), POSTERIOR))
+    for name, values, colour in lines:
+        figure.add_scatter(
+            x=places,
+            y=values,
+            mode="lines+markers",
+            name=name,
+            line={"color": colour, "width": 2},
+            marker={"size": 6},
+            customdata=tokens,
+            hovertemplate="%{y:.2f} nats at <b>%{customdata}</b>",
+        )
+    fits = len(tokens) * max((len(visible(t)) for t in row["tokens"]), default=0) <= 100
+    total = float(np.sum(row["answer_logp"]))
+    figure.update_xaxes(
+        title_text="trace token (· space, ↵ end of line)",
+        tickvals=places,
+        ticktext=tokens,
+        tickangle=0 if fits else -90,
+        tickfont={"family": "monospace", "size": 13 if len(tokens) <= 64 else 10},
+        showgrid=False,
+    )
+    figure.update_yaxes(title_text="nats a token")
+    return figure.update_layout(
+        title_text=f"A {html.escape(row['source'])} trace, log p(y|x,z) = {total:.2f} nats",
+        hovermode="x unified",
+        height=380,
+        width=None if len(tokens) <= 80 else 12 * len(tokens),  # pixels; None: as wide as the notebook
+    )
+
+
+# --- runs
+
+
+def training_curves(
+    metrics: pd.DataFrame, evaluations: pd.DataFrame | None = None, reward_unit: str = "nats"
+) -> go.Figure:
+    """Small multiples over a run's steps: what rises when it learns, and what else might make it rise.
+
+    metrics and evaluations are ``Run.metrics`` and ``Run.evaluations``; a quantity that the method does not
+    have (KL without a posterior) gets no panel. The bars on accuracy are 95% bootstrap intervals.
+    """
+    by_source = {"prior": PRIOR, "posterior": POSTERIOR}
+    panels = [
+        ("Reward by source", reward_unit, {f"reward_{s}": (s, c) for s, c in by_source.items()}),
+        ("KL(p′‖p)", "nats a token", {"kl": ("all traces", BOTH)}),
+        ("Trace length", "tokens", {f"trace_tokens_{s}": (s, c) for s, c in by_source.items()}),
+        ("Finished traces", "share", {"finished_share": ("all traces", BOTH)}),
+        ("Held-out accuracy", "share of questions", {"accuracy": ("held-out questions", PRIOR)}),
+        ("Gradient norm", "L2 norm before clipping", {"gradient_norm": ("all traces", BOTH)}),
+    ]
+    frames = {"accuracy": evaluations} if evaluations is not None and len(evaluations) else {}
+    drawn = []
+    for title, unit, series in panels:
+        kept = {}
+        for column, (name, colour) in series.items():
+            frame = frames.get(column, metrics)
+            if column in frame and frame[column].notna().any():
+                kept[column] = (frame.dropna(subset=[column]), name, colour)
+        if kept:
+            drawn.append((title, unit, kept))
+    if not drawn:
+        return go.Figure(layout={"template": TEMPLATE, "title": {"text": "no finished step yet"}})
+
+    columns = min(3, len(drawn))
+    rows = -(-len(drawn) // columns)
+    figure = make_subplots(
+        rows,
+        columns,
+        subplot_titles=[title for title, _, _ in drawn],
+        horizontal_spacing=0.09,
+        vertical_spacing=0.2 if rows > 1 else 0,
+    )
+    named = set()
+    for i, (_, unit, series) in enumerate(drawn):
+        place = {"row": i // columns + 1, "col": i % columns + 1}
+        for column, (frame, name, colour) in series.items():
+            figure.add_scatter(
+                x=frame["step"],
+                y=frame[column],
+                mode="lines+markers" if len(frame) <= 60 else "lines",
+                name=name,
+                legendgroup=name,
+                showlegend=name in by_source and name not in named,
+                line={"color": colour, "width": 2},
+                marker={"size": 5},
+                error_y=_interval(frame, column),
+                hovertemplate=f"step %{{x}}: %{{y:.3g}} {unit}{_spread(frame, column)}<extra>{name}</extra>",
+                customdata=_bounds(frame, column),
+                **place,
+            )
+            named.add(name)
+        figure.update_yaxes(title_text=unit, **place)
+        if unit.startswith("share"):
+            figure.update_yaxes(tickformat=".0%", rangemode="tozero", **place)
+        last = max(frame["step"].max() for frame, _, _ in series.values())
+        figure.update_xaxes(title_text="step", dtick=1 if last <= 8 else None, **place)
+    return figure.update_layout(
+        template=TEMPLATE, height=60 + 260 * rows, legend={"y": 1.08}, margin={"t": 70, "b": 40}
+    )
+
+
+def _bounds(frame: pd.DataFrame, column: str) -> np.ndarray | None:
+    """(rows, 2) low and high of a column's interval, or None where it has none."""
+    names = [f"{column}_low", f"{column}_high"]
+    return frame[names].to_numpy(float) if set(names) <= set(frame) else None
+
+
+def _spread(frame: pd.DataFrame, column: str) -> str:
+    """The part of a hover template that shows ``_bounds``."""
+    return "" if _bounds(frame, column) is None else " (95%: %{customdata[0]:.3g} to %{customdata[1]:.3g})"
+
+
+def _interval(frame: pd.DataFrame, column: str) -> dict[str, Any] | None:
+    """Error bars from ``_bounds``."""
+    bounds = _bounds(frame, column)
+    if bounds is None:
+        return None
+    value = frame[column].to_numpy(float)
+    return {
+        "array": (bounds[:, 1] - value).clip(0),
+        "arrayminus": (value - bounds[:, 0]).clip(0),
+        "thickness": 1,
+        "width": 3,
+    }
+
+
+def evaluation_curve(runs: Mapping[str, pd.DataFrame], value: str = "accuracy") -> go.Figure:
+    """Held-out accuracy against step, a bold line with a band for every entry of ``runs``.
+
+    An entry is one run's ``Run.evaluations``, and the band its 95% bootstrap interval over questions; or
+    several such frames put together, told apart by a column ``seed``: then thin lines are the seeds, the
+    bold line their mean, and the band goes from the lowest seed to the highest.
+    """
+    figure = go.Figure(layout={"template": TEMPLATE})
+    for k, (name, frame) in enumerate(runs.items()):
+        if value not in frame or not frame[value].notna().any():
+            continue
+        colour, label = PALETTE[k % len(PALETTE)], _label(name, 40, 2)
+        frame = frame.dropna(subset=[value]).sort_values("step")
+        seeds = list(frame.groupby("seed")) if "seed" in frame else []
+        shared = {"legendgroup": name, "line": {"color": colour}}
+        if len(seeds) > 1:
+            by_step = frame.groupby("step")[value]
+            mean, low, high = by_step.mean(), by_step.min(), by_step.max()
+            band = "seeds"
+            for seed, own in seeds:
+                figure.add_scatter(
+                    x=own["step"],
+                    y=own[value],
+                    mode="lines",
+                    name=f"{label}, seed {_label(seed)}",
+                    showlegend=False,
+                    opacity=0.5,
+                    customdata=_bounds(own, value),
+                    hovertemplate=f"%{{y:.3f}}{_spread(own, value)}",
+                    **(shared | {"line": {"color": colour, "width": 1}}),
+                )
+        else:
+            mean = frame.set_index("step")[value]
+            bounds = _bounds(frame, value)
+            low, high = (mean, mean) if bounds is None else (bounds[:, 0], bounds[:, 1])
+            band = "95%"
+        low, high = np.asarray(low, float), np.asarray(high, float)
+        figure.add_scatter(
+            x=[*mean.index, *mean.index[::-1]],
+            y=[*high, *low[::-1]],
+            fill="toself",
+            fillcolor=colour,
+            opacity=0.15,
+            mode="none",
+            hoverinfo="skip",
+            showlegend=False,
+            legendgroup=name,
+        )
+        figure.add_scatter(
+            x=mean.index,
+            y=mean,
+            mode="lines+markers",
+            name=label,
+            customdata=np.stack([low, high], axis=1),
+            hovertemplate=f"%{{y:.3f}} ({band}: %{{customdata[0]:.3f}} to %{{customdata[1]:.3f}})",
+            **(shared | {"line": {"color": colour, "width": 3}}),
+        )
+    figure.update_xaxes(title_text="training step", hoverformat="d")
+    figure.update_yaxes(
+        title_text="held-out accuracy (share of questions)", tickformat=".0%", rangemode="tozero"
+    )
+    return figure.update_layout(height=420, hovermode="x unified")
+
+
+def accuracy_table(evaluations: pd.DataFrame) -> str:
+    """HTML table of ``Run.evaluations``, one row an evaluation, with 95% bootstrap intervals."""
+    rows = [
+        _row(
+            [
+                f"{row.step:.0f}",
+                f"<b>{row.accuracy:.0%}</b> ({row.accuracy_low:.0%} to {row.accuracy_high:.0%})",
+                f"{row.eval_finished_share:.0%}",
+                f"{row.eval_trace_tokens:.1f}",
+                f"{row.eval_questions:.0f}",
+            ]
+        )
+        for row in evaluations.itertuples()
+    ]
+    header = ["after step", "accuracy (95% interval)", "finished traces", "trace length, tokens", "questions"]
+    return _table(header, rows)

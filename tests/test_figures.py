@@ -1,0 +1,306 @@
+"""Figures hold the frames' numbers, name their units, and let no model text become markup."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from covrl_lab import figures
+from covrl_lab.types import Example, LogProbs, TraceBatch
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '<img src=x onerror="alert(1)">',
+    "</style></code></table><b>",
+    "a & b &lt;i&gt;",
+    "\x1b[31mred\x1b[0m\x00",
+    "abc\u202edcba\u2066\u200f\u200b",
+    "<a href='javascript:alert(1)'>%{x} $\\frac12$</a>",
+]
+INVISIBLE = re.compile("[\x00-\x09\x0b-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def trace_rows(texts=("9 + 3 = 12.",), questions=2):
+    """Two prior and two posterior traces for each question, with numbers that name their own row."""
+    rows = []
+    for q in range(questions):
+        for i in range(4):
+            text = texts[(4 * q + i) % len(texts)]
+            rows.append(
+                {
+                    "rollout": 4 * q + i,
+                    "example_id": f"e{q}",
+                    "question": f"{text} {q}?",
+                    "answer": text,
+                    "source": "prior" if i < 2 else "posterior",
+                    "finished": i != 1,
+                    "trace": text,
+                    "tokens": [text, " ", "\n"],
+                    "logp": [-1.0 - i, -0.5, -0.25],
+                    "logq": [-0.5 - i, -0.25, -0.125],
+                    "answer_logp": np.array([-1.0 - q, -0.1 * i]),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def metrics(steps=3, **changes):
+    columns = {
+        "step": range(1, steps + 1),
+        "reward_prior": np.linspace(-9, -6, steps),
+        "reward_posterior": np.linspace(-7, -5, steps),
+        "kl": np.linspace(0.01, 0.02, steps),
+        "trace_tokens_prior": np.linspace(10, 12, steps),
+        "trace_tokens_posterior": np.linspace(9, 8, steps),
+        "finished_share": np.linspace(0.5, 0.9, steps),
+        "accuracy": [None] * (steps - 1) + [0.5],
+        "gradient_norm": np.linspace(1, 2, steps),
+    }
+    return pd.DataFrame(columns | changes)
+
+
+def evaluations(values=(0.25, 0.5), **more):
+    values = np.array(values)
+    columns = {"step": 10 * np.arange(len(values)), "accuracy": values}
+    columns |= {"accuracy_low": values - 0.1, "accuracy_high": values + 0.05, "eval_questions": 64}
+    columns |= {"eval_finished_share": 0.75, "eval_trace_tokens": 11.5}
+    return pd.DataFrame(columns | more)
+
+
+def points(figure, name):
+    """(x, y) of the one trace of that name that has a legend entry of its own or hover text."""
+    (trace,) = [t for t in figure.data if t.name == name]
+    return list(trace.x), list(trace.y)
+
+
+def axis_titles(figure):
+    return [axis.title.text for axis in [*figure.select_xaxes(), *figure.select_yaxes()]]
+
+
+def all_figures(frame):
+    yield figures.answer_logprobs(frame)
+    yield figures.token_comparison(frame.iloc[0])
+    yield figures.training_curves(metrics(), evaluations())
+    yield figures.evaluation_curve({"a run": evaluations()})
+
+
+# --- numbers
+
+
+def test_answer_logprobs_are_sums_over_answer_tokens():
+    frame = trace_rows()
+    figure = figures.answer_logprobs(frame)
+    x, y = points(figure, "posterior")
+    np.testing.assert_allclose(x, [-1.2, -1.3, -2.2, -2.3])
+    assert np.round(y).tolist() == [0, 0, 1, 1]
+    np.testing.assert_allclose(points(figure, "mean, prior")[0], [-1.05, -2.05])
+    (prior,) = [t for t in figure.data if t.name == "prior"]
+    assert list(prior.marker.symbol) == ["circle", "circle-open"] * 2
+    assert [label.split("<br>")[0] for label in figure.layout.yaxis.ticktext] == [
+        "9 + 3 = 12. 0?",
+        "9 + 3 = 12. 1?",
+    ]
+
+
+def test_answer_logprobs_shows_the_first_questions_and_takes_one_source():
+    figure = figures.answer_logprobs(trace_rows(questions=6), questions=3)
+    assert len(figure.layout.yaxis.ticktext) == 3
+    only = trace_rows().query("source == 'prior'")
+    assert {t.legendgroup for t in figures.answer_logprobs(only).data} == {"prior"}
+
+
+def test_token_comparison_holds_both_lines_and_visible_tokens():
+    row = trace_rows().iloc[3]
+    figure = figures.token_comparison(row)
+    assert points(figure, "log p, prior prompt") == ([0, 1, 2], row["logp"])
+    assert points(figure, "log q, posterior prompt") == ([0, 1, 2], row["logq"])
+    assert list(figure.layout.xaxis.ticktext) == ["9·+·3·=·12.", "·", "↵"]
+    assert "-1.30 nats" in figure.layout.title.text
+
+
+def test_token_comparison_without_posterior_scores():
+    row = trace_rows().iloc[0].copy()
+    row["logq"] = None
+    assert [t.name for t in figures.token_comparison(row).data] == ["log p, prior prompt"]
+
+
+def test_training_curves_hold_metrics_and_intervals():
+    m, e = metrics(), evaluations()
+    figure = figures.training_curves(m, e)
+    drawn = [(list(t.x), list(t.y)) for t in figure.data]
+    for column in m.columns.drop(["step", "accuracy"]):
+        assert (list(m["step"]), list(m[column])) in drawn, column
+    (accuracy,) = [t for t in figure.data if t.name == "held-out questions"]
+    assert (list(accuracy.x), list(accuracy.y)) == (list(e["step"]), list(e["accuracy"]))
+    np.testing.assert_allclose(accuracy.error_y.array, 0.05)
+    np.testing.assert_allclose(accuracy.error_y.arrayminus, 0.1)
+
+
+def test_training_curves_leave_out_what_a_method_does_not_have():
+    none = [None] * 3
+    m = metrics(kl=none, reward_posterior=none, trace_tokens_posterior=none)
+    figure = figures.training_curves(m, reward_unit="probability")
+    titles = [a.text for a in figure.layout.annotations]
+    assert "KL(p′‖p)" not in titles and len(titles) == 5
+    assert "posterior" not in [t.name for t in figure.data]
+    assert "probability" in axis_titles(figure)
+    accuracy = [t for t in figure.data if t.name == "held-out questions"]
+    assert [list(t.x) for t in accuracy] == [[3]]
+
+
+def test_training_curves_before_the_first_step():
+    assert "no finished step" in figures.training_curves(pd.DataFrame()).layout.title.text
+    only = figures.training_curves(pd.DataFrame(), evaluations((0.25,)))
+    assert [t.name for t in only.data] == ["held-out questions"]
+
+
+def test_evaluation_curve_of_single_runs():
+    e = evaluations()
+    figure = figures.evaluation_curve({"covrl": e, "jlb": evaluations((0.3, 0.4))})
+    assert points(figure, "covrl") == (list(e["step"]), list(e["accuracy"]))
+    band = figure.data[0]
+    np.testing.assert_allclose(band.y, [0.3, 0.55, 0.4, 0.15])
+    assert figure.data[1].line.width == 3 and figure.data[1].line.color != figure.data[3].line.color
+
+
+def test_evaluation_curve_averages_seeds():
+    values = {0: (0.2, 0.4), 1: (0.3, 0.6), 2: (0.1, 0.8)}
+    frame = pd.concat([evaluations(v, seed=seed) for seed, v in values.items()])
+    figure = figures.evaluation_curve({"covrl": frame})
+    np.testing.assert_allclose(points(figure, "covrl"), [[0, 10], [0.2, 0.6]])
+    assert points(figure, "covrl, seed 2") == ([0, 10], [0.1, 0.8])
+    (band,) = [t for t in figure.data if t.fill]
+    np.testing.assert_allclose(band.y, [0.3, 0.8, 0.4, 0.1])
+
+
+def test_accuracy_table_shows_intervals():
+    text = figures.accuracy_table(evaluations())
+    assert "<b>25%</b> (15% to 30%)" in text and "<b>50%</b> (40% to 55%)" in text and "11.5" in text
+
+
+def test_trace_frame_reads_a_batch():
+    mask = torch.tensor([[True, True], [True, False]])
+    batch = TraceBatch(
+        ids=torch.tensor([[5, 6], [7, 0]]),
+        mask=mask,
+        from_prior=torch.tensor([True, False]),
+        finished=torch.tensor([True, False]),
+        group_size=2,
+    )
+    logprobs = LogProbs(
+        prior=torch.tensor([[-1.0, -2.0], [-3.0, 0.0]], requires_grad=True),
+        posterior=None,
+        answer=torch.tensor([[-0.5, -0.5], [-4.0, -1.0]]),
+        answer_mask=torch.ones(2, 2, dtype=torch.bool),
+    )
+    prompter = SimpleNamespace(
+        trace_text=lambda ids: f"z{ids}",
+        tokenizer=SimpleNamespace(decode=lambda ids: f"t{ids[0]}"),
+    )
+    frame = figures.trace_frame([Example("e", "x?", "y")], batch, logprobs, prompter)
+    assert frame["source"].tolist() == ["prior", "posterior"] and frame["finished"].tolist() == [True, False]
+    assert frame["tokens"].tolist() == [["t5", "t6"], ["t7"]]
+    assert frame["logp"].tolist() == [[-1.0, -2.0], [-3.0]] and frame["logq"].tolist() == [None, None]
+    assert figures.answer_logprob(frame).tolist() == [-1.0, -5.0]
+
+
+# --- appearance
+
+
+def test_every_axis_has_a_title_and_backgrounds_are_transparent():
+    for figure in all_figures(trace_rows()):
+        titles = axis_titles(figure)
+        # The rows of answer_logprobs are questions, written at their ticks.
+        assert sum(title is None for title in titles) <= (figure.layout.yaxis.ticktext is not None)
+        layout = figure.layout.template.layout
+        assert layout.paper_bgcolor == layout.plot_bgcolor == "rgba(0, 0, 0, 0)"
+
+
+def test_units_are_named():
+    text = " ".join(title or "" for f in all_figures(trace_rows()) for title in axis_titles(f))
+    for unit in ("nats", "nats a token", "tokens", "share of questions", "L2 norm"):
+        assert unit in text
+
+
+# --- text is never markup
+
+
+class Tags(HTMLParser):
+    """Collects tags, attributes and text of an HTML fragment."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.attributes, self.text = set(), set(), []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_trace_table_escapes(text):
+    table = figures.trace_table(trace_rows([text]))
+    parsed = Tags()
+    parsed.feed(table)
+    assert parsed.tags <= {"table", "thead", "tbody", "tr", "th", "td", "b", "code"}
+    assert parsed.attributes <= {"style", "colspan"}
+    assert not INVISIBLE.search(table)
+    assert figures.visible(text) in parsed.text
+    table.encode("utf-8")
+
+
+def strings(value):
+    """All strings inside nested lists and dictionaries."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from (s for v in value.values() for s in strings(v))
+    elif isinstance(value, list):
+        yield from (s for v in value for s in strings(v))
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_figures_escape(text):
+    frame = trace_rows([text])
+    drawn = [figures.answer_logprobs(frame), figures.evaluation_curve({text: evaluations()})]
+    drawn += [figures.token_comparison(row) for _, row in frame.iterrows()]
+    for figure in drawn:
+        spec = json.loads(figure.to_json())
+        for trace in spec["data"]:
+            trace.pop("legendgroup", None)  # a key, never shown
+        for string in strings(spec):
+            assert set(re.findall(r"<[^>]*>?", string)) <= {"<br>", "<b>", "</b>", "<extra>", "</extra>"}
+            assert not INVISIBLE.search(string)
+            assert "$" not in string  # would be read as TeX
+        for trace in spec["data"]:
+            template = trace.get("hovertemplate", "")
+            assert "alert" not in template and "frac12" not in template  # text comes as data only
+
+
+def test_visible_signs():
+    assert figures.visible("a b\t\n") == "a b⇥↵"
+    assert figures.visible("a b", spaces=True) == "a·b"
+    assert figures.visible("\x1b[1m\u202e") == "␛[1m⟨U+202E⟩"
+    assert figures.visible("\ud800") == "⟨U+D800⟩"  # half a character: no file or page could hold it
+    assert figures.visible("é 数 ا") == "é 数 ا"
+
+
+def test_a_newline_in_hover_text_is_a_sign():
+    frame = trace_rows(["one\ntwo"])
+    (prior,) = [t for t in figures.answer_logprobs(frame).data if t.name == "prior"]
+    assert prior.customdata[0][0] == "one↵two"
+
+
+def test_figures_need_no_torch():
+    code = "import sys, covrl_lab.figures; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
