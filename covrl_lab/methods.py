@@ -8,6 +8,7 @@ log p(y|x,z); sums over traces of a group are written with j, and sg() stops the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -55,8 +56,9 @@ def jlb_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, memory: Memo
     reward = floor_unfinished(reward, batch, "sum_logprob", config.unfinished_penalty)
     sets = reward.view(-1, n)
     total = sets.logsumexp(1, keepdim=True)
-    others = sets[:, None, :].expand(-1, n, -1).masked_fill(torch.eye(n, dtype=torch.bool), -torch.inf)
-    improvement = (total - torch.tensor(n).log()) - (others.logsumexp(2) - torch.tensor(n - 1.0).log())
+    itself = torch.eye(n, dtype=torch.bool, device=sets.device)
+    others = sets[:, None, :].expand(-1, n, -1).masked_fill(itself, -torch.inf)
+    improvement = (total - math.log(n)) - (others.logsumexp(2) - math.log(n - 1))
     advantage = advantages(
         n * improvement.flatten(), batch.group_size, "none", config.advantage_scale, config.advantage_clip
     )
@@ -110,7 +112,7 @@ def rlpr_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, memory: Mem
     if old.bare_answer is not None:
         bare = LogProbs(old.prior, None, old.bare_answer, old.answer_mask)
         score = (score - answer_reward(bare, "mean_probability")).clamp_min(0)
-    reward = 0.9 * score + 0.1 * batch.finished - repeats(batch).to(score)
+    reward = 0.9 * score + 0.1 * batch.finished.to(score) - repeats(batch).to(score)
     advantage = advantages(
         reward, batch.group_size, config.baseline, config.advantage_scale, config.advantage_clip
     )
