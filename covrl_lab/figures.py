@@ -138,7 +138,8 @@ def trace_table(frame: pd.DataFrame) -> str:
         question, answer = (html.escape(visible(group[name].iloc[0])) for name in ("question", "answer"))
         rows.append(
             '<tr><th colspan="4" style="text-align: left; padding: 10px 0 2px 0">'
-            f"<code>{question}</code> reference answer <code>{answer}</code></th></tr>"
+            f'<code>{question}</code> <span style="font-weight: normal">reference answer</span> '
+            f"<code>{answer}</code></th></tr>"
         )
         for row in group.itertuples():
             source = html.escape(row.source)
@@ -166,15 +167,16 @@ def answer_logprobs(frame: pd.DataFrame, questions: int = 8) -> go.Figure:
     groups = [group for _, group in frame.groupby("example_id", sort=False)][:questions]
     figure = go.Figure(layout={"template": TEMPLATE})
     for source, colour in SOURCE_COLOURS.items():
-        parts = [(i, group[group["source"] == source]) for i, group in enumerate(groups)]
-        parts = [(i, part) for i, part in parts if len(part)]
+        offset = -0.17 if source == "prior" else 0.17
+        parts = [group[group["source"] == source].assign(place=i + offset) for i, group in enumerate(groups)]
+        parts = [part for part in parts if len(part)]
         if not parts:
             continue
-        offset = -0.17 if source == "prior" else 0.17
-        rows = pd.concat([part for _, part in parts])
+        # Finished first: the legend shows the first point's symbol.
+        rows = pd.concat(parts).sort_values("finished", ascending=False, kind="stable")
         figure.add_scatter(
             x=rows["total"],
-            y=[i + offset for i, part in parts for _ in range(len(part))],
+            y=rows["place"],
             mode="markers",
             name=source,
             legendgroup=source,
@@ -192,8 +194,8 @@ def answer_logprobs(frame: pd.DataFrame, questions: int = 8) -> go.Figure:
             f"%{{customdata[2]}}<extra>{source}</extra>",
         )
         figure.add_scatter(
-            x=[part["total"].mean() for _, part in parts],
-            y=[i + offset for i, _ in parts],
+            x=[part["total"].mean() for part in parts],
+            y=[part["place"].iloc[0] for part in parts],
             mode="markers",
             name=f"mean, {source}",
             legendgroup=source,
@@ -211,7 +213,10 @@ def answer_logprobs(frame: pd.DataFrame, questions: int = 8) -> go.Figure:
         range=[len(groups) - 0.5, -0.5],
         zeroline=False,
     )
-    return figure.update_layout(height=140 + 80 * max(1, len(groups)))
+    return figure.update_layout(
+        title_text="A point is a trace (hollow: unfinished), a bar the mean",
+        height=150 + 80 * max(1, len(groups)),
+    )
 
 
 def token_comparison(row: Any) -> go.Figure:
@@ -243,11 +248,13 @@ def token_comparison(row: Any) -> go.Figure:
         tickfont={"family": "monospace", "size": 13 if len(tokens) <= 64 else 10},
         showgrid=False,
     )
-    figure.update_yaxes(title_text="nats a token")
+    figure.update_yaxes(title_text="log-probability, nats a token")
     return figure.update_layout(
         title_text=f"A {html.escape(row['source'])} trace, log p(y|x,z) = {total:.2f} nats",
         hovermode="x unified",
-        height=380,
+        legend={"x": 0, "xanchor": "left"},
+        margin={"t": 80},
+        height=400,
         width=None if len(tokens) <= 80 else 12 * len(tokens),  # pixels; None: as wide as the notebook
     )
 
@@ -261,13 +268,14 @@ def training_curves(
     """Small multiples over a run's steps: what rises when it learns, and what else might make it rise.
 
     metrics and evaluations are ``Run.metrics`` and ``Run.evaluations``; a quantity that the method does not
-    have (KL without a posterior) gets no panel. The bars on accuracy are 95% bootstrap intervals.
+    have (KL without a posterior) gets no panel. The bars on accuracy are 95% bootstrap intervals. From 60
+    steps on, each step is a faint line and the bold one a centred mean over a twentieth of the run.
     """
-    by_source = {"prior": PRIOR, "posterior": POSTERIOR}
+    sources = SOURCE_COLOURS.items()
     panels = [
-        ("Reward by source", reward_unit, {f"reward_{s}": (s, c) for s, c in by_source.items()}),
+        ("Reward by source", reward_unit, {f"reward_{s}": (s, c) for s, c in sources}),
         ("KL(p′‖p)", "nats a token", {"kl": ("all traces", BOTH)}),
-        ("Trace length", "tokens", {f"trace_tokens_{s}": (s, c) for s, c in by_source.items()}),
+        ("Trace length", "tokens", {f"trace_tokens_{s}": (s, c) for s, c in sources}),
         ("Finished traces", "share", {"finished_share": ("all traces", BOTH)}),
         ("Held-out accuracy", "share of questions", {"accuracy": ("held-out questions", PRIOR)}),
         ("Gradient norm", "L2 norm before clipping", {"gradient_norm": ("all traces", BOTH)}),
@@ -298,20 +306,33 @@ def training_curves(
     for i, (_, unit, series) in enumerate(drawn):
         place = {"row": i // columns + 1, "col": i % columns + 1}
         for column, (frame, name, colour) in series.items():
+            noisy = len(frame) > 60
+            shown = {"legendgroup": name, "x": frame["step"], "name": name}
+            in_legend = name in SOURCE_COLOURS and name not in named
             figure.add_scatter(
-                x=frame["step"],
                 y=frame[column],
-                mode="lines+markers" if len(frame) <= 60 else "lines",
-                name=name,
-                legendgroup=name,
-                showlegend=name in by_source and name not in named,
-                line={"color": colour, "width": 2},
+                mode="lines" if noisy else "lines+markers",
+                opacity=0.35 if noisy else 1,
+                line={"color": colour, "width": 1 if noisy else 2},
                 marker={"size": 5},
                 error_y=_interval(frame, column),
                 hovertemplate=f"step %{{x}}: %{{y:.3g}} {unit}{_spread(frame, column)}<extra>{name}</extra>",
                 customdata=_bounds(frame, column),
+                showlegend=in_legend and not noisy,
+                **shown,
                 **place,
             )
+            if noisy:
+                window = len(frame) // 20
+                figure.add_scatter(
+                    y=frame[column].rolling(window, center=True, min_periods=1).mean(),
+                    mode="lines",
+                    line={"color": colour, "width": 2.5},
+                    hovertemplate=f"mean of {window} steps: %{{y:.3g}} {unit}<extra>{name}</extra>",
+                    showlegend=in_legend,
+                    **shown,
+                    **place,
+                )
             named.add(name)
         figure.update_yaxes(title_text=unit, **place)
         if unit.startswith("share"):

@@ -102,7 +102,12 @@ def test_answer_logprobs_are_sums_over_answer_tokens():
     assert np.round(y).tolist() == [0, 0, 1, 1]
     np.testing.assert_allclose(points(figure, "mean, prior")[0], [-1.05, -2.05])
     (prior,) = [t for t in figure.data if t.name == "prior"]
-    assert list(prior.marker.symbol) == ["circle", "circle-open"] * 2
+    assert sorted(zip(prior.x, prior.marker.symbol, strict=True)) == [
+        (-2.1, "circle-open"),
+        (-2.0, "circle"),
+        (-1.1, "circle-open"),
+        (-1.0, "circle"),
+    ]
     assert [label.split("<br>")[0] for label in figure.layout.yaxis.ticktext] == [
         "9 + 3 = 12. 0?",
         "9 + 3 = 12. 1?",
@@ -159,6 +164,14 @@ def test_training_curves_before_the_first_step():
     assert "no finished step" in figures.training_curves(pd.DataFrame()).layout.title.text
     only = figures.training_curves(pd.DataFrame(), evaluations((0.25,)))
     assert [t.name for t in only.data] == ["held-out questions"]
+
+
+def test_training_curves_of_a_long_run_add_a_running_mean():
+    m = metrics(80)
+    raw, mean = [t for t in figures.training_curves(m).data if t.name == "posterior"][:2]
+    np.testing.assert_allclose(raw.y, m["reward_posterior"])
+    np.testing.assert_allclose(mean.y[4], m["reward_posterior"][2:6].mean())
+    assert raw.line.width < mean.line.width and mean.showlegend and not raw.showlegend
 
 
 def test_evaluation_curve_of_single_runs():
@@ -252,7 +265,7 @@ def test_trace_table_escapes(text):
     table = figures.trace_table(trace_rows([text]))
     parsed = Tags()
     parsed.feed(table)
-    assert parsed.tags <= {"table", "thead", "tbody", "tr", "th", "td", "b", "code"}
+    assert parsed.tags <= {"table", "thead", "tbody", "tr", "th", "td", "b", "code", "span"}
     assert parsed.attributes <= {"style", "colspan"}
     assert not INVISIBLE.search(table)
     assert figures.visible(text) in parsed.text
