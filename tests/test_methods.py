@@ -234,6 +234,29 @@ def test_ravr_like_is_exact_for_one_token_and_rough_for_three():
     assert cosine == pytest.approx(0.979, abs=5e-4)
 
 
+# --- prior-only methods with posterior traces
+COSINES = {"jlb": 1, "rlpr": 1, "grpo": 1, "verifree": 0.956, "latro": 0.895, "jepo": 0.901}
+
+
+@pytest.mark.parametrize("name", COSINES)
+def test_what_posterior_traces_cost_the_prior_only_methods(name):
+    """alpha = 1/2, T = 1: exact where every term carries p/h, as in JLB, RLPR and GRPO.
+
+    The answer terms of VeriFree, LaTRO and JEPO do not (nor do JEPO's sets): these three want alpha = 1.
+    """
+    world, group = World(1, answer_tokens=2), 2 if name == "jepo" else 1
+    settings = SETTINGS[name] | dict(rollouts_per_question=2, alpha=0.5)
+    if name == "jepo":
+        truth = world.gradient(jepo_bound(world, 2))
+    else:
+        settings |= OBJECTIVES[name][0]
+        truth = world.gradient(OBJECTIVES[name][1](world))
+    found = expected_gradient(world, exact(**settings), group)
+    cosine = torch.cosine_similarity(found, truth, dim=0).item()
+    assert cosine == pytest.approx(COSINES[name], abs=5e-4)
+    assert (worst(found, truth) < TOLERANCE) == (COSINES[name] == 1)
+
+
 # --- a step of two groups, everything that methods read
 def full_step(name: str, **changes):
     """new, old (ref_prior and bare_answer too), batch and config of a method, ragged, in float64."""
