@@ -141,11 +141,8 @@ class Trainer:
         self.task = load_task(config.task, **self._task_settings())
         self.held_out = self.task.held_out(config.eval_questions)
         self.prompter = Prompter(load_tokenizer(config.model), self.task.demonstrations, config.prompt_style)
-        max_context = load_config(config.model).get_text_config().max_position_embeddings
-        for example in (*self.held_out, *self._questions(0), *self._questions(1)):
-            self.prompter.check_length(
-                self.prompter(example), config.max_trace_tokens, max_context, example.id
-            )
+        self.max_context = load_config(config.model).get_text_config().max_position_embeddings
+        self._prompts([*self.held_out, *self._questions(0), *self._questions(1)])
         self.policy = load_policy(
             config.model,
             quantization=config.quantization,
@@ -267,7 +264,7 @@ class Trainer:
             bar.close()
             if self._unrecorded:  # weights and files are not the same step's: go on from the last checkpoint
                 self.policy = None
-            elif self.saved_step != self.step and sys.exc_info()[0] is not ConfigError:
+            elif self.saved_step != self.step:
                 self.save_checkpoint()
             if self.step == config.steps and self._accelerator is not None:
                 self._accelerator.end_training()
@@ -282,6 +279,13 @@ class Trainer:
         count = self.config.questions_per_step
         return self.task.train(step * count, count, self.config.seed)
 
+    def _prompts(self, examples: Sequence[Example]) -> list[Prompt]:
+        """The prompts of some examples. ConfigError where one does not fit the model's context."""
+        prompts = [self.prompter(e) for e in examples]
+        for prompt, example in zip(prompts, examples, strict=True):
+            self.prompter.check_length(prompt, self.config.max_trace_tokens, self.max_context, example.id)
+        return prompts
+
     def _generator(self, purpose: str, step: int) -> torch.Generator:
         digest = hashlib.sha256(f"{self.config.seed}/{purpose}/{step}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -290,7 +294,7 @@ class Trainer:
         """The questions of a step (from 0) and traces drawn for them by the current policy."""
         config = self.config
         examples = self._questions(step)
-        prompts = [self.prompter(e) for e in examples]
+        prompts = self._prompts(examples)
         generator = self._generator("rollouts", step)
         from_prior = draw_sources(
             len(prompts), config.rollouts_per_question, config.alpha, config.source_split, generator
