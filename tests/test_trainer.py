@@ -1,0 +1,667 @@
+"""The training loop: what a run folder holds, and that no interruption, cut or crash changes a number."""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from covrl_lab import trainer as trainer_module
+from covrl_lab.config import RunConfig
+from covrl_lab.data import is_held_out
+from covrl_lab.models import load_adapter, load_policy
+from covrl_lab.scoring import score
+from covrl_lab.traces import load_run, read_jsonl, step_file, steps_in
+from covrl_lab.trainer import StepRecord, Trainer, micro_batches
+from covrl_lab.types import ConfigError, TraceBatch
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {
+    "model": "tiny",
+    "quantization": "none",
+    "dtype": "float32",
+    "device": "cpu",
+    "lora_rank": 4,
+    "task": "arithmetic",
+    "difficulty": 1,
+    "demonstrations": 1,
+    "steps": 8,
+    "questions_per_step": 2,
+    "rollouts_per_question": 6,
+    "max_trace_tokens": 20,  # a random model ends one trace in ten within these
+    "learning_rate": 5e-3,
+    "warmup_steps": 2,
+    "eval_every": 4,
+    "eval_questions": 3,
+    "eval_samples": 1,
+    "max_answer_tokens": 4,
+    "checkpoint_every": 3,
+    "seed": 3,
+}
+# Four quick steps with two updates each; only the last one makes a checkpoint.
+SHORT = SMALL | {
+    "steps": 4,
+    "eval_every": 2,
+    "updates_per_step": 2,
+    "checkpoint_every": 10,
+    "eval_samples": 0,
+}
+SHORT |= {"max_trace_tokens": 12}
+CLOCK = {"seconds", "seconds_sampling", "seconds_update", "peak_memory_gib"}
+
+
+def make(run_dir, base=SMALL, **settings) -> Trainer:
+    return Trainer(RunConfig(**base | settings, run_dir=str(run_dir)), progress=False)
+
+
+def numbers(run_dir) -> list[dict]:
+    """The lines of metrics.jsonl without clock and memory, as text: equal means identical."""
+    return [json.dumps({k: v for k, v in r.items() if k not in CLOCK}) for r in lines(run_dir)]
+
+
+def lines(run_dir, name="metrics.jsonl") -> list[dict]:
+    text = (Path(run_dir) / name).read_text()
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]  # every line whole
+
+
+def frames(folder: Path) -> dict[str, str]:
+    return {p.name: pd.read_parquet(p).to_json(double_precision=15) for p in sorted(folder.glob("*.parquet"))}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def assert_same_run(left, right) -> None:
+    """Everything but clocks is identical, to the last bit of the adapter and the optimiser."""
+    left, right = Path(left), Path(right)
+    assert numbers(left) == numbers(right)
+    assert lines(left, "evaluations.jsonl") == lines(right, "evaluations.jsonl")
+    assert frames(left / "traces") == frames(right / "traces")
+    assert frames(left / "evaluations") == frames(right / "evaluations")
+    last = steps_in(left / "checkpoints")[-1]
+    assert last == steps_in(right / "checkpoints")[-1]
+    mine, theirs = (contents(step_file(run / "checkpoints", last, "")) for run in (left, right))
+    # PEFT writes the set of adapted layers in an order that differs between processes.
+    layers = [sorted(json.loads(c.pop("adapter_config.json"))["target_modules"]) for c in (mine, theirs)]
+    assert mine == theirs and layers[0] == layers[1]
+    assert not [p for run in (left, right) for p in run.rglob("*.tmp*")]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The uninterrupted run that others are compared with."""
+    torch.manual_seed(123)  # the global generator must not matter
+    return make(tmp_path_factory.mktemp("reference") / "run").run()
+
+
+@pytest.fixture(scope="module")
+def short_reference(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("short") / "run", SHORT).run()
+
+
+# --- what a run folder holds
+
+
+def test_the_run_folder_is_complete(reference):
+    run = reference.run_dir
+    assert sorted(p.name for p in run.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "evaluations",
+        "evaluations.jsonl",
+        "metrics.jsonl",
+        "traces",
+    ]
+    assert RunConfig.load(run / "config.json") == reference.config
+    assert steps_in(run / "traces") == list(range(1, 9))
+    assert steps_in(run / "checkpoints") == [6, 8]  # the last two, the last step always
+    assert sorted(p.name for p in (run / "checkpoints" / "step_00008").iterdir()) >= [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    unsafe = {p.suffix for p in run.rglob("*") if p.is_file()} - {
+        ".json",
+        ".jsonl",
+        ".parquet",
+        ".safetensors",
+    }
+    assert not unsafe
+
+
+def test_metrics_are_the_step_records(reference):
+    metrics = lines(reference.run_dir)
+    fields = [f.name for f in dataclasses.fields(StepRecord)]
+    assert [m["step"] for m in metrics] == list(range(1, 9))
+    assert all(list(m) == fields for m in metrics)
+    assert metrics == reference.records
+    optional = {f.name for f in dataclasses.fields(StepRecord) if "None" in f.type}
+    for m in metrics:
+        assert all(math.isfinite(v) for k, v in m.items() if v is not None)
+        assert all(m[k] is not None for k in fields if k not in optional)
+        assert 0 < m["packed_tokens"] < m["padded_tokens"]
+        assert m["seconds"] >= m["seconds_update"] > 0
+    assert [m["step"] for m in metrics if m["accuracy"] is not None] == [4, 8]
+
+
+def test_evaluations_before_during_and_after(reference):
+    summaries = lines(reference.run_dir, "evaluations.jsonl")
+    assert [s["step"] for s in summaries] == [0, 4, 8]
+    assert steps_in(reference.run_dir / "evaluations") == [0, 4, 8]
+    run = load_run(reference.run_dir)
+    held_out = {e.id for e in reference.task.held_out(3)}
+    for s in summaries:
+        rows = run.predictions(s["step"])
+        assert list(rows["sample"]) == [-1] * 3 + [0] * 3  # greedy, then one sample
+        assert set(rows["example_id"]) == held_out and s["eval_questions"] == 3 and s["k"] == 1
+        assert s["accuracy"] == rows["score"][:3].mean()
+        assert 0 <= s["accuracy_low"] <= s["accuracy"] <= s["accuracy_high"] <= 1
+        assert not rows[~rows["finished"]]["score"].any()
+    trained = set(run.traces()["example_id"])
+    assert not trained & held_out
+
+
+def test_traces_have_a_row_a_rollout_and_lists_a_token(reference):
+    traces = load_run(reference.run_dir).traces()
+    documented = load_run(reference.run_dir).traces.__func__.__doc__
+    assert all(column in documented for column in traces.columns)
+    assert traces.groupby("step").size().tolist() == [12] * 8
+    assert traces["rollout"].tolist() == list(range(12)) * 8
+    # alpha = 1/2 of six, stratified: three traces of each source in every group, the prior's first.
+    assert traces["source"].tolist() == (["prior"] * 3 + ["posterior"] * 3) * 16
+    tokenizer = reference.policy.tokenizer
+    for row in traces.itertuples():
+        size = len(row.token_ids)
+        assert 1 <= size <= 20
+        assert {len(x) for x in (row.tokens, row.logp, row.logq, row.log_ratio)} == {size}
+        assert tokenizer.decode(row.token_ids).split("\n")[0].strip() == row.trace
+        assert len(row.answer_logp) == len(tokenizer(f" {row.answer}\n")["input_ids"])
+        assert max(row.logp.max(), row.logq.max(), row.answer_logp.max()) <= 0
+        assert row.finished == ("\n" in tokenizer.decode(row.token_ids) and bool(row.trace))
+        # The log-ratio of p' = (p + q)/2 to h = (p + q)/2.
+        assert not row.log_ratio.any()
+    assert 0.02 < traces["finished"].mean() < 0.9, "the tests of credit below need both kinds"
+
+
+def recomputed(traces: pd.DataFrame, group: int, penalty: float) -> tuple[np.ndarray, np.ndarray]:
+    """CoVRL's rewards and advantages from what is stored of each rollout, the formulas written out again."""
+    total = traces["answer_logp"].map(np.sum).to_numpy().reshape(-1, group)
+    done = traces["finished"].to_numpy().reshape(-1, group)
+    reward = total.copy()
+    for g in range(len(total)):
+        worst = total[g][done[g]].min() if done[g].any() else total[g].min()
+        reward[g][~done[g]] = worst - penalty
+    deviation = np.sqrt(((reward - reward.mean(1, keepdims=True)) ** 2).mean(1, keepdims=True))
+    return reward.ravel(), ((reward - reward.mean(1, keepdims=True)) / (deviation + 1e-4)).ravel()
+
+
+def test_rewards_and_advantages_follow_from_what_is_stored(reference):
+    traces = load_run(reference.run_dir).traces()
+    reward, advantage = recomputed(traces, 6, penalty=1.0)
+    np.testing.assert_allclose(traces["reward"], reward, rtol=1e-5)
+    np.testing.assert_allclose(traces["advantage"], advantage, atol=1e-4)
+    mixed = traces.groupby(np.arange(len(traces)) // 6)["finished"].transform("nunique") == 2
+    assert mixed.any() and (traces["advantage"][mixed & ~traces["finished"]] < 0).all()
+    gated = traces["finished"] & (traces["source"] == "prior") & (traces["advantage"] > 0)
+    assert (traces["answer_weight"] == gated).all()
+
+
+def test_metrics_summarise_the_stored_traces(reference):
+    run = load_run(reference.run_dir)
+    for step, metrics in zip(run.steps, run.metrics.to_dict("records"), strict=True):
+        traces = run.traces(step)
+        prior = traces["source"] == "prior"
+        answer = traces["answer_logp"].map(np.sum)
+        expected = {
+            "reward": traces["reward"].mean(),
+            "reward_prior": traces["reward"][prior].mean(),
+            "reward_posterior": traces["reward"][~prior].mean(),
+            "answer_logprob_prior": answer[prior].mean(),
+            "answer_logprob_posterior": answer[~prior].mean(),
+            "finished_share": traces["finished"].mean(),
+            "trace_tokens": traces["token_ids"].map(len).mean(),
+            "answer_term_share": (traces["answer_weight"] != 0).mean(),
+            "effective_sample_share": 1.0,  # p' = h
+        }
+        for name, value in expected.items():
+            assert metrics[name] == pytest.approx(value, rel=1e-5), (step, name)
+
+
+@pytest.mark.parametrize("step", [1, 7])
+def test_stored_traces_equal_a_fresh_scoring_of_their_ids(reference, step):
+    """In plain padded rows, by the base model (step 1) or the checkpoint before the step."""
+    policy = load_policy("tiny", quantization="none", dtype="float32", lora_rank=4, seed=3, device="cpu")
+    if step > 1:
+        load_adapter(policy, step_file(reference.run_dir / "checkpoints", step - 1, ""))
+    traces = load_run(reference.run_dir).traces(step)
+    examples = reference.task.train(2 * (step - 1), 2, 3)
+    assert [e.id for e in examples for _ in range(6)] == traces["example_id"].tolist()
+    ids = [torch.tensor(list(i)) for i in traces["token_ids"]]
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    batch = TraceBatch(
+        ids=padded,
+        mask=torch.arange(padded.shape[1]) < torch.tensor([len(i) for i in ids])[:, None],
+        from_prior=torch.tensor((traces["source"] == "prior").tolist()),
+        finished=torch.tensor(traces["finished"].tolist()),
+        group_size=6,
+    )
+    with torch.no_grad():
+        fresh = score(policy, [reference.prompter(e) for e in examples], batch, packed=False)
+    for i, row in enumerate(traces.itertuples()):
+        size = len(row.token_ids)
+        # float32 rounding of sums over the tiny model's width, in another order
+        np.testing.assert_allclose(row.logp, fresh.prior[i, :size], atol=2e-4)
+        np.testing.assert_allclose(row.logq, fresh.posterior[i, :size], atol=2e-4)
+        np.testing.assert_allclose(row.answer_logp, fresh.answer[i][fresh.answer_mask[i]], atol=2e-4)
+
+
+def test_the_adapter_moves_with_training_only(reference, tmp_path):
+    fresh = make(tmp_path / "run").setup()
+    assert fresh.policy.adapter_change() == 0
+    assert reference.policy.adapter_change() > 0
+
+
+# --- going on, stopping, crashing
+
+
+def test_leaving_the_loop_and_a_stop_file_change_nothing(reference, tmp_path):
+    trainer = make(tmp_path / "run")
+    seen = []
+    for record in trainer:
+        seen.append(record.step)
+        if record.step == 2:
+            break
+    assert steps_in(trainer.run_dir / "checkpoints") == [2]  # leaving saves
+    for record in trainer:
+        seen.append(record.step)
+        if record.step == 4:
+            (trainer.run_dir / "STOP").touch()
+    assert seen == [1, 2, 3, 4] and len(lines(trainer.run_dir)) == 4
+    assert list(trainer) == []  # still stopped
+    (trainer.run_dir / "STOP").unlink()
+    again = make(tmp_path / "run")  # as after a restart of the kernel
+    seen += [record.step for record in again]
+    assert seen == list(range(1, 9)) and len(again.records) == 8
+    assert_same_run(again.run_dir, reference.run_dir)
+    assert list(again) == []  # finished: nothing to do, nothing written twice
+    assert_same_run(again.run_dir, reference.run_dir)
+
+
+def start(run_dir, base, **settings) -> list[str]:
+    flags = [f for k, v in (base | settings | {"run_dir": run_dir}).items() for f in (f"--{k}", str(v))]
+    return [sys.executable, "-m", "covrl_lab", *flags]
+
+
+def test_a_killed_process_resumes_to_the_same_numbers(tmp_path):
+    """On the 4-bit base; killed without warning, resumed by the same command."""
+    base = SMALL | {"quantization": "nf4", "eval_samples": 0}
+    log = open(tmp_path / "log", "w")
+    process = subprocess.Popen(start(tmp_path / "run", base), cwd=ROOT, stdout=log, stderr=log)
+    # Meanwhile, the same run without interruption.
+    uninterrupted = make(tmp_path / "uninterrupted", base).setup()
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 500
+    while len(read_jsonl(metrics)) < 4 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.poll() is None, (tmp_path / "log").read_text()
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = len(read_jsonl(metrics))
+    saved = steps_in(tmp_path / "run" / "checkpoints")
+    assert 4 <= done < 8 and saved[-1] in (3, 6)
+    killed = shutil.copytree(tmp_path / "run", tmp_path / "killed")
+
+    finished = subprocess.run(start(tmp_path / "run", base), cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.strip() == f"Run folder: {tmp_path / 'run'}"
+    uninterrupted.run()
+    assert_same_run(tmp_path / "run", uninterrupted.run_dir)
+
+    # The same crash with everything half-written that a crash can leave.
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        with (killed / name).open("a") as file:
+            file.write('{"step": 5, "loss": -0.')
+    half = killed / "checkpoints" / "step_00006.tmp"
+    half.mkdir(exist_ok=True)
+    (half / "adapter_model.safetensors").write_bytes(b"\x00half")
+    (killed / "traces" / "step_00005.tmp.parquet").write_bytes(b"PAR1half")
+    resumed = make(killed, base)
+    first = next(record.step for record in resumed)
+    assert first == saved[-1] + 1
+    resumed.run()
+    assert_same_run(killed, uninterrupted.run_dir)
+
+
+def test_killed_before_the_first_checkpoint(short_reference, tmp_path):
+    """All begins again, and the evaluation before training is there once."""
+    run = shutil.copytree(short_reference.run_dir, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    trainer = make(run, SHORT)
+    for _ in trainer:
+        break
+    assert [e["step"] for e in lines(run, "evaluations.jsonl")] == [0]
+    assert [m["step"] for m in lines(run)] == [1]
+    trainer.run()
+    assert_same_run(run, short_reference.run_dir)
+
+
+@pytest.mark.parametrize("place", ["sample_traces", "score", "evaluate", "_record", "_append"])
+def test_an_interruption_anywhere_changes_nothing(short_reference, tmp_path, monkeypatch, place):
+    """Ctrl-C while sampling, in the second update, in an evaluation, or before the record is written."""
+    trainer, calls = make(tmp_path / "run", SHORT), []
+    owner = Trainer if place.startswith("_") else trainer_module
+    working = getattr(owner, place)
+    # The call that falls into step 2; a step of two updates scores three times, steps 0 and 2 are evaluated.
+    fatal = {"sample_traces": 2, "score": 6, "evaluate": 2, "_record": 2, "_append": 4}[place]
+
+    def interrupted(*args, **kwargs):
+        calls.append(trainer.step)
+        if len(calls) == fatal:
+            raise KeyboardInterrupt
+        return working(*args, **kwargs)
+
+    monkeypatch.setattr(owner, place, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert calls[-1] == (1 if place in ("sample_traces", "score") else 2)
+    # Whatever happened, the files agree with each other: no checkpoint is ahead of the records.
+    assert max(steps_in(tmp_path / "run" / "checkpoints"), default=0) <= len(lines(tmp_path / "run"))
+    if place == "sample_traces":
+        assert steps_in(tmp_path / "run" / "checkpoints") == [1]  # a whole step is not lost
+    trainer.run()
+    assert_same_run(tmp_path / "run", short_reference.run_dir)
+
+
+@pytest.mark.parametrize("again", ["same object", "new object"])
+def test_a_full_disk_is_one_sentence_and_costs_nothing(short_reference, tmp_path, monkeypatch, again):
+    trainer, working = make(tmp_path / "run", SHORT), trainer_module.write_parquet
+
+    def full(frame, path):
+        if path == step_file(trainer.run_dir / "traces", 3):
+            path.with_suffix(".tmp.parquet").write_bytes(b"PAR1")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        working(frame, path)
+
+    monkeypatch.setattr(trainer_module, "write_parquet", full)
+    trainer_steps = iter(trainer)
+    next(trainer_steps), next(trainer_steps)
+    before = contents(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"no space left for .*; free some and run again"):
+        next(trainer_steps)
+    after = contents(tmp_path / "run")
+    assert {k: after.get(k) for k in before} == before
+    monkeypatch.setattr(trainer_module, "write_parquet", working)
+    trainer = trainer if again == "same object" else make(tmp_path / "run", SHORT)
+    trainer.run()
+    assert_same_run(tmp_path / "run", short_reference.run_dir)
+
+
+def test_a_full_disk_under_a_checkpoint(short_reference, tmp_path, monkeypatch):
+    """safetensors reports it in its own way; the half checkpoint never counts."""
+    trainer, working = make(tmp_path / "run", SHORT), trainer_module.save_file
+
+    def full(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(trainer_module, "save_file", full)
+    with pytest.raises(ConfigError, match="no space left"):
+        trainer.run()
+    assert steps_in(tmp_path / "run" / "checkpoints") == []
+    monkeypatch.setattr(trainer_module, "save_file", working)
+    trainer.run()
+    assert_same_run(tmp_path / "run", short_reference.run_dir)
+
+
+# --- the update
+
+
+def gradients(tmp_path, **settings) -> tuple[Trainer, StepRecord, dict[str, torch.Tensor]]:
+    """The first step's record and gradient from an adapter that is not zero, so that both factors get one."""
+    trainer = make(tmp_path, SMALL | {"steps": 1, "max_grad_norm": 1e9, "eval_every": 0} | settings).setup()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in trainer.policy.trainable():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    (record,) = trainer
+    return trainer, record, {name: p.grad.clone() for name, p in trainer.policy.trainable()}
+
+
+def test_micro_batches_change_nothing(tmp_path, monkeypatch):
+    counted = []
+
+    def counting(*args):
+        parts = micro_batches(*args)
+        counted.append([p.tolist() for p in parts])
+        return parts
+
+    monkeypatch.setattr(trainer_module, "micro_batches", counting)
+    whole, record, gradient = gradients(tmp_path / "whole")
+    assert counted == [[list(range(12))]]
+    assert record.gradient_norm > 0 and record.answer_term_share > 0, "a seed where all terms act"
+    traces = load_run(whole.run_dir).traces()
+    largest = max(float(g.abs().max()) for g in gradient.values())
+    for tokens in (record.packed_tokens - 1, 300, 1):
+        trainer, cut, cut_gradient = gradients(tmp_path / str(tokens), max_packed_tokens=tokens)
+        assert sum(counted[-1], []) == list(range(12))  # every rollout once, in order
+        for name, value in gradient.items():
+            # The same sums in another order: float32 has 1e-7, sums of some hundred terms lose a little more.
+            torch.testing.assert_close(cut_gradient[name], value, rtol=1e-3, atol=2e-5 * largest)
+        for name, value in dataclasses.asdict(record).items():
+            if name not in CLOCK:
+                assert getattr(cut, name) == pytest.approx(value, rel=1e-4, abs=1e-6), name
+        stored = load_run(trainer.run_dir).traces()
+        assert stored["trace"].tolist() == traces["trace"].tolist()
+        for name in ("token_ids", "logp", "logq", "answer_logp"):
+            np.testing.assert_allclose(np.hstack(stored[name]), np.hstack(traces[name]), atol=2e-4)
+    # By question, then within the group; a single rollout is never cut.
+    assert [len(c) for c in counted] == [1, 2, 4, 12]
+
+
+def test_a_second_update_sees_the_traces_with_another_policy(tmp_path):
+    """With w = alpha the ratio p'_new / h_old is 1 until the first update has moved the weights."""
+    narrow = {"clip_range": 1e-5, "clip_range_high": 1e-5, "learning_rate": 1e-3}
+    one, first, _ = gradients(tmp_path / "one", updates_per_step=1, **narrow)
+    two, second, _ = gradients(tmp_path / "two", updates_per_step=2, **narrow)
+    assert first.clipped_share == 0
+    assert second.clipped_share > 0
+    assert second.reward == first.reward  # the credit is that of the sampling policy
+    pairs = zip(one.policy.trainable(), two.policy.trainable(), strict=True)
+    assert any(not torch.equal(a, b) for (_, a), (_, b) in pairs)
+
+
+def test_the_gradient_is_clipped_to_its_norm(tmp_path):
+    _, free, gradient = gradients(tmp_path / "free")
+    _, held, clipped = gradients(tmp_path / "held", max_grad_norm=0.01)
+    total = torch.sqrt(sum((g**2).sum() for g in gradient.values()))
+    assert free.gradient_norm == pytest.approx(float(total), rel=1e-5)
+    assert held.gradient_norm == free.gradient_norm > 0.01  # what is recorded is the norm before
+    for name, value in gradient.items():
+        torch.testing.assert_close(clipped[name], value * (0.01 / (total + 1e-6)), rtol=1e-4, atol=1e-9)
+
+
+def test_the_learning_rate_follows_the_schedule(reference):
+    # Two steps of warm-up, then (1 + cos(pi k / 6)) / 2 for k = 0..5.
+    table = [0.5, 1.0, 1.0, 0.9330127, 0.75, 0.5, 0.25, 0.0669873]
+    np.testing.assert_allclose([r["learning_rate"] for r in reference.records], 5e-3 * np.array(table))
+
+
+@pytest.mark.parametrize(
+    ("settings", "table"),
+    [
+        ({"lr_schedule": "constant", "warmup_steps": 4, "steps": 6}, [0.25, 0.5, 0.75, 1, 1, 1]),
+        ({"lr_schedule": "constant", "warmup_steps": 0, "steps": 2}, [1, 1]),
+        ({"lr_schedule": "cosine", "warmup_steps": 0, "steps": 4}, [1, 0.8535534, 0.5, 0.1464466]),
+        ({"lr_schedule": "cosine", "warmup_steps": 4, "steps": 2}, [0.25, 0.5]),
+    ],
+)
+def test_learning_rate_tables(settings, table):
+    config, rates = RunConfig(learning_rate=2.0, **settings), []
+    for step in range(config.steps):
+        state = SimpleNamespace(config=config, step=step, optimizer=SimpleNamespace(param_groups=[{}, {}]))
+        Trainer._set_learning_rate(state)
+        assert state.optimizer.param_groups[0] == state.optimizer.param_groups[1]
+        rates.append(state.optimizer.param_groups[0]["lr"])
+    np.testing.assert_allclose(rates, 2.0 * np.array(table), rtol=1e-6)
+
+
+def test_a_policy_that_never_finishes_learns_nothing(tmp_path, monkeypatch):
+    """Without a finished trace there is no advantage, no answer term and no KL, so no update at all."""
+    monkeypatch.setattr(trainer_module.Prompter, "ends", lambda *args: False)
+    trainer = make(tmp_path / "run", max_trace_tokens=3, steps=2, eval_every=0, nll_gate="none")
+    for record in trainer:
+        assert record.finished_share == 0 and record.answer_term_share == 0
+        assert (record.gradient_norm, record.kl, record.policy_loss, record.nll) == (0, 0, 0, None)
+    traces = load_run(trainer.run_dir).traces()
+    assert not traces["advantage"].any() and not traces["answer_weight"].any()
+    assert trainer.policy.adapter_change() == 0
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_training_makes_the_reference_answer_likelier(tmp_path):
+    """Every question has the same answer, so the answer term alone must raise its likelihood quickly."""
+    questions = [f"What is the word number {i}?" for i in range(40)]
+    train = [q for q in questions if not is_held_out(q)][:4]
+    held_out = [q for q in questions if is_held_out(q)][:1]
+    task = write_rows(tmp_path / "word.jsonl", [{"question": q, "answer": "7"} for q in train + held_out])
+    settings = {"task": task, "difficulty": None, "method": "jlb", "prompt_style": "few_shot"}
+    settings |= {
+        "nll_gate": "none",
+        "nll_weight": 1.0,
+        "learning_rate": 2e-2,
+        "lr_schedule": "constant",
+        "steps": 15,
+    }
+    trainer = make(tmp_path / "run", **settings, eval_every=0, eval_questions=1, checkpoint_every=100)
+    values = [record.answer_logprob_prior for record in trainer]
+    # Two tokens at random are 2 log(1/300) = -11 nats or worse. A run that learns ends near 0; one whose
+    # gradient is lost or has the wrong sign stays or falls.
+    assert np.mean(values[-3:]) > np.mean(values[:3]) + 5, values
+    assert all(record["reward_posterior"] is None for record in trainer.records)  # alpha = 1: no posterior
+
+
+# --- refusals, before a model is loaded
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    def loaded(*args, **kwargs):
+        pytest.fail("a model was loaded before everything had been checked")
+
+    monkeypatch.setattr(trainer_module, "load_policy", loaded)
+
+
+def test_another_configuration_in_the_folder_is_refused(reference, no_model):
+    before = contents(reference.run_dir)
+    with pytest.raises(ConfigError, match=r"another configuration \(alpha is 0.5 there, 0.25 here\)"):
+        make(reference.run_dir, alpha=0.25)
+    assert contents(reference.run_dir) == before
+    make(reference.run_dir, checkpoint_every=1, tracker="tensorboard")  # these change no number
+
+
+def test_a_foreign_folder_is_refused(tmp_path, no_model):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty and not a run folder; choose another run_dir"):
+        make(tmp_path)
+    assert contents(tmp_path) == {"thesis.txt": b"mine"}
+    for inside in ("thesis.txt", "thesis.txt/run"):
+        with pytest.raises(ConfigError, match="is a file"):
+            make(tmp_path / inside)
+    (tmp_path / "empty").mkdir()
+    make(tmp_path / "empty")
+    assert not list((tmp_path / "empty").iterdir())  # looking leaves no trace
+
+
+def test_too_little_space_is_refused(tmp_path, monkeypatch, no_model):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(trainer_module.shutil, "disk_usage", lambda path: usage(10**12, 10**12, 10**6))
+    with pytest.raises(ConfigError, match="less than 200 MiB are free for .*; free some space"):
+        make(tmp_path / "deep" / "run")
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model": "tyny"}, "unknown model 'tyny'.*'tiny'"),
+        ({"task": "arithmetics"}, "unknown task 'arithmetics'.*'arithmetic'"),
+        ({"task": "reasoning_gym/leg_count"}, "unknown reasoning-gym task 'leg_count'.*'leg_counting'"),
+        ({"task": "nowhere.jsonl"}, "'nowhere.jsonl' does not exist"),
+    ],
+)
+def test_unknown_names_are_refused(tmp_path, no_model, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        make(tmp_path / "run", **{"difficulty": None} | settings)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "is empty; it needs one row per question"),
+        ([{"question": "What?", "solution": "7"}], "columns .* but not 'answer'"),
+        (
+            [{"question": "What?", "answer": "7"}, {"question": "Who?", "answer": " "}],
+            "row 2 .* empty 'answer'",
+        ),
+        ([{"question": "", "answer": "7"}], "row 1 .* empty 'question'"),
+        (
+            [{"question": "What is " + "x" * 9000 + f"{i}?", "answer": "7"} for i in range(20)],
+            "context of 8192",
+        ),
+    ],
+    ids=["no row", "no column", "no answer", "no question", "too long"],
+)
+def test_unusable_questions_are_refused(tmp_path, no_model, rows, words):
+    task = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ConfigError, match=words) as caught:
+        make(tmp_path / "run", task=task, difficulty=None, eval_questions=1).setup()
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [("7\n8", "ends an answer"), ("7" * 9000, "context of 8192")],  # a few-shot answer is one line
+    ids=["lines", "length"],
+)
+def test_a_row_that_turns_out_unusable_later_costs_no_step(tmp_path, answer, words):
+    questions = [q for q in (f"Which number is {i}?" for i in range(60)) if not is_held_out(q)][:6]
+    held_out = next(q for q in (f"Which number is {i}?" for i in range(60)) if is_held_out(q))
+    rows = [{"question": q, "answer": "7"} for q in [*questions, held_out]]
+    settings = {"difficulty": None, "questions_per_step": 1, "eval_questions": 1, "eval_every": 0, "steps": 6}
+    task = write_rows(tmp_path / "rows.jsonl", rows)
+    fifth = trainer_module.load_task(task).train(4, 1, SMALL["seed"])[0]
+    rows[questions.index(fifth.question)]["answer"] = answer
+    write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ConfigError, match=words):
+        make(tmp_path / "run", task=task, prompt_style="few_shot", **settings).run()
+    assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 4
+    assert steps_in(tmp_path / "run" / "checkpoints")[-1] == 4  # not 3, where the last regular one was
+
+
+def test_tensorboard_gets_every_step(tmp_path):
+    pytest.importorskip(
+        "tensorboard", reason="tensorboard is not installed (pip install covrl-lab[trackers])"
+    )
+    make(tmp_path / "run", steps=2, eval_every=0, tracker="tensorboard").run()
+    events = list((tmp_path / "run").rglob("events.out.tfevents.*"))
+    assert events and all(p.stat().st_size > 0 for p in events)
