@@ -561,6 +561,10 @@ def test_the_gate_keeps_good_finished_prior_traces():
     batch = group([1, 1, 1, 1, 0], from_prior=[1, 1, 0, 0, 1])
     credit = likelihood_credit(batch, logprobs, exact(nll_gate="prior_positive", baseline="mean"))
     assert credit.answer_weight.tolist() == [1, 0, 0, 0, 0]
+    # Three equal rewards of -1.7 centre to +1e-7 in float32, which must not let unfinished traces in.
+    rows = dataclasses.replace(select(logprobs, slice(3)), answer=torch.full((3, 1), -0.7))
+    credit = likelihood_credit(group([0, 0, 0]), rows, exact(nll_gate="prior_positive", baseline="mean"))
+    assert not credit.answer_weight.any()
     credit = likelihood_credit(batch, logprobs, exact(nll_gate="reward", reward="probability"))
     assert torch.allclose(credit.answer_weight, answer[:, 0].exp() * batch.finished)
 
