@@ -441,9 +441,10 @@ OVERFLOW = pytest.mark.xfail(reason="the exact KL's weight e^(log p'_new - log p
 
 
 def poison(logprobs: LogProbs, mask: torch.Tensor, value: float) -> LogProbs:
-    trace = {name: torch.where(mask, getattr(logprobs, name), value) for name in ("prior", "posterior")}
-    answer = torch.where(logprobs.answer_mask, logprobs.answer, value)
-    return LogProbs(**trace, answer=answer, answer_mask=logprobs.answer_mask)
+    """Padding of the prior and the answer at ``value``, of the posterior at minus that."""
+    prior, posterior = logprobs.prior.where(mask, value), logprobs.posterior.where(mask, -value)
+    answer = logprobs.answer.where(logprobs.answer_mask, value)
+    return LogProbs(prior, posterior, answer, logprobs.answer_mask)
 
 
 @pytest.mark.parametrize("settings", STEP_SETTINGS)
