@@ -1,5 +1,7 @@
 """Prompts: contexts are joined ids, spelled out here literally, and the answer never leaks into the prior."""
 
+import re
+
 import pytest
 import torch
 
@@ -184,6 +186,26 @@ def test_reencoding_would_change_ids(tokenizer):
     assert joined(tokenizer, tokenizer.decode(trace)) != tuple(trace)
     th = joined(tokenizer, "t", "h")  # a trace may hold these two tokens, whose text is one
     assert len(th) == 2 and len(joined(tokenizer, tokenizer.decode(th))) == 1
+
+
+def test_pieces_stay_apart_where_a_tokenizer_would_merge_them():
+    class Merges:
+        """Characters, but a newline or a colon is one token with what follows it."""
+
+        bos_token_id, chat_template = None, None
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": self.encode(text)}
+
+        def encode(self, text, add_special_tokens=True):
+            return [sum(ord(c) << 8 * k for k, c in enumerate(t)) for t in re.findall(r"[\n:]?.|[\n:]", text)]
+
+    tokenizer = Merges()
+    prompt = Prompter(tokenizer, DEMONSTRATIONS[:1])(EXAMPLE)
+    pieces = ["Question: 2 + 3?\n", "Reasoning:", " two and three make five\n", "Answer:", " 5\n"]
+    pieces += ["Question: which word hides here?\n", "Reasoning:"]
+    assert prompt.prior == joined(tokenizer, *pieces)
+    assert prompt.prior != joined(tokenizer, "".join(pieces))
 
 
 # --- errors
