@@ -168,8 +168,11 @@ def answer_logprobs(frame: pd.DataFrame, questions: int = 8) -> go.Figure:
     figure = go.Figure(layout={"template": TEMPLATE})
     for source, colour in SOURCE_COLOURS.items():
         offset = -0.17 if source == "prior" else 0.17
-        parts = [group[group["source"] == source].assign(place=i + offset) for i, group in enumerate(groups)]
-        parts = [part for part in parts if len(part)]
+        parts = []
+        for i, group in enumerate(groups):
+            part = group[group["source"] == source]
+            stagger = np.linspace(-0.1, 0.1, len(part) + 2)[1:-1]  # equal traces stay apart
+            parts += [part.assign(row=i + offset, place=i + offset + stagger)] if len(part) else []
         if not parts:
             continue
         # Finished first: the legend shows the first point's symbol.
@@ -195,7 +198,7 @@ def answer_logprobs(frame: pd.DataFrame, questions: int = 8) -> go.Figure:
         )
         figure.add_scatter(
             x=[part["total"].mean() for part in parts],
-            y=[part["place"].iloc[0] for part in parts],
+            y=[part["row"].iloc[0] for part in parts],
             mode="markers",
             name=f"mean, {source}",
             legendgroup=source,
