@@ -273,10 +273,15 @@ class RunConfig:
         need(0 <= self.seed < 2**32, "seed", "from 0 to 2**32 - 1")
         if self.n_sample > 1:
             need(self.method == "jlb", "n_sample", "1 unless method='jlb'")
+            need(self.reward == "sum_logprob", "reward", "'sum_logprob' when n_sample is above 1")
             need(
                 self.rollouts_per_question % self.n_sample == 0,
                 "n_sample",
                 "a divisor of rollouts_per_question",
+            )
+        if self.nll_gate == "reward" and "probability" not in self.reward:
+            raise ConfigError(
+                "nll_gate='reward' needs reward='probability' or 'mean_probability': weights >= 0"
             )
         if (self.reward == "verdict") != (self.method == "grpo"):
             raise ConfigError(

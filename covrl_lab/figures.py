@@ -1,8 +1,8 @@
 """Data frames to plotly figures and HTML tables: no files, no model, no torch.
 
-Frames come from a run folder (``traces.Run``) or from ``trace_frame``. Text that a model or a data set wrote
-is made visible and escaped wherever it enters hover text, tick labels or HTML. Backgrounds are transparent
-and lines mid-grey, so that figures fit light and dark themes.
+Frames come from a run folder (``traces.Run``) or from ``traces.trace_frame``. Text that a model or a data
+set wrote is made visible and escaped wherever it enters hover text, tick labels or HTML. Backgrounds are
+transparent and lines mid-grey, so that figures fit light and dark themes.
 """
 
 from __future__ import annotations
@@ -94,34 +94,6 @@ def _row(cells: Sequence[str]) -> str:
 
 
 # --- traces
-
-
-def trace_frame(examples: Sequence[Any], batch: Any, logprobs: Any, prompter: Any) -> pd.DataFrame:
-    """One row a rollout of a ``TraceBatch`` with its ``LogProbs``; columns as in ``Run.traces``.
-
-    Without the columns that only training knows: step, log_ratio, reward, advantage, answer_weight.
-    """
-    batch, logprobs = batch.to("cpu"), logprobs.detach().to("cpu")
-    rows = []
-    for i in range(len(batch)):
-        example, ids, keep = examples[i // batch.group_size], batch.trace(i), batch.mask[i]
-        rows.append(
-            {
-                "rollout": i,
-                "example_id": example.id,
-                "question": example.question,
-                "answer": example.answer,
-                "source": "prior" if batch.from_prior[i] else "posterior",
-                "finished": bool(batch.finished[i]),
-                "trace": prompter.trace_text(ids),
-                "tokens": [prompter.tokenizer.decode([token]) for token in ids],
-                "token_ids": ids,
-                "logp": logprobs.prior[i][keep].tolist(),
-                "logq": None if logprobs.posterior is None else logprobs.posterior[i][keep].tolist(),
-                "answer_logp": logprobs.answer[i][logprobs.answer_mask[i]].tolist(),
-            }
-        )
-    return pd.DataFrame(rows)
 
 
 def answer_logprob(frame: pd.DataFrame) -> pd.Series:

@@ -102,7 +102,8 @@ def rlpr_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, memory: Mem
 
     R = 0.9 max(0, B - B_0) + 0.1 format - repetition, with B the mean token probability of y after the
     trace, B_0 the same without any trace under the frozen base, format = 1 for finished traces, repetition
-    = 1 where a 10-token window occurs 10 times; B = 0 where unfinished. A is centred and scaled in the
+    = 1 where a 10-token window occurs 10 times; B = 0 where unfinished, and R at most the group's worst
+    finished one. A is centred and scaled in the
     group; no answer term. Groups whose reward deviation is below ``std_filter`` times its running mean
     (decay 0.99, from step 11) get A = 0; the code refills the batch instead. Unlike the code: B is not
     rounded to bfloat16, windows are tokens rather than words, and the policy term covers the trace alone,
@@ -113,6 +114,8 @@ def rlpr_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, memory: Mem
         bare = LogProbs(old.prior, None, old.bare_answer, old.answer_mask)
         score = (score - answer_reward(bare, "mean_probability")).clamp_min(0)
     reward = 0.9 * score + 0.1 * batch.finished.to(score) - repeats(batch).to(score)
+    # An unfinished trace never beats a finished one, not even a repetitive one.
+    reward = torch.minimum(reward, floor_unfinished(reward, batch, "sum_logprob", 0.0))
     advantage = advantages(
         reward, batch.group_size, config.baseline, config.advantage_scale, config.advantage_clip
     )

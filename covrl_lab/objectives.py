@@ -29,15 +29,10 @@ from torch import Tensor
 from .config import RunConfig
 from .types import Credit, LogProbs, TraceBatch
 
-LOG_RATIO_CAP = 30.0  # |log q - log p| in nats beyond which exp() is cut; how often is logged
+LOG_RATIO_CAP = 30.0  # nats: exp() of a log-ratio is cut here, where float32 would soon overflow
 
 
 # --- the two mixtures
-
-
-def log_gap(prior: Tensor, posterior: Tensor) -> Tensor:
-    """d = log q - log p, cut to +-LOG_RATIO_CAP nats."""
-    return (posterior - prior).clamp(-LOG_RATIO_CAP, LOG_RATIO_CAP)
 
 
 def log_mixture_ratio(d: Tensor, weight: float) -> Tensor:
@@ -57,14 +52,15 @@ def log_mixture(logprobs: LogProbs, weight: float) -> Tensor:
         if weight != 1:
             raise ValueError(f"a mixture with weight {weight} needs posterior log-probabilities")
         return logprobs.prior
-    return logprobs.prior + log_mixture_ratio(log_gap(logprobs.prior, logprobs.posterior), weight)
+    return logprobs.prior + log_mixture_ratio(logprobs.posterior - logprobs.prior, weight)
 
 
 def responsibility(logprobs: LogProbs, weight: float) -> Tensor:
     """rho = w p / p', (N, T): the share of a token's policy gradient that reaches the prior."""
     if weight in (0, 1):
         return torch.full_like(logprobs.prior, weight)
-    return torch.sigmoid(math.log(weight) - math.log1p(-weight) - log_gap(logprobs.prior, logprobs.posterior))
+    odds = math.log(weight) - math.log1p(-weight)
+    return torch.sigmoid(logprobs.prior - logprobs.posterior + odds)
 
 
 # --- KL(p'||p)
@@ -81,22 +77,25 @@ def kl_estimate(new: LogProbs, old: LogProbs, from_prior: Tensor, weight: float,
     omits the sampler's score: a biased gradient. "exact" holds the sampling probabilities at their old
     values (u = p'_new / p_old, v = p'_new / q_old): the same value, the exact gradient.
     """
-    a = log_mixture_ratio(log_gap(new.prior, new.posterior), weight)
+    a = log_mixture_ratio(new.posterior - new.prior, weight)
     if gradient == "published":
         a_weight, source = a, new
     else:
         a_weight, source = a + (new.prior - old.prior), old
+    a_weight = a_weight.clamp_max(LOG_RATIO_CAP)
     # e^{a_weight} a - (e^{a_weight} - 1), arranged so that nothing cancels near u = 1.
     k_prior = torch.expm1(a_weight) * a - _expm1_minus(a_weight) + (a - a_weight)
-    importance = torch.where(from_prior[:, None], 0.0, -log_gap(source.prior, source.posterior)).exp()
-    return importance * k_prior
+    log_importance = torch.where(from_prior[:, None], 0.0, source.prior - source.posterior)
+    return log_importance.clamp_max(LOG_RATIO_CAP).exp() * k_prior
 
 
 def _expm1_minus(x: Tensor) -> Tensor:
     """e^x - 1 - x, by its series where the difference would cancel."""
     small = x.clamp(-0.05, 0.05)
-    series = small**2 * (1 / 2 + small * (1 / 6 + small * (1 / 24 + small / 120)))
-    return torch.where(x.abs() < 0.05, series, torch.expm1(x) - x)
+    series = torch.zeros_like(x)
+    for k in range(9, 1, -1):
+        series = series * small + 1 / math.factorial(k)
+    return torch.where(x.abs() < 0.05, small**2 * series, torch.expm1(x) - x)
 
 
 # --- rewards and advantages
@@ -144,6 +143,8 @@ def advantages(reward: Tensor, group_size: int, baseline: str, scale: str, clip:
     if baseline == "leave_one_out":
         mean = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
     advantage = groups - mean if baseline != "none" else groups
+    if baseline != "none":  # equal rewards centre to zero, not to rounding error
+        advantage = torch.where(groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True), 0.0, advantage)
     if scale == "std":
         advantage = advantage / (groups.std(1, keepdim=True, correction=0) + 1e-4)
     if clip:
@@ -158,8 +159,8 @@ def likelihood_credit(batch: TraceBatch, old: LogProbs, config: RunConfig) -> Cr
     """Credit of the likelihood-rewarded methods: reward, advantage, gated answer term.
 
     nll_gate="prior_positive" keeps the answer term for finished prior traces of positive advantage (CoVRL);
-    "none" keeps every finished trace with weight prod_t p'/h (JLB, and the exact bound); "reward" weighs
-    each by its reward (VeriFree).
+    "none" keeps every finished trace with the weight P'(z)/H(z) of the whole trace (1 for JLB; exact for the
+    bound at any length); "reward" weighs each by its reward (VeriFree).
     """
     reward = answer_reward(old, config.reward)
     reward = floor_unfinished(reward, batch, config.reward, config.unfinished_penalty)
@@ -171,10 +172,23 @@ def likelihood_credit(batch: TraceBatch, old: LogProbs, config: RunConfig) -> Cr
     elif config.nll_gate == "reward":
         answer_weight = reward * batch.finished
     else:
-        log_ratio = log_mixture(old, config.composite_weight) - log_mixture(old, config.alpha)
-        log_ratio = torch.where(batch.mask, log_ratio, 0.0).sum(1)
-        answer_weight = log_ratio.clamp_max(LOG_RATIO_CAP).exp() * batch.finished
+        log_weight = trace_log_weight(old, batch.mask, config.composite_weight, config.alpha)
+        answer_weight = log_weight.clamp_max(LOG_RATIO_CAP).exp() * batch.finished
     return Credit(reward=reward, advantage=advantage, answer_weight=answer_weight, kl_mask=batch.finished)
+
+
+def trace_log_weight(logprobs: LogProbs, mask: Tensor, weight: float, alpha: float) -> Tensor:
+    """log P'(z)/H(z), (N,), for whole traces: P' = prod_t p', and H = alpha P + (1-alpha) Q, as each trace is
+    drawn from one prompt."""
+
+    def whole(values: Tensor) -> Tensor:
+        return torch.where(mask, values, 0.0).sum(1)
+
+    composite, prior = whole(log_mixture(logprobs, weight)), whole(logprobs.prior)
+    if alpha == 1:
+        return composite - prior
+    gap = whole(logprobs.posterior) - prior
+    return composite - prior - log_mixture_ratio(gap, alpha)
 
 
 @dataclass(frozen=True)
@@ -193,7 +207,7 @@ class Totals:
             traces=len(batch),
             trace_tokens=int(batch.mask.sum()),
             kl_tokens=int((batch.mask & credit.kl_mask[:, None]).sum()),
-            answer_tokens=int((answer_mask & (credit.answer_weight != 0)[:, None]).sum()),
+            answer_tokens=int(answer_mask.sum()),
         )
 
 

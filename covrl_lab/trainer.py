@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -36,7 +35,7 @@ from .objectives import Totals, log_mixture, needs_posterior, responsibility
 from .prompts import Prompter
 from .sampling import draw_sources, sample_traces
 from .scoring import packed_tokens, reference, score
-from .traces import read_jsonl, step_file, steps_in, write_parquet
+from .traces import read_jsonl, step_file, steps_in, trace_frame, write_parquet
 from .types import ConfigError, Credit, Example, LogProbs, Prompt, TraceBatch
 
 FREE_BYTES = 200 * 2**20  # a run folder of the embedded model with its checkpoints stays below this
@@ -53,7 +52,7 @@ class StepRecord:
     step: int
     loss: float
     policy_loss: float
-    nll: float | None  # nats an answer token of the traces in the answer term, or as loss_aggregation says
+    nll: float | None  # weighted by c_y: nats an answer token of all traces (token_mean), or a trace
     kl: float | None
     reward: float
     reward_prior: float | None
@@ -290,12 +289,15 @@ class Trainer:
         digest = hashlib.sha256(f"{self.config.seed}/{purpose}/{step}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
-    def sample(self, step: int) -> tuple[list[Example], list[Prompt], TraceBatch]:
-        """The questions of a step (from 0) and traces drawn for them by the current policy."""
+    def sample(self, step: int, draw: int = 0) -> tuple[list[Example], list[Prompt], TraceBatch]:
+        """The questions of a step (from 0) and traces drawn for them by the current policy.
+
+        ``draw`` other than 0 gives further, independent traces of the same questions.
+        """
         config = self.config
         examples = self._questions(step)
         prompts = self._prompts(examples)
-        generator = self._generator("rollouts", step)
+        generator = self._generator(f"rollouts-{draw}" if draw else "rollouts", step)
         from_prior = draw_sources(
             len(prompts), config.rollouts_per_question, config.alpha, config.source_split, generator
         )
@@ -308,8 +310,10 @@ class Trainer:
             temperature=config.temperature,
             top_p=config.top_p,
             generator=generator,
-        )
-        return examples, prompts, batch.to(self.policy.device)
+        ).to(self.policy.device)
+        if "verdict" in self.method.needs:
+            batch = dataclasses.replace(batch, verdict=self._verdicts(examples, prompts, batch))
+        return examples, prompts, batch
 
     def score(self, prompts: Sequence[Prompt], batch: TraceBatch, rows: torch.Tensor) -> LogProbs:
         """Log-probabilities of the rollouts at ``rows`` under the current policy."""
@@ -342,38 +346,51 @@ class Trainer:
             )
         return {name: _pad_and_cat([f[name] for f in found]) for name in (found[0] if found else ())}
 
-    def _train_step(self) -> StepRecord:
-        config, method, started = self.config, self.method, time.perf_counter()
-        examples, prompts, batch = self.sample(self.step)
-        if "verdict" in method.needs:
-            batch = dataclasses.replace(batch, verdict=self._verdicts(examples, prompts, batch))
-        sampled = time.perf_counter()
+    def backward(
+        self,
+        prompts: list[Prompt],
+        batch: TraceBatch,
+        old: LogProbs | None = None,
+        credit: Credit | None = None,
+    ) -> tuple[LogProbs, Credit, dict[str, float]]:
+        """Put the gradient of the method's loss on the adapter; weights stay.
 
+        ``old`` and ``credit`` are those of the step's first update; the current policy's where not given.
+        Returns them, and the loss with its parts. The result does not depend on how ``max_packed_tokens``
+        cuts the step.
+        """
+        config, first = self.config, credit is None
         parts = micro_batches(prompts, batch, needs_posterior(config), config.max_packed_tokens)
-        old: LogProbs | None = None
-        if len(parts) > 1 or config.updates_per_step > 1:
+        if old is None and len(parts) > 1:
             with torch.no_grad():
                 old = join([self.score(prompts, batch, rows) for rows in parts])
-        frozen = self._reference(prompts, batch, parts)
+        frozen = self._reference(prompts, batch, parts) if first else {}
+        self.optimizer.zero_grad(set_to_none=True)
+        losses: dict[str, float] = {}
+        for rows in parts:
+            new = self.score(prompts, batch, rows)
+            if old is None:  # one part: this pass is also the old policy's
+                old = new.detach()
+            if credit is None:
+                old = dataclasses.replace(old, **frozen)
+                credit = self.method.credit(batch, old, config, self.memory)
+            totals = Totals.of(batch, credit, old.answer_mask)
+            loss, measured = self.method.loss(
+                new, old.rows(rows), batch.rows(rows), credit.rows(rows), totals, config
+            )
+            loss.backward()
+            for name, value in {"loss": loss.detach(), **measured}.items():
+                losses[name] = losses.get(name, 0.0) + float(value)
+        return old, credit, losses
+
+    def _train_step(self) -> StepRecord:
+        config, started = self.config, time.perf_counter()
+        examples, prompts, batch = self.sample(self.step)
+        sampled = time.perf_counter()
         self._set_learning_rate()
-        credit: Credit | None = None
+        old = credit = None
         for _ in range(config.updates_per_step):
-            losses: dict[str, float] = {}
-            self.optimizer.zero_grad(set_to_none=True)
-            for rows in parts:
-                new = self.score(prompts, batch, rows)
-                if old is None:  # one micro-batch, one update: the first pass is the old policy's
-                    old = new.detach()
-                if credit is None:
-                    old = dataclasses.replace(old, **frozen)
-                    credit = method.credit(batch, old, config, self.memory)
-                    totals = Totals.of(batch, credit, old.answer_mask)
-                loss, measured = method.loss(
-                    new, old.rows(rows), batch.rows(rows), credit.rows(rows), totals, config
-                )
-                loss.backward()
-                for name, value in {"loss": loss.detach(), **measured}.items():
-                    losses[name] = losses.get(name, 0.0) + float(value)
+            old, credit, losses = self.backward(prompts, batch, old, credit)
             norm = self._update()
         self.step, self.memory = self.step + 1, credit.memory
         self._store_traces(examples, batch, old, credit)
@@ -437,33 +454,17 @@ class Trainer:
     def _store_traces(
         self, examples: list[Example], batch: TraceBatch, old: LogProbs, credit: Credit
     ) -> None:
-        config, decode = self.config, self.policy.tokenizer.decode
-        log_ratio = log_mixture(old, config.composite_weight) - log_mixture(old, config.alpha)
-        rows = []
-        for i in range(len(batch)):
-            example, ids, keep = examples[i // batch.group_size], batch.trace(i), batch.mask[i]
-            rows.append(
-                {
-                    "step": self.step,
-                    "rollout": i,
-                    "example_id": example.id,
-                    "question": example.question,
-                    "answer": example.answer,
-                    "source": "prior" if batch.from_prior[i] else "posterior",
-                    "finished": bool(batch.finished[i]),
-                    "trace": self.prompter.trace_text(ids),
-                    "tokens": [decode([t]) for t in ids],
-                    "token_ids": ids,
-                    "logp": old.prior[i][keep].tolist(),
-                    "logq": None if old.posterior is None else old.posterior[i][keep].tolist(),
-                    "log_ratio": log_ratio[i][keep].tolist(),
-                    "answer_logp": old.answer[i][old.answer_mask[i]].tolist(),
-                    "reward": float(credit.reward[i]),
-                    "advantage": float(credit.advantage[i]),
-                    "answer_weight": float(credit.answer_weight[i]),
-                }
-            )
-        write_parquet(pd.DataFrame(rows), step_file(self.run_dir / "traces", self.step))
+        frame = trace_frame(examples, batch, old, self.prompter)
+        log_ratio = self._log_ratio(old)
+        frame.insert(0, "step", self.step)
+        frame["log_ratio"] = [row[keep].tolist() for row, keep in zip(log_ratio, batch.mask, strict=True)]
+        for name in ("reward", "advantage", "answer_weight"):
+            frame[name] = getattr(credit, name).tolist()
+        write_parquet(frame, step_file(self.run_dir / "traces", self.step))
+
+    def _log_ratio(self, old: LogProbs) -> torch.Tensor:
+        """log p'/h a token, (N, T), before the update."""
+        return log_mixture(old, self.config.composite_weight) - log_mixture(old, self.config.alpha)
 
     def _record(self, batch, prompts, old, credit, losses, norm, accuracy, started, sampled) -> StepRecord:
         config, now = self.config, time.perf_counter()
@@ -474,8 +475,7 @@ class Trainer:
             return float(values.mean()) if values.numel() else None
 
         lengths, answer = batch.mask.sum(1), old.answer.sum(1)
-        log_ratio = log_mixture(old, config.composite_weight) - log_mixture(old, config.alpha)
-        weight = log_ratio.sum(1).double()
+        weight = self._log_ratio(old).sum(1).double()
         weight = (weight - weight.max()).exp()
         rho = gap = None
         if old.posterior is not None:

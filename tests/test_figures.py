@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from covrl_lab import figures
+from covrl_lab.traces import trace_frame
 from covrl_lab.types import Example, LogProbs, TraceBatch
 
 HOSTILE = [
@@ -217,7 +218,7 @@ def test_trace_frame_reads_a_batch():
         trace_text=lambda ids: f"z{ids}",
         tokenizer=SimpleNamespace(decode=lambda ids: f"t{ids[0]}"),
     )
-    frame = figures.trace_frame([Example("e", "x?", "y")], batch, logprobs, prompter)
+    frame = trace_frame([Example("e", "x?", "y")], batch, logprobs, prompter)
     assert frame["source"].tolist() == ["prior", "posterior"] and frame["finished"].tolist() == [True, False]
     assert frame["tokens"].tolist() == [["t5", "t6"], ["t7"]]
     assert frame["logp"].tolist() == [[-1.0, -2.0], [-3.0]] and frame["logq"].tolist() == [None, None]

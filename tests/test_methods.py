@@ -378,9 +378,6 @@ def test_never_stopping_never_pays(name, baseline, scale):
     assert torch.equal(credit.kl_mask, batch.finished)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="RLPR takes 1 off a repetitive trace, so that an unfinished one beats it"
-)
 def test_never_stopping_does_not_pay_beside_a_repetitive_trace_either():
     batch = rlpr_batch([[7] * 19, [1]], [1, 0], group=2)
     credit = rlpr_credit(batch, rlpr_rows(batch, [[0.5], [0.5]]), exact(method="rlpr", baseline="mean"), {})
@@ -409,15 +406,17 @@ def test_rlpr_reward_by_hand():
     batch = rlpr_batch(traces, [1, 1, 0, 1], group=4)
     answer = [[0.5, 0.25], [0.1, 0.1], [1.0, 1.0], [0.8, 0.8]]
     credit = rlpr_credit(batch, rlpr_rows(batch, answer, [0.3, 0.1]), exact(method="rlpr"), {})
-    expected = [0.9 * 0.175 + 0.1, 0.1, 0.0, 0.9 * 0.6 + 0.1 - 1]
+    worst_finished = 0.9 * 0.6 + 0.1 - 1  # what the unfinished trace gets, as it lies below 0
+    expected = [0.9 * 0.175 + 0.1, 0.1, worst_finished, worst_finished]
     assert credit.reward.tolist() == pytest.approx(expected, abs=1e-15)
     assert credit.advantage.tolist() == pytest.approx(expected, abs=1e-15)
     assert not credit.answer_weight.any()
     one_token = rlpr_rows(batch, answer, [0.3, 0.1], mask=[[1, 0]] * 4)
     credit = rlpr_credit(batch, one_token, exact(method="rlpr"), {})
     assert credit.reward[:2].tolist() == pytest.approx([0.9 * 0.2 + 0.1, 0.1], abs=1e-15)
+    batch = rlpr_batch([*traces[:3], [7] * 18], [1, 1, 0, 1], group=4)  # nobody repeats: 0 for unfinished
     no_bare = rlpr_credit(batch, rlpr_rows(batch, answer), exact(method="rlpr"), {})
-    assert no_bare.reward[:3].tolist() == pytest.approx([0.9 * 0.375 + 0.1, 0.19, 0], abs=1e-15)
+    assert no_bare.reward.tolist() == pytest.approx([0.9 * 0.375 + 0.1, 0.19, 0, 0.82], abs=1e-15)
 
 
 def test_repetition_is_ten_windows_of_ten():

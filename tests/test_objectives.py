@@ -36,7 +36,7 @@ EXACT = dict(model="tiny", quantization="none", clip="none", loss_aggregation="t
 EXACT |= dict(baseline="none", advantage_scale="none", advantage_clip=0, kl_weight=1, nll_weight=1)
 CREDIT = ("reward", "advantage", "answer_weight", "kl_mask")
 ALPHAS, WEIGHTS = (0.2, 0.5, 0.9), (0.3, 0.5, 0.8)
-TOLERANCE = 1e-9  # the float64 sums agree to 1e-15; the series in the KL stops at 2e-10 in the gradient
+TOLERANCE = 1e-12  # float64 sums over at most a thousand terms agree to 1e-14
 
 
 def exact(**changes) -> RunConfig:
@@ -227,8 +227,8 @@ def test_one_token_loss_after_an_update(alpha, w):
 def token_surrogate(world: World, alpha: float, w: float) -> torch.Tensor:
     """What CoVRL ascends on longer traces, from probabilities alone; detached: sampling laws, R, weights.
 
-    sum_z H(z) [ sum_t R(z) p'_t/h_t - sum_t KL(p'_t||p_t) + prod_t p'_t/h_t log p(y|x,z) ]: every token is
-    exact given its prefix, the prefixes are those of H and are held fixed.
+    sum_z H(z) [ sum_t R(z) p'_t/h_t - sum_t KL(p'_t||p_t) ] + P'(z) log p(y|x,z): the answer term is exact;
+    every token of the others is exact given its prefix, the prefixes are those of H and are held fixed.
     """
     p, q = ([logits.softmax(1) for logits in tables] for tables in (world.prior, world.posterior))
     total = 0.0
@@ -239,10 +239,10 @@ def token_surrogate(world: World, alpha: float, w: float) -> torch.Tensor:
             hybrid = (alpha * p[t][prefix] + (1 - alpha) * q[t][prefix]).detach()
             tokens = tokens + answer.detach() * mixture[token] / hybrid[token]
             tokens = tokens - (mixture * (mixture / p[t][prefix]).log()).sum()
-            weight = weight * (mixture[token] / hybrid[token]).detach()
+            weight = weight * mixture[token].detach()
             from_p, from_q = from_p * p[t][prefix][token], from_q * q[t][prefix][token]
             prefix = 3 * prefix + token
-        total = total + (alpha * from_p + (1 - alpha) * from_q).detach() * (tokens + weight * answer)
+        total = total + (alpha * from_p + (1 - alpha) * from_q).detach() * tokens + weight * answer
     return total
 
 
@@ -421,7 +421,6 @@ def test_extreme_gaps_give_finite_losses_and_gradients(w, gradient, clip):
         assert loss.isfinite() and all(g.isfinite().all() for g in grads)
 
 
-@pytest.mark.xfail(strict=True, reason="log_mixture cuts the gap at 30 nats, which only exp() needs")
 def test_the_mixture_is_exact_beyond_the_cap():
     """Where p is negligible, log p' = log q + log(1-w) and its whole gradient belongs to q."""
     rows, leaves = live(gap_logprobs([-200.0, -31.0, 31.0, 200.0], prior=[-1.0, -1.0, -32.0, -201.0]))
@@ -437,7 +436,6 @@ def test_the_mixture_is_exact_beyond_the_cap():
 KINDS = [dict(clip="ppo", kl_gradient="exact"), dict(clip="soft", kl_gradient="published")]
 HOW = [dict(loss_aggregation="token_mean", nll_gate="prior_positive"), dict(baseline="mean")]
 STEP_SETTINGS = [kind | how | dict(alpha=0.5, composite_weight=0.4) for kind, how in product(KINDS, HOW)]
-OVERFLOW = pytest.mark.xfail(reason="the exact KL's weight e^(log p'_new - log p_old) has no cap")
 
 
 def poison(logprobs: LogProbs, mask: torch.Tensor, value: float) -> LogProbs:
@@ -448,9 +446,7 @@ def poison(logprobs: LogProbs, mask: torch.Tensor, value: float) -> LogProbs:
 
 
 @pytest.mark.parametrize("settings", STEP_SETTINGS)
-@pytest.mark.parametrize(
-    "value, value_old", [(-1e4, 1e4), (1e4, 1e4), pytest.param(1e4, -1e4, marks=OVERFLOW)]
-)
+@pytest.mark.parametrize("value, value_old", [(-1e4, 1e4), (1e4, 1e4), (1e4, -1e4)])
 def test_padding_never_matters(settings, value, value_old):
     new, old, batch, credit, config = credited_step(**settings)
     clean = loss_and_gradient(new, old, batch, credit, config)
@@ -463,6 +459,8 @@ def test_padding_never_matters(settings, value, value_old):
 @pytest.mark.parametrize("gate", ["none", "reward", "prior_positive"])
 @pytest.mark.parametrize("reward", ["sum_logprob", "mean_logprob", "probability", "mean_probability"])
 def test_padding_earns_no_credit(gate, reward):
+    if gate == "reward" and "logprob" in reward:
+        pytest.skip("refused: weights would be negative")
     settings = dict(alpha=0.5, composite_weight=0.4, baseline="mean")
     _, old, batch, clean, config = credited_step(nll_gate=gate, reward=reward, **settings)
     dirty = likelihood_credit(batch, poison(old, batch.mask, 1e4), config)
@@ -498,11 +496,11 @@ def test_what_the_sums_are_divided_by():
     batch = TraceBatch(keep.long(), keep, yes, torch.tensor([True, False]), group_size=2)
     weight = torch.tensor([0.5, 0.0])
     credit = Credit(weight, torch.tensor([2.0, 6.0]), weight, batch.finished)
-    assert Totals.of(batch, credit, answer_mask) == Totals(2, 4, 1, 2)
+    assert Totals.of(batch, credit, answer_mask) == Totals(2, 4, 1, 3)
     u = (1 + math.exp(-1)) / 2
     kl = u * math.log(u) - u + 1
     for how, *parts in (
-        ("token_mean", -(2 + 18) / 4, 2 / 2, kl),
+        ("token_mean", -(2 + 18) / 4, 2 / 3, kl),
         ("trace_sum", -(2 + 18) / 2, 2 / 2, kl / 2),
     ):
         config = exact(alpha=0.5, composite_weight=0.5, loss_aggregation=how, nll_weight=0.25, kl_weight=3)
@@ -545,7 +543,9 @@ def test_never_stopping_never_pays(baseline, scale, kind):
 
 @pytest.mark.parametrize("gate", ["none", "reward", "prior_positive"])
 def test_unfinished_traces_stay_out_of_the_kl_and_the_answer_term(gate):
-    new, old, batch, credit, config = credited_step(alpha=0.5, composite_weight=0.4, nll_gate=gate)
+    reward = "probability" if gate == "reward" else "sum_logprob"
+    settings = dict(alpha=0.5, composite_weight=0.4, nll_gate=gate, reward=reward)
+    new, old, batch, credit, config = credited_step(**settings)
     _, parts, _ = loss_and_gradient(new, old, batch, credit, config)
     assert torch.equal(credit.kl_mask, batch.finished)
     done = batch.finished[:, None]
@@ -553,7 +553,8 @@ def test_unfinished_traces_stay_out_of_the_kl_and_the_answer_term(gate):
     moved = LogProbs(*moved, new.answer_mask)
     _, after, _ = loss_and_gradient(moved, old, batch, credit, config)
     assert torch.equal(parts["kl"], after["kl"]) and torch.equal(parts["nll"], after["nll"])
-    assert not torch.equal(parts["policy"], after["policy"])
+    if gate != "reward":  # a probability's unfinished reward is 0, and so is its advantage here
+        assert not torch.equal(parts["policy"], after["policy"])
 
 
 def test_the_gate_keeps_good_finished_prior_traces():
