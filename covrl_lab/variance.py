@@ -46,7 +46,7 @@ def gradient_noise(trainer: Trainer, repeats: int, progress: bool = True) -> dic
 
 
 def main() -> None:
-    """Measure every method and print a Markdown table."""
+    """Measure every method and print a table."""
     parser = argparse.ArgumentParser(prog="python -m covrl_lab.variance", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--task", default="arithmetic")
@@ -69,7 +69,7 @@ def main() -> None:
             rows[method] = gradient_noise(Trainer(config, progress=False).setup(), arguments.repeats)
     table = pd.DataFrame(rows).T
     table["against jlb"] = table["noise_to_signal"] / table["noise_to_signal"]["jlb"]
-    print(table.to_markdown(floatfmt=".3g"))
+    print(table.map("{:.3g}".format).to_string())
 
 
 if __name__ == "__main__":
