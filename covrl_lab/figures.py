@@ -424,3 +424,193 @@ def accuracy_table(evaluations: pd.DataFrame) -> str:
     ]
     header = ["after step", "accuracy (95% interval)", "finished traces", "trace length, tokens", "questions"]
     return _table(header, rows)
+
+
+# --- estimators: frames of ``estimators``, exact sums as lines, means of random draws as points
+
+_KNOB_TITLES = {
+    "distance": "distance between p and q (1: the world's own posterior)",
+    "composite_weight": "composite weight w",
+}
+_DASHES = ("solid", "dash", "dot", "dashdot")
+_SYMBOLS = ("circle", "square", "diamond", "x")
+
+
+def _two_panels(**settings: Any) -> go.Figure:
+    figure = make_subplots(cols=2, horizontal_spacing=0.11, **settings)
+    return figure.update_layout(template=TEMPLATE, height=400, margin={"t": 70})
+
+
+def _points(frame: pd.DataFrame, x: str, name: str, colour: str, symbol: str, **settings: Any) -> go.Scatter:
+    """Means of draws with bars of two standard errors; nothing where the frame has no draws."""
+    drawn = "mean" in frame
+    return go.Scatter(
+        x=frame[x] if drawn else [],
+        y=frame["mean"] if drawn else [],
+        error_y={"array": 2 * frame["standard_error"] if drawn else [], "thickness": 1.5, "width": 3},
+        mode="markers",
+        marker={"color": colour, "symbol": symbol, "size": 7},
+        name=name,
+        showlegend=False,
+        **settings,
+    )
+
+
+def kl_estimators(frame: pd.DataFrame) -> go.Figure:
+    """``estimators.kl_sweep``: mean and standard deviation of one sample's KL estimate, in nats.
+
+    Lines are exact, points are means of draws with two standard errors and their standard deviations.
+    """
+    x, figure = frame["over"].iloc[0], _two_panels()
+    one = frame[frame["estimator"] == frame["estimator"].iloc[0]]
+    figure.add_scatter(
+        x=one[x],
+        y=one["exact"],
+        mode="lines",
+        name="exact KL(p′‖p)",
+        line={"color": GREY, "width": 3},
+        row=1,
+        col=1,
+    )
+    for k, (name, own) in enumerate(frame.groupby("estimator", sort=False)):
+        colour, symbol = (PRIOR, POSTERIOR, PALETTE[3])[k % 3], _SYMBOLS[k % 4]
+        # Three estimators of one number: side by side, or their points would hide one another.
+        width = own[x].max() - own[x].min() or 1.0
+        shifted = own.assign(**{x: own[x] + (k - 1) * width / 120})
+        figure.add_trace(_points(shifted, x, name, colour, symbol, legendgroup=name), row=1, col=1)
+        figure.add_scatter(
+            x=own[x],
+            y=own["deviation"],
+            mode="lines",
+            line={"color": colour, "dash": _DASHES[k % 4]},
+            name=name,
+            legendgroup=name,
+            row=1,
+            col=2,
+        )
+        if "sample_deviation" in own:
+            figure.add_scatter(
+                x=own[x],
+                y=own["sample_deviation"],
+                mode="markers",
+                marker={"color": colour, "symbol": symbol, "size": 7},
+                name=f"{name}, draws",
+                legendgroup=name,
+                showlegend=False,
+                row=1,
+                col=2,
+            )
+    figure.update_xaxes(title_text=_KNOB_TITLES[x])
+    figure.update_yaxes(title_text="mean estimate (nats)", rangemode="tozero", col=1)
+    figure.update_yaxes(title_text="standard deviation of one sample (nats)", rangemode="tozero", col=2)
+    return figure.update_traces(hovertemplate="%{x:.2f}: %{y:.4f} nats")
+
+
+def gradient_quality(frame: pd.DataFrame) -> go.Figure:
+    """``estimators.gradient_quality``: bias (% of the exact gradient's norm) and noise (multiples of it)."""
+    figure = _two_panels(shared_yaxes=True)
+    for k, (part, own) in enumerate(frame.groupby("part", sort=False)):
+        for column, (value, factor, unit) in enumerate((("bias", 100, "%"), ("noise", 1, "×")), 1):
+            figure.add_scatter(
+                x=factor * own[value],
+                y=own["estimator"],
+                mode="markers",
+                marker={"color": (POSTERIOR, PRIOR)[k % 2], "symbol": _SYMBOLS[k % 4], "size": 10},
+                name=f"{part} ",
+                legendgroup=part,
+                showlegend=column == 1,
+                cliponaxis=False,
+                hovertemplate=f"%{{y}}: %{{x:.3g}} {unit}",
+                row=1,
+                col=column,
+            )
+    figure.update_yaxes(
+        autorange="reversed",
+        categoryorder="array",
+        categoryarray=list(frame["estimator"]),
+        type="category",
+        ticklabelstandoff=8,
+    )
+    figure.update_xaxes(title_text="bias (% of the exact gradient)", rangemode="tozero", col=1)
+    figure.update_xaxes(title_text="noise of one rollout (× exact gradient)", rangemode="tozero", col=2)
+    return figure.update_layout(height=120 + 27 * len(frame))
+
+
+def ratio_range(frame: pd.DataFrame) -> go.Figure:
+    """``estimators.ratio_range``: the ratios p'/h against alpha, and the share of tokens the clip touches."""
+    figure, epsilon = _two_panels(), float(frame["clip_range"].iloc[0])
+    bounds, world = {"color": GREY, "dash": "dash"}, {"color": PRIOR}
+    for k, (column, name, line) in enumerate(
+        (
+            ("bound_low", "bounds w/α and (1−w)/(1−α)", bounds),
+            ("bound_high", "bounds w/α and (1−w)/(1−α)", bounds),
+            ("low", "least and largest here", world),
+            ("high", "least and largest here", world),
+        )
+    ):
+        figure.add_scatter(
+            x=frame["alpha"],
+            y=frame[column],
+            mode="lines",
+            line=line,
+            name=name,
+            legendgroup=name,
+            showlegend=not k % 2,
+            hovertemplate="α %{x:.2f}: %{y:.3f}",
+            row=1,
+            col=1,
+        )
+    figure.add_hrect(y0=1 - epsilon, y1=1 + epsilon, fillcolor=BOTH, opacity=0.15, line_width=0, row=1, col=1)
+    figure.add_scatter(
+        x=[None],
+        y=[None],
+        mode="markers",
+        marker={"symbol": "square", "size": 12, "color": BOTH, "opacity": 0.35},
+        name=f"inside the clip, 1 ± {epsilon:g}",
+        row=1,
+        col=1,
+    )
+    figure.add_scatter(
+        x=frame["alpha"],
+        y=frame["touched"],
+        mode="lines",
+        line={"color": POSTERIOR},
+        name="touched by the clip",
+        hovertemplate="α %{x:.2f}: %{y:.1%}",
+        row=1,
+        col=2,
+    )
+    points = _points(frame, "alpha", "draws", POSTERIOR, "circle", hovertemplate="α %{x:.2f}: %{y:.1%}")
+    figure.add_trace(points, row=1, col=2)
+    figure.update_xaxes(title_text="α, share of traces drawn from the prior", range=[0, 1])
+    figure.update_yaxes(title_text="ratio p′/h (no unit, log scale)", type="log", dtick="D2", col=1)
+    figure.update_yaxes(title_text="share of sampled tokens", tickformat=".0%", rangemode="tozero", col=2)
+    return figure
+
+
+def responsibility(frame: pd.DataFrame) -> go.Figure:
+    """``estimators.responsibilities``: mean rho of prior and posterior traces against the distance."""
+    figure = go.Figure(layout={"template": TEMPLATE, "height": 400})
+    weight = float(frame["composite_weight"].iloc[0])
+    hover = "distance %{x:.2f}: ρ = %{y:.3f}"
+    for k, (source, own) in enumerate(frame.groupby("source", sort=False)):
+        colour = SOURCE_COLOURS[source]
+        figure.add_scatter(
+            x=own["distance"],
+            y=own["expected"],
+            mode="lines",
+            line={"color": colour, "dash": _DASHES[k]},
+            name=f"{source} traces",
+            hovertemplate=hover,
+        )
+        figure.add_trace(_points(own, "distance", source, colour, _SYMBOLS[k], hovertemplate=hover))
+    figure.add_scatter(
+        x=[frame["distance"].min(), frame["distance"].max()],
+        y=[weight, weight],
+        mode="lines",
+        line={"color": GREY, "dash": "dot"},
+        name=f"w = {weight:g}, the mean under p′",
+        hoverinfo="skip",
+    )
+    figure.update_xaxes(title_text=_KNOB_TITLES["distance"])
+    return figure.update_yaxes(title_text="ρ, share of the gradient reaching the prior", range=[0, 1])

@@ -7,16 +7,24 @@ import re
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import papermill
 import pytest
 from nbconvert import HTMLExporter
 
 from covrl_lab import RunConfig
+from covrl_lab.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 QUICKSTART = ROOT / "notebooks" / "01_quickstart.ipynb"
-OWN_NAMES = {"progress": "bool", "results": "str"}  # show progress bars; where finished runs lie
+ESTIMATORS = ROOT / "notebooks" / "06_estimators.ipynb"
+OWN_NAMES = {
+    "progress": "bool",  # show progress bars
+    "results": "str",  # where finished runs lie
+    "distance": "float",  # of an enumerable world's posterior logits from its prior's
+    "samples": "int",  # random draws for each point
+}
 FIELDS = {field.name: field.type for field in dataclasses.fields(RunConfig)}
 SMALL = {
     "quantization": "none",
@@ -124,3 +132,32 @@ def test_quickstart_runs_and_runs_again_as_html(environment, tmp_path):
 def test_quickstart_runs_on_another_architecture(environment, tmp_path):
     notebook = run(tmp_path, "tiny-gemma3")
     assert "2 of 2 steps" in printed(notebook) and len(plots(notebook)) == 4
+
+
+def test_estimators_run_headless_and_print_the_exact_kl(environment, tmp_path):
+    settings = {"alpha": 0.7, "composite_weight": 0.25, "distance": 1.5, "temperature": 2.0, "samples": 50}
+    assert set(settings) <= set(parameters(ESTIMATORS)), "papermill would only warn"
+    notebook = papermill.execute_notebook(
+        ESTIMATORS,
+        tmp_path / "out.ipynb",
+        settings | {"seed": 3},
+        cwd=tmp_path,
+        kernel_name="python3",
+        execution_timeout=120,
+        start_timeout=60,
+        progress_bar=False,
+    )
+
+    # By hand, from the world's tables alone.
+    world = World(1, seed=3)
+    prior, posterior = (table[0][0].detach().numpy() for table in (world.prior, world.posterior))
+    p, q = (np.exp(x / 2) / np.exp(x / 2).sum() for x in (prior, prior + 1.5 * (posterior - prior)))
+    composite = 0.25 * p + 0.75 * q
+    kl = (composite * np.log(composite / p)).sum()
+    assert f"exact KL(p'||p) = {kl:.6f} nats" in printed(notebook)
+
+    assert len(plots(notebook)) == 5
+    shown = [o.data for cell in notebook.cells for o in cell.get("outputs", []) if "data" in o]
+    tables = [data["text/html"] for data in shown if "<table" in data.get("text/html", "")]
+    assert len(tables) == 4 and f"<td>{kl:.4f}</td>" in re.sub(r"<td[^>]*>", "<td>", tables[0])
+    assert all("w 0.25" in table for table in tables), "not at the given settings"

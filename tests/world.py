@@ -1,8 +1,4 @@
-"""A world small enough to enumerate: three tokens, traces of one or three, every logit a free parameter.
-
-Whatever a formula claims about an expectation is computed here as a plain sum in float64, so that the
-library's losses, which see one rollout at a time, can be held against it to rounding error.
-"""
+"""The library's enumerable world, and the expectation of a loss over all groups of its rollouts."""
 
 from __future__ import annotations
 
@@ -14,110 +10,10 @@ from torch import Tensor
 
 from covrl_lab.config import RunConfig
 from covrl_lab.objectives import Totals, coupled_loss, likelihood_credit
-from covrl_lab.types import Credit, LogProbs, TraceBatch
+from covrl_lab.types import Credit
+from covrl_lab.world import REFERENCE, VOCABULARY, World
 
-VOCABULARY = 3
-REFERENCE = (0, 2)  # the reference answer's tokens; one-token answers use the first
-
-
-class World:
-    """Tables of logits: p and q for every prefix, and for the answer's tokens after every trace."""
-
-    def __init__(self, length: int, answer_tokens: int = 1, seed: int = 2, scale: float = 1.0):
-        generator = torch.Generator().manual_seed(seed)
-
-        def table(rows: int) -> Tensor:
-            logits = scale * torch.randn(rows, VOCABULARY, generator=generator, dtype=torch.float64)
-            return logits.requires_grad_()
-
-        self.length, self.answer_tokens = length, answer_tokens
-        self.traces = torch.tensor(list(product(range(VOCABULARY), repeat=length)))
-        self.prior = [table(VOCABULARY**t) for t in range(length)]
-        self.posterior = [table(VOCABULARY**t) for t in range(length)]
-        self.answer = [table(len(self.traces)) for _ in range(answer_tokens)]
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        return [*self.prior, *self.posterior, *self.answer]
-
-    def nearby(self, seed: int, scale: float) -> World:
-        """The same world a few updates earlier: every logit moved by ``scale`` times a normal draw."""
-        moved = World(self.length, self.answer_tokens, seed, scale)
-        with torch.no_grad():
-            for theirs, mine in zip(moved.parameters, self.parameters, strict=True):
-                theirs += mine
-        return moved
-
-    # --- log-probabilities of every trace, (traces, tokens)
-    def trace_logprobs(self, tables: list[Tensor]) -> Tensor:
-        prefix, columns = torch.zeros(len(self.traces), dtype=torch.long), []
-        for t, logits in enumerate(tables):
-            columns.append(logits.log_softmax(1)[prefix, self.traces[:, t]])
-            prefix = prefix * VOCABULARY + self.traces[:, t]
-        return torch.stack(columns, 1)
-
-    def answer_logprobs(self) -> Tensor:
-        tokens = zip(self.answer, REFERENCE, strict=False)
-        return torch.stack([logits.log_softmax(1)[:, token] for logits, token in tokens], 1)
-
-    def prefixes(self) -> tuple[LogProbs, Tensor, Tensor]:
-        """A row for every (prefix, token), and p and q as (prefixes, tokens) tables."""
-        p, q = (torch.cat(tables).log_softmax(1) for tables in (self.prior, self.posterior))
-        column, mask = p.reshape(-1, 1), torch.ones(p.numel(), 1, dtype=torch.bool)
-        return LogProbs(column, q.reshape(-1, 1), torch.zeros_like(column), mask), p.exp(), q.exp()
-
-    # --- probabilities of whole traces, (traces,)
-    def prior_law(self) -> Tensor:
-        return self.trace_logprobs(self.prior).exp().prod(1)
-
-    def posterior_law(self) -> Tensor:
-        return self.trace_logprobs(self.posterior).exp().prod(1)
-
-    def composite_law(self, w: float) -> Tensor:
-        """P' = prod_t (w p + (1-w) q), which for T > 1 is not w P + (1-w) Q."""
-        p, q = (self.trace_logprobs(tables).exp() for tables in (self.prior, self.posterior))
-        return (w * p + (1 - w) * q).prod(1)
-
-    def hybrid_law(self, alpha: float) -> Tensor:
-        """H = alpha P + (1-alpha) Q, the law of traces drawn whole from one prompt or the other."""
-        return alpha * self.prior_law() + (1 - alpha) * self.posterior_law()
-
-    # --- exact quantities, scalars
-    def log_evidence(self) -> Tensor:
-        """log p(y|x) = log sum_z P(z) p(y|x,z)."""
-        return (self.prior_law() * self.answer_logprobs().sum(1).exp()).sum().log()
-
-    def jensen_bound(self) -> Tensor:
-        return (self.prior_law() * self.answer_logprobs().sum(1)).sum()
-
-    def composite_kl(self, w: float) -> Tensor:
-        """KL(P'||P) over whole traces."""
-        law = self.composite_law(w)
-        return (law * (law / self.prior_law()).log()).sum()
-
-    def elbo(self, w: float) -> Tensor:
-        return (self.composite_law(w) * self.answer_logprobs().sum(1)).sum() - self.composite_kl(w)
-
-    def gradient(self, value: Tensor) -> Tensor:
-        """Gradient of a scalar by every logit, as one vector."""
-        grads = torch.autograd.grad(value, self.parameters, allow_unused=True, retain_graph=True)
-        pairs = zip(grads, self.parameters, strict=True)
-        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
-
-    # --- the library's view: every (source, trace) pair as one rollout, prior-drawn rows first
-    def logprobs(self) -> LogProbs:
-        prior, posterior = (self.trace_logprobs(tables) for tables in (self.prior, self.posterior))
-        prior, posterior, answer = (torch.cat([x, x]) for x in (prior, posterior, self.answer_logprobs()))
-        return LogProbs(prior, posterior, answer, torch.ones_like(answer, dtype=torch.bool))
-
-    def batch(self) -> TraceBatch:
-        ids = torch.cat([self.traces, self.traces])
-        mask, rows = torch.ones_like(ids, dtype=torch.bool), torch.ones(len(ids), dtype=torch.bool)
-        return TraceBatch(ids, mask, torch.arange(len(ids)) < len(self.traces), rows, group_size=1)
-
-    def sampling_law(self, alpha: float) -> Tensor:
-        """Probability of each rollout of ``batch``."""
-        return torch.cat([alpha * self.prior_law(), (1 - alpha) * self.posterior_law()]).detach()
+__all__ = ["REFERENCE", "VOCABULARY", "World", "expected_loss", "select"]
 
 
 def select(rows, index, **changes):
