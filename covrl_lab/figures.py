@@ -583,7 +583,14 @@ def ratio_range(frame: pd.DataFrame) -> go.Figure:
     points = _points(frame, "alpha", "draws", POSTERIOR, "circle", hovertemplate="α %{x:.2f}: %{y:.1%}")
     figure.add_trace(points, row=1, col=2)
     figure.update_xaxes(title_text="α, share of traces drawn from the prior", range=[0, 1])
-    figure.update_yaxes(title_text="ratio p′/h (no unit, log scale)", type="log", dtick="D2", col=1)
+    ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
+    figure.update_yaxes(
+        title_text="ratio p′/h (no unit, log scale)",
+        type="log",
+        tickvals=ticks,
+        ticktext=[f"{t:g}" for t in ticks],
+        col=1,
+    )
     figure.update_yaxes(title_text="share of sampled tokens", tickformat=".0%", rangemode="tozero", col=2)
     return figure
 

@@ -1,7 +1,7 @@
-"""Notebook panels: sliders beside a table of numbers, computed anew on every move.
+"""Notebook panels: a table of numbers, and sliders that compute it anew on every move.
 
-Needs the ``notebooks`` extra (ipywidgets). A panel shows a plain HTML table wherever no live kernel serves
-the sliders: in a stored notebook, on a web page, or in a batch run.
+Needs the ``notebooks`` extra (ipywidgets). The first table is plain HTML, so that it also shows where no
+kernel serves the sliders: in a stored notebook, on a web page, after a batch run.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
+from IPython.display import HTML, display
 
 from . import estimators, figures
 from .types import ConfigError, did_you_mean
@@ -77,8 +78,9 @@ def _cell(value: Any, factor: float) -> str:
 class EstimatorPanel:
     """Sliders and the key numbers of one section: "kl", "gradient", "ratio" or "responsibility".
 
-    ``sliders`` maps a setting's name to its slider, ``table`` is the HTML widget, ``frame`` the numbers shown
-    (units as in the functions of ``estimators``). ``world`` is the world at distance 1 and temperature 1.
+    ``sliders`` maps a setting's name to its slider, ``frame`` holds the present numbers (units as in the
+    functions of ``estimators``), ``table`` is the widget that shows them from the first move on.
+    ``world`` is the world at distance 1 and temperature 1.
     """
 
     def __init__(
@@ -120,7 +122,7 @@ class EstimatorPanel:
         self.widget = widgets.VBox([*self.sliders.values(), self.table])
         for slider in self.sliders.values():
             slider.observe(self._update, names="value")
-        self._update()
+        self.frame = self.compute()
 
     def compute(self) -> pd.DataFrame:
         """The numbers at the sliders' present values."""
@@ -146,11 +148,13 @@ class EstimatorPanel:
 
     def _update(self, change: Any = None) -> None:
         self.frame = self.compute()
-        self.table.value = self.html()
+        self.table.value = self._titled("now")
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        """The live widget, and the table for wherever it cannot live."""
-        bundle = self.widget._repr_mimebundle_(**kwargs)
-        settings = ", ".join(f"{s.description} {s.value:g}" for s in self.sliders.values())
-        static = f"<p>At {settings}; sliders need a running kernel.</p>{self.html()}"
-        return dict(bundle) | {"text/html": static, "text/plain": f"EstimatorPanel({self.section!r})"}
+    def _titled(self, when: str) -> str:
+        settings = ", ".join(f"{slider.description} {slider.value:g}" for slider in self.sliders.values())
+        return f"<p>{when}: {settings}</p>{self.html()}"
+
+    def _ipython_display_(self) -> None:
+        """The table as it stands, which needs no kernel; below it the sliders with a table of their own."""
+        display(HTML(self._titled("numbers at")))
+        display(self.widget)

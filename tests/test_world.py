@@ -179,7 +179,8 @@ def test_the_panel_follows_its_sliders():
 
     world = World(1)
     panel = EstimatorPanel("kl", world, composite_weight=0.5, samples=30)
-    for w, distance, temperature in ((0.5, 1.0, 1.0), (0.3, 1.0, 1.0), (0.3, 2.0, 0.5)):
+    assert panel.table.value == "" and f">{kl_by_hand(*laws(world, 1.0, 1.0), 0.5):.4f}</td>" in panel.html()
+    for w, distance, temperature in ((0.3, 1.0, 1.0), (0.3, 2.0, 0.5)):
         panel.sliders["composite_weight"].value = w
         panel.sliders["distance"].value = distance
         panel.sliders["temperature"].value = temperature
@@ -196,7 +197,7 @@ def test_the_panel_follows_its_sliders():
     assert f">{0.5 / 0.8:.4f}</td>" in panel.table.value and f">{0.5 / 0.2:.4f}</td>" in panel.table.value
 
 
-def test_the_panel_at_every_end_of_its_sliders_and_without_a_kernel():
+def test_the_panel_at_every_end_of_its_sliders():
     from covrl_lab.panels import EstimatorPanel
 
     for section in ("kl", "gradient", "ratio", "responsibility"):
@@ -205,8 +206,6 @@ def test_the_panel_at_every_end_of_its_sliders_and_without_a_kernel():
             for value in (slider.min, slider.max):
                 slider.value = value
                 assert "nan" not in panel.table.value and "inf" not in panel.table.value
-        bundle = panel._repr_mimebundle_()
-        assert panel.html() in bundle["text/html"] and "w 1" in bundle["text/html"]
-        assert "application/vnd.jupyter.widget-view+json" in bundle
+        assert panel.html() in panel.table.value and "w 1" in panel.table.value
     with pytest.raises(ConfigError, match="did you mean 'ratio'"):
         EstimatorPanel("ratios", World(1))
