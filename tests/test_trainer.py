@@ -365,8 +365,8 @@ def test_an_interruption_anywhere_changes_nothing(short_reference, tmp_path, mon
     trainer, calls = make(tmp_path / "run", SHORT), []
     owner = Trainer if place.startswith("_") else trainer_module
     working = getattr(owner, place)
-    # The call that falls into step 2; a step of two updates scores three times, steps 0 and 2 are evaluated.
-    fatal = {"sample_traces": 2, "score": 6, "evaluate": 2, "_record": 2, "_append": 4}[place]
+    # The call that falls into step 2; a step of two updates scores twice, steps 0 and 2 are evaluated.
+    fatal = {"sample_traces": 2, "score": 4, "evaluate": 2, "_record": 2, "_append": 4}[place]
 
     def interrupted(*args, **kwargs):
         calls.append(trainer.step)
