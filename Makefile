@@ -4,6 +4,8 @@ DEMO := runs/quickstart
 
 # The environment's own kernel runs the notebooks, also where the user has installed another "python3" kernel.
 export JUPYTER_PREFER_ENV_PATH := 1
+# As in covrl_lab/__init__.py, also where a notebook imports torch first.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test lint lab learning clean
 

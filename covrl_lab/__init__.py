@@ -1,6 +1,7 @@
 """covrl_lab: a research workbench for CoVRL, reinforcement learning for reasoning without a verifier."""
 
 import logging
+import os
 from importlib import import_module
 from typing import Any
 
@@ -8,6 +9,10 @@ __version__ = "0.1.0"
 
 # On some CPUs bitsandbytes warns at import that an optional kernel package is missing; results are the same.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+# Threads that wait should sleep: beside one other busy process, spinning OpenMP threads make a step on two
+# cores more than ten times slower. Read when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Resolved on first use, so that looking at run folders never imports torch.
 _HOME = {
