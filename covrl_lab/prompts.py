@@ -92,10 +92,11 @@ class Prompter:
         bos = [tokenizer.bos_token_id] if self._adds_bos() and style == "few_shot" else []
         self._prior_root, self._posterior_root = list(bos), list(bos)
         if style == "few_shot":
-            for d in self.demonstrations:
-                tail = [f" {d.trace}\n", self.style.seam, self.style.answer(d.answer)]
-                self._prior_root += self._encode(*self.style.prior(d.question), *tail)
-                self._posterior_root += self._encode(*self.style.posterior(d.question, d.answer), *tail)
+            for d in self.demonstrations:  # on one line each: a newline ends a trace and an answer
+                question, trace, answer = (" ".join(text.split()) for text in (d.question, d.trace, d.answer))
+                tail = [f" {trace}\n", self.style.seam, self.style.answer(answer)]
+                self._prior_root += self._encode(*self.style.prior(question), *tail)
+                self._posterior_root += self._encode(*self.style.posterior(question, answer), *tail)
         self.seam = tuple(self._encode(self.style.seam))
 
     def _adds_bos(self) -> bool:
@@ -139,10 +140,16 @@ class Prompter:
         )
 
     def check_length(
-        self, prompt: Prompt, max_trace_tokens: int, max_context: int, example_id: str = ""
+        self,
+        prompt: Prompt,
+        max_trace_tokens: int,
+        max_context: int,
+        example_id: str = "",
+        max_answer_tokens: int = 0,
     ) -> None:
         """Raise ``ConfigError`` if prompt, trace and answer do not fit the model's context (tokens)."""
-        longest = max(len(prompt.posterior), len(prompt.prior) + len(prompt.seam) + len(prompt.answer))
+        answer = len(prompt.seam) + max(len(prompt.answer), max_answer_tokens)
+        longest = max(len(prompt.posterior), len(prompt.prior) + answer)
         if longest + max_trace_tokens > max_context:
             raise ConfigError(
                 f"example {example_id!r} needs {longest} prompt and answer tokens plus {max_trace_tokens} "

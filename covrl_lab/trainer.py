@@ -98,7 +98,7 @@ class Trainer:
         check_model(config.model)
         check_task(config.task, **self._task_settings())
         self._check_run_dir()
-        self.records: list[dict[str, Any]] = []  # one dictionary a finished step, also of earlier sessions
+        self.records: list[dict[str, Any]] = []  # one dictionary a finished step, those on disk too
         self.method = METHODS[config.method]
         self.policy = None
         self._unrecorded = False  # whether the weights have been updated since the last whole record
@@ -282,7 +282,13 @@ class Trainer:
         """The prompts of some examples. ConfigError where one does not fit the model's context."""
         prompts = [self.prompter(e) for e in examples]
         for prompt, example in zip(prompts, examples, strict=True):
-            self.prompter.check_length(prompt, self.config.max_trace_tokens, self.max_context, example.id)
+            self.prompter.check_length(
+                prompt,
+                self.config.max_trace_tokens,
+                self.max_context,
+                example.id,
+                self.config.max_answer_tokens,
+            )
         return prompts
 
     def _generator(self, purpose: str, step: int) -> torch.Generator:

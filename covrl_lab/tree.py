@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .types import ConfigError
+
 
 @dataclass(frozen=True)
 class TokenTree:
@@ -89,6 +91,10 @@ def attention_mask(config, allowed: Tensor, query_position: Tensor, key_position
     layer_types = set(getattr(config, "layer_types", None) or ())
     if layer_types:
         makers = {"full_attention": lambda: allowed, "sliding_attention": windowed}
+        if unknown := sorted(layer_types - set(makers)):
+            raise ConfigError(
+                f"layers of type {unknown[0]!r} are not supported; use a model with plain attention"
+            )
         return {kind: additive(makers[kind]()) for kind in sorted(layer_types)}
     return additive(windowed() if getattr(config, "sliding_window", None) else allowed)
 

@@ -95,6 +95,13 @@ def test_few_shot_question_becomes_one_line_and_the_answer_is_stripped(tokenizer
     assert prompter(Example("a", "one\ntwo", " 7 ")) == prompter(Example("b", "one two", "7"))
 
 
+def test_few_shot_shows_a_trace_of_several_lines_on_one(tokenizer):
+    """As GSM8K's worked solutions: a newline inside would teach traces to end early."""
+    lines = Prompter(tokenizer, [Demonstration("2 + 3?", "two and\nthree  make\nfive", "5\n")])
+    flat = Prompter(tokenizer, [Demonstration("2 + 3?", "two and three make five", "5")])
+    assert lines(EXAMPLE) == flat(EXAMPLE)
+
+
 def test_few_shot_starts_with_bos_only_where_the_tokenizer_adds_it(tokenizer):
     plain = Prompter(tokenizer, DEMONSTRATIONS)(EXAMPLE)
 
@@ -246,6 +253,11 @@ def test_check_length_is_exact(tokenizer, prompt, longest):
     prompter.check_length(prompt, max_trace_tokens=20, max_context=longest + 20, example_id="e5")
     with pytest.raises(ConfigError, match=rf"'e5' needs {longest} .*20.*context of {longest + 19}"):
         prompter.check_length(prompt, max_trace_tokens=20, max_context=longest + 19, example_id="e5")
+    # An evaluation's own answer may be longer than the reference: prompt, seam and 9 tokens, then.
+    longer = max(len(prompt.posterior), len(prompt.prior) + 1 + 9)
+    prompter.check_length(prompt, 20, longer + 20, max_answer_tokens=9)
+    with pytest.raises(ConfigError, match=f"needs {longer} "):
+        prompter.check_length(prompt, 20, longer + 19, max_answer_tokens=9)
 
 
 # --- reading traces and answers back

@@ -25,8 +25,8 @@ from covrl_lab import scoring
 from covrl_lab.models import Policy, load_tokenizer
 from covrl_lab.prompts import Prompter
 from covrl_lab.scoring import packed_tokens, score
-from covrl_lab.tree import build_tree, count_nodes, run_tree
-from covrl_lab.types import Demonstration, Example, TraceBatch
+from covrl_lab.tree import attention_mask, build_tree, count_nodes, run_tree
+from covrl_lab.types import ConfigError, Demonstration, Example, TraceBatch
 
 LOGPROB_TOLERANCE = 1e-4  # nats a token
 GRADIENT_TOLERANCE = 1e-4  # of a parameter's gradient norm
@@ -366,3 +366,10 @@ def test_a_branch_sees_its_own_path_and_nothing_else(policies, name):
                 ids[node] = (ids[node] + 50) % (VOCABULARY - 3) + 3
                 changed = run_tree(policy, dataclasses.replace(tree, ids=ids))
                 assert float((changed[path[-1]] - clean[path[-1]]).abs().max()) > 1e-3
+
+
+def test_layers_that_are_not_plain_attention_are_refused():
+    config = Qwen2Config()
+    config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(ConfigError, match="'linear_attention' are not supported"):
+        attention_mask(config, torch.eye(2).bool(), torch.arange(2), torch.arange(2), torch.float32)
