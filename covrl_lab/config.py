@@ -333,13 +333,14 @@ class RunConfig:
 
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
         """Settings that change the numbers and differ, as ``{name: (self, other)}``."""
-        skip = {"run_dir", "tracker", "checkpoint_every"}
-        mine, theirs = self.to_dict(), other.to_dict()
-        return {k: (mine[k], theirs[k]) for k in mine if k not in skip and mine[k] != theirs[k]}
+        mine, theirs = self._numbers(), other._numbers()
+        return {k: (mine[k], theirs[k]) for k in mine if mine[k] != theirs[k]}
 
     def run_id(self) -> str:
         """Eight hexadecimal digits that name this configuration, the same on every machine."""
-        settings = {
-            k: v for k, v in self.to_dict().items() if k not in ("run_dir", "tracker", "checkpoint_every")
-        }
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        return hashlib.sha256(json.dumps(self._numbers(), sort_keys=True).encode()).hexdigest()[:8]
+
+    def _numbers(self) -> dict[str, Any]:
+        """The settings that change a run's numbers."""
+        others = ("run_dir", "tracker", "checkpoint_every")
+        return {k: v for k, v in self.to_dict().items() if k not in others}

@@ -95,8 +95,10 @@ def evaluate(
     rows = []
     with tqdm(total=len(examples) * (1 + samples), desc="evaluate", disable=not progress, leave=False) as bar:
         for sample in range(-1, samples):
-            generator = torch.Generator().manual_seed(seed * 1000 + sample + 1)
-            uniforms = torch.rand(len(examples), width, generator=generator, dtype=torch.float64)
+            uniforms = None
+            if sample >= 0:
+                generator = torch.Generator().manual_seed(seed * 1000 + sample + 1)
+                uniforms = torch.rand(len(examples), width, generator=generator, dtype=torch.float64)
             for start in range(0, len(examples), ROWS):
                 part = slice(start, start + ROWS)
                 results = predict(
@@ -107,7 +109,7 @@ def evaluate(
                     max_answer_tokens=max_answer_tokens,
                     temperature=temperature,
                     top_p=top_p,
-                    uniforms=None if sample < 0 else uniforms[part],
+                    uniforms=None if uniforms is None else uniforms[part],
                 )
                 for example, result in zip(examples[part], results, strict=True):
                     score = task.score(result["prediction"], example) if result["finished"] else 0.0

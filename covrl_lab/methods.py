@@ -103,11 +103,10 @@ def rlpr_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, memory: Mem
     R = 0.9 max(0, B - B_0) + 0.1 format - repetition, with B the mean token probability of y after the
     trace, B_0 the same without any trace under the frozen base, format = 1 for finished traces, repetition
     = 1 where a 10-token window occurs 10 times; B = 0 where unfinished, and R at most the group's worst
-    finished one. A is centred and scaled in the
-    group; no answer term. Groups whose reward deviation is below ``std_filter`` times its running mean
-    (decay 0.99, from step 11) get A = 0; the code refills the batch instead. Unlike the code: B is not
-    rounded to bfloat16, windows are tokens rather than words, and the policy term covers the trace alone,
-    not the model's own answer after it.
+    finished one. A is centred and scaled in the group; no answer term. Groups whose reward deviation is
+    below ``std_filter`` times its running mean (decay 0.99, from step 11) get A = 0; the code refills the
+    batch instead. Unlike the code: B is not rounded to bfloat16, windows are tokens rather than words, and
+    the policy term covers the trace alone, not the model's own answer after it.
     """
     score = floor_unfinished(answer_reward(old, "mean_probability"), batch, "mean_probability", 0.0)
     if old.bare_answer is not None:

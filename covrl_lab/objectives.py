@@ -139,12 +139,13 @@ def advantages(reward: Tensor, group_size: int, baseline: str, scale: str, clip:
     if reward.dim() != 1:
         raise ValueError(f"rewards must have shape (N,), got {tuple(reward.shape)}")
     groups = reward.view(-1, group_size)
-    mean = groups.mean(1, keepdim=True)
-    if baseline == "leave_one_out":
-        mean = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
-    advantage = groups - mean if baseline != "none" else groups
-    if baseline != "none":  # equal rewards centre to zero, not to rounding error
-        advantage = torch.where(groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True), 0.0, advantage)
+    advantage = groups
+    if baseline != "none":
+        mean = groups.mean(1, keepdim=True)
+        if baseline == "leave_one_out":
+            mean = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+        equal = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
+        advantage = torch.where(equal, 0.0, groups - mean)  # not the mean's rounding error
     if scale == "std":
         advantage = advantage / (groups.std(1, keepdim=True, correction=0) + 1e-4)
     if clip:

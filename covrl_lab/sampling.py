@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .tree import TreeCache, attention_mask, build_tree, run_tree
+from .tree import TreeCache, attention_mask, build_tree, final_logits, run_tree
 from .types import Prompt, TraceBatch
 
 
@@ -69,7 +69,7 @@ def generate(
     done = [False] * rows
     active = list(range(rows))
     for t in range(max_tokens):
-        logp = _logprobs(policy, hidden, temperature)
+        logp = torch.log_softmax(final_logits(policy, hidden) / temperature, dim=-1)
         token = _pick(logp, None if uniforms is None else uniforms[active, t].to(device), top_p)
         chosen = logp.gather(1, token[:, None])[:, 0].tolist()
         alive = []
@@ -104,14 +104,6 @@ def _end_of_text(policy) -> set[int]:
     eos = policy.causal_lm.generation_config.eos_token_id
     eos = eos if isinstance(eos, list) else [eos]
     return {i for i in [*eos, policy.tokenizer.eos_token_id] if i is not None}
-
-
-def _logprobs(policy, hidden: Tensor, temperature: float) -> Tensor:
-    logits = policy.head(hidden).float()
-    cap = getattr(policy.causal_lm.config, "final_logit_softcapping", None)
-    if cap is not None:
-        logits = cap * torch.tanh(logits / cap)
-    return torch.log_softmax(logits / temperature, dim=-1)
 
 
 def _pick(logp: Tensor, uniform: Tensor | None, top_p: float) -> Tensor:

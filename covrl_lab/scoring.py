@@ -3,7 +3,7 @@
 For each rollout up to three sequences are scored: trace after the prior prompt, the same trace ids after
 the posterior prompt, and seam + answer after prior prompt + trace. ``score`` packs all of them into one
 tree (see tree.py) and applies the output head only at scored positions, in chunks that are recomputed in
-the backward pass. ``score_padded`` is the plain reference: one padded row per sequence.
+the backward pass. ``packed=False`` is the plain reference: one padded row per sequence.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from .tree import build_tree, count_nodes, run_tree
+from .tree import build_tree, count_nodes, final_logits, run_tree
 from .types import LogProbs, Prompt, TraceBatch
 
 HEAD_CHUNK = 512  # scored tokens per application of the output head
@@ -31,13 +31,8 @@ class _Segment:
     temperature: float
 
 
-def _head_logprobs(
-    hidden: Tensor, targets: Tensor, head: torch.nn.Module, temperature: Tensor, cap
-) -> Tensor:
-    logits = head(hidden).float()
-    if cap is not None:  # Gemma's final soft cap
-        logits = cap * torch.tanh(logits / cap)
-    logits = logits / temperature[:, None]
+def _head_logprobs(policy, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
+    logits = final_logits(policy, hidden) / temperature[:, None]
     return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
 
 
@@ -46,11 +41,9 @@ def token_logprobs(policy, hidden: Tensor, targets: Tensor, temperature: Tensor)
 
     The (k, vocabulary) logits never exist at once: HEAD_CHUNK rows at a time, recomputed in backward.
     """
-    cap = getattr(policy.causal_lm.config, "final_logit_softcapping", None)
     parts = []
     for i in range(0, len(targets), HEAD_CHUNK):
-        args = (hidden[i : i + HEAD_CHUNK], targets[i : i + HEAD_CHUNK], policy.head)
-        args += (temperature[i : i + HEAD_CHUNK], cap)
+        args = (policy, *(x[i : i + HEAD_CHUNK] for x in (hidden, targets, temperature)))
         if torch.is_grad_enabled():
             parts.append(checkpoint(_head_logprobs, *args, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -104,6 +97,12 @@ def _segments(
     return out
 
 
+def _pad(rows: list[Tensor], width: int) -> Tensor:
+    """Rows under each other, padded with zeros to ``width`` columns."""
+    padded = pad_sequence(rows, batch_first=True)
+    return torch.nn.functional.pad(padded, (0, width - padded.shape[1]))
+
+
 def score(
     policy,
     prompts: Sequence[Prompt],
@@ -124,16 +123,11 @@ def score(
     scores = iter((_score_packed if packed else _score_rows)(policy, flat))
     rows = {name: [next(scores) for _ in segments] for name, segments in groups.items()}
     width = batch.mask.shape[1]
-
-    def pad(values: list[Tensor], to: int) -> Tensor:
-        padded = pad_sequence(values, batch_first=True)
-        return torch.nn.functional.pad(padded, (0, to - padded.shape[1]))
-
     answer = pad_sequence(rows["answer"], batch_first=True)
     lengths = torch.tensor([len(r) for r in rows["answer"]], device=answer.device)
     return LogProbs(
-        prior=pad(rows["prior"], width),
-        posterior=pad(rows["posterior"], width) if posterior else None,
+        prior=_pad(rows["prior"], width),
+        posterior=_pad(rows["posterior"], width) if posterior else None,
         answer=answer,
         answer_mask=torch.arange(answer.shape[1], device=answer.device) < lengths[:, None],
     )
@@ -152,8 +146,7 @@ def reference(
     with policy.base():
         if "ref_prior" in needs:
             segments = _segments(prompts, batch, temperature, posterior=False, answers=False)["prior"]
-            rows = pad_sequence(_score_packed(policy, segments), batch_first=True)
-            found["ref_prior"] = torch.nn.functional.pad(rows, (0, batch.mask.shape[1] - rows.shape[1]))
+            found["ref_prior"] = _pad(_score_packed(policy, segments), batch.mask.shape[1])
         if "bare_answer" in needs:
             contexts = [[*p.prior, *p.seam] for p in prompts]
             segments = [

@@ -186,14 +186,7 @@ class Trainer:
         path = self.run_dir / name
         if not path.exists():
             return []
-        lines = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:  # a killed writer's half line
-                continue
-            if record["step"] <= last_step:
-                lines.append(record)
+        lines = [record for record in read_jsonl(path) if record["step"] <= last_step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in lines), encoding="utf-8")
         os.replace(temporary, path)
@@ -323,10 +316,9 @@ class Trainer:
 
     def score(self, prompts: Sequence[Prompt], batch: TraceBatch, rows: torch.Tensor) -> LogProbs:
         """Log-probabilities of the rollouts at ``rows`` under the current policy."""
-        own_prompts = [prompts[i // batch.group_size] for i in rows.tolist()]
         return score(
             self.policy,
-            own_prompts,
+            own_prompts(prompts, batch, rows),
             batch.rows(rows),
             temperature=self.config.temperature,
             posterior=needs_posterior(self.config),
@@ -346,7 +338,7 @@ class Trainer:
         """What the method wants of the frozen base, for all rollouts."""
         found = []
         for rows in parts if self.method.needs & {"ref_prior", "bare_answer"} else []:
-            own = [prompts[i // batch.group_size] for i in rows.tolist()]
+            own = own_prompts(prompts, batch, rows)
             found.append(
                 reference(self.policy, own, batch.rows(rows), self.method.needs, self.config.temperature)
             )
@@ -372,6 +364,7 @@ class Trainer:
                 old = join([self.score(prompts, batch, rows) for rows in parts])
         frozen = self._reference(prompts, batch, parts) if first else {}
         self.optimizer.zero_grad(set_to_none=True)
+        totals: Totals | None = None
         losses: dict[str, float] = {}
         for rows in parts:
             new = self.score(prompts, batch, rows)
@@ -380,7 +373,7 @@ class Trainer:
             if credit is None:
                 old = dataclasses.replace(old, **frozen)
                 credit = self.method.credit(batch, old, config, self.memory)
-            totals = Totals.of(batch, credit, old.answer_mask)
+            totals = totals or Totals.of(batch, credit, old.answer_mask)
             loss, measured = self.method.loss(
                 new, old.rows(rows), batch.rows(rows), credit.rows(rows), totals, config
             )
@@ -550,6 +543,11 @@ class Trainer:
             self._accelerator.log(values, step=record.step)
 
 
+def own_prompts(prompts: Sequence[Prompt], batch: TraceBatch, rows: torch.Tensor) -> list[Prompt]:
+    """The prompt of each of the rollouts at ``rows``."""
+    return [prompts[i // batch.group_size] for i in rows.tolist()]
+
+
 def micro_batches(
     prompts: Sequence[Prompt], batch: TraceBatch, posterior: bool, max_tokens: int
 ) -> list[torch.Tensor]:
@@ -559,7 +557,7 @@ def micro_batches(
     """
 
     def cut(rows: torch.Tensor) -> list[torch.Tensor]:
-        own = [prompts[i // batch.group_size] for i in rows.tolist()]
+        own = own_prompts(prompts, batch, rows)
         if len(rows) == 1 or packed_tokens(own, batch.rows(rows), posterior)[0] <= max_tokens:
             return [rows]
         half = len(rows) // 2

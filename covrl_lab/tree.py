@@ -132,6 +132,13 @@ class TreeCache:
         return self.length
 
 
+def final_logits(policy, hidden: Tensor) -> Tensor:
+    """The output head on hidden states (k, hidden): float32 logits (k, vocabulary), soft-capped for Gemma."""
+    logits = policy.head(hidden).float()
+    cap = getattr(policy.causal_lm.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def run_tree(policy, tree: TokenTree, cache: TreeCache | None = None) -> Tensor:
     """Forward a whole tree; returns hidden states (n, hidden) before the output head."""
     device = policy.device
