@@ -9,10 +9,22 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "covrl_lab"
 LAYERS = """
-types config prompts data models tree objectives methods world estimators sampling scoring evaluation
-traces trainer figures panels sweeps variance __main__
+types config intervals prompts data models tree objectives methods world estimators sampling scoring
+evaluation traces trainer figures curves monitor compare panels reporting live sweeps variance __main__
 """.split()
-TORCH_FREE = ["types", "config", "data", "traces", "figures", "sweeps"]
+TORCH_FREE = [
+    "types",
+    "config",
+    "intervals",
+    "data",
+    "traces",
+    "figures",
+    "curves",
+    "monitor",
+    "reporting",
+    "compare",
+    "sweeps",
+]
 PRESENT = [name for name in LAYERS if (PACKAGE / f"{name}.py").exists()]
 
 
