@@ -10,21 +10,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "covrl_lab"
 LAYERS = """
 types config intervals prompts data models tree objectives methods world estimators sampling scoring
-evaluation traces trainer figures curves monitor compare panels reporting live sweeps variance __main__
+coherence evaluation traces trainer figures curves monitor compare panels reporting live sweeps variance
+__main__
 """.split()
-TORCH_FREE = [
-    "types",
-    "config",
-    "intervals",
-    "data",
-    "traces",
-    "figures",
-    "curves",
-    "monitor",
-    "reporting",
-    "compare",
-    "sweeps",
-]
+TORCH_FREE = "types config intervals data traces figures curves monitor reporting compare sweeps".split()
 PRESENT = [name for name in LAYERS if (PACKAGE / f"{name}.py").exists()]
 
 
