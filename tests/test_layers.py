@@ -10,10 +10,12 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "covrl_lab"
 LAYERS = """
 types config intervals prompts data models tree objectives methods world estimators sampling scoring
-coherence evaluation traces trainer figures curves monitor compare panels reporting live sweeps variance
-__main__
+coherence evaluation traces tokens trainer figures token_view curves monitor compare panels reporting live
+sweeps variance __main__
 """.split()
-TORCH_FREE = "types config intervals data traces figures curves monitor reporting compare sweeps".split()
+TORCH_FREE = """
+types config intervals data traces tokens figures token_view curves monitor panels reporting compare sweeps
+""".split()
 PRESENT = [name for name in LAYERS if (PACKAGE / f"{name}.py").exists()]
 
 
