@@ -14,7 +14,7 @@ import torch
 
 from .scoring import token_logprobs
 from .tree import build_tree, run_tree
-from .types import Prompt, TraceBatch
+from .types import Prompt
 
 
 def prefix_contexts(prompter, prompt: Prompt, trace: Sequence[int]) -> list[list[int]]:
@@ -56,13 +56,3 @@ def _answers(policy, contexts: list[list[int]], answer: Sequence[int]) -> torch.
     targets = torch.tensor(answer, device=hidden.device).repeat(len(contexts))
     logprobs = token_logprobs(policy, hidden[before], targets, torch.ones(len(targets), device=hidden.device))
     return logprobs.view(len(contexts), len(answer)).sum(1)
-
-
-def coherence_curves(
-    policy, prompter, prompts: Sequence[Prompt], batch: TraceBatch, max_packed_tokens: int = 4096
-) -> list[np.ndarray]:
-    """``coherence`` of each of the N rollouts; rollout i belongs to prompt i // G."""
-    return [
-        coherence(policy, prompter, prompts[i // batch.group_size], batch.trace(i), max_packed_tokens)
-        for i in range(len(batch))
-    ]

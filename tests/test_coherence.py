@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from covrl_lab import coherence as module
-from covrl_lab.coherence import coherence, coherence_curves
+from covrl_lab.coherence import coherence
 from covrl_lab.prompts import Prompter
 from covrl_lab.scoring import score
 from covrl_lab.types import Demonstration, Example, TraceBatch
@@ -78,7 +78,7 @@ def test_the_last_value_is_the_scored_answer_of_every_rollout(tiny_policy):
     ids = torch.tensor([trace, [*trace[:5], *[0] * (len(trace) - 5)]])  # the second is truncated
     mask = torch.arange(len(trace)) < torch.tensor([[len(trace)], [5]])
     batch = TraceBatch(ids, mask, torch.tensor([True, False]), torch.tensor([True, False]), group_size=1)
-    curves = coherence_curves(tiny_policy, prompter, [prompt, other], batch)
+    curves = [coherence(tiny_policy, prompter, own, batch.trace(i)) for i, own in enumerate([prompt, other])]
     answers = score(tiny_policy, [prompt, other], batch).answer.sum(1)
     assert [len(curve) for curve in curves] == [len(trace) + 1, 6]
     np.testing.assert_allclose([curve[-1] for curve in curves], answers.detach(), atol=TOLERANCE)
