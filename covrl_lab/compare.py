@@ -450,8 +450,8 @@ def export(table: pd.DataFrame, folder: str | Path, name: str) -> list[Path]:
 def interval_figure(table: pd.DataFrame, value: str) -> go.Figure:
     """A row of ``table`` each, first on top: ``value`` as a point with its interval.
 
-    table is that of ``performance`` ("iqm", "mean"), ``paired_differences`` ("difference": a small tick is a
-    seed) or ``probability_of_improvement`` ("probability").
+    table is that of ``performance`` ("iqm", "mean"; ticks are the lowest and the highest run),
+    ``paired_differences`` ("difference"; ticks are seeds) or ``probability_of_improvement`` ("probability").
     """
     other = next((name for name in ("minus", "against") if name in table), None)
     joint = {"minus": "−", "against": "over", None: ""}[other]
@@ -465,26 +465,30 @@ def interval_figure(table: pd.DataFrame, value: str) -> go.Figure:
     form = "+.1%" if value == "difference" else ".1%"
     bounds = f"(%{{customdata[0]:{form}}} to %{{customdata[1]:{form}}})"
     figure = go.Figure(layout={"template": figures.TEMPLATE})
-    if "by_seed" in table:
-        seeds = [(x, place) for place, values in zip(places, table["by_seed"], strict=True) for x in values]
+    ticks = {"difference": "a seed", "iqm": "lowest and highest run", "mean": "lowest and highest run"}.get(
+        value
+    )
+    if ticks:
+        each = table["by_seed"] if value == "difference" else table[["lowest", "highest"]].to_numpy()
+        runs = [(x, place) for place, values in zip(places, each, strict=True) for x in values]
         figure.add_scatter(
-            x=[x for x, _ in seeds],
-            y=[place for _, place in seeds],
+            x=[x for x, _ in runs],
+            y=[place for _, place in runs],
             mode="markers",
-            name="a seed",
-            marker={"symbol": "line-ns", "size": 12, "line": {"color": figures.GREY, "width": 1.5}},
-            hovertemplate=f"a seed: %{{x:{form}}}<extra></extra>",
+            name=ticks,
+            marker={"symbol": "line-ns", "size": 14, "line": {"color": figures.POSTERIOR, "width": 2}},
+            hovertemplate=f"{ticks}: %{{x:{form}}}<extra></extra>",
         )
     figure.add_scatter(
         x=table[value],
         y=places,
         mode="markers",
-        name="mean and interval",
+        name="all, with interval",
         marker={"color": figures.PRIOR, "size": 9},
         error_x={"array": high - table[value], "arrayminus": table[value] - low, "thickness": 2, "width": 5},
         customdata=np.stack([low, high], axis=1),
         hovertemplate=f"%{{x:{form}}} {bounds}<extra></extra>",
-        showlegend="by_seed" in table,
+        showlegend=ticks is not None,
     )
     middle = {"difference": 0.0, "probability": 0.5}.get(value)
     if middle is not None:
@@ -498,9 +502,17 @@ def interval_figure(table: pd.DataFrame, value: str) -> go.Figure:
     figure.update_xaxes(
         title_text=titles[value],
         tickformat=form.replace(".1", ".0"),
-        range=None if value == "difference" else [0, 1],
+        rangemode="tozero",
+        range=[0, 1] if value == "probability" else None,
     )
     figure.update_yaxes(
-        tickvals=places, ticktext=labels, range=[len(places) - 0.5, -0.5], zeroline=False, showgrid=False
+        tickvals=places,
+        ticktext=labels,
+        range=[len(places) - 0.5, -0.5],
+        zeroline=False,
+        showgrid=False,
+        ticklabelstandoff=6,
     )
-    return figure.update_layout(height=130 + 44 * len(places))
+    return figure.update_layout(
+        height=(110 if ticks else 80) + 44 * len(places), margin={"t": 40 if ticks else 10}
+    )
