@@ -7,7 +7,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 # As in covrl_lab/__init__.py, also where a notebook imports torch first.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint lab learning clean
+.PHONY: demo test lint bench lab learning clean
 
 # The second plotly renderer writes plots that an HTML file can show without Jupyter.
 demo: .venv/.installed
@@ -36,6 +36,12 @@ learning: .venv/.installed
 		kept=notebooks/results/learning/$$(basename $$run) && mkdir -p $$kept && \
 		cp -r $$run/config.json $$run/metrics.jsonl $$run/evaluations.jsonl $$run/evaluations $$kept || exit 1; \
 	done
+
+# Our step against TRL's, the machine's limits, and how time and memory grow: about 20 minutes of a quiet
+# machine. What is measured already is kept (BENCH_ARGS=--again measures anew).
+bench: .venv/.installed
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[bench]"
+	.venv/bin/python -m covrl_lab.benchmark $(BENCH_ARGS)
 
 lab: .venv/.installed
 	.venv/bin/jupyter lab

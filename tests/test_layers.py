@@ -9,12 +9,13 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "covrl_lab"
 LAYERS = """
-types config intervals prompts data models tree objectives methods world estimators sampling scoring
+types config intervals prompts data models plan tree objectives methods world estimators sampling scoring
 coherence evaluation traces tokens trainer figures token_view curves monitor compare panels reporting live
-sweeps variance __main__
+sweeps variance benchmark __main__
 """.split()
 TORCH_FREE = """
 types config intervals data traces tokens figures token_view curves monitor panels reporting compare sweeps
+plan benchmark
 """.split()
 PRESENT = [name for name in LAYERS if (PACKAGE / f"{name}.py").exists()]
 

@@ -1,0 +1,678 @@
+"""One run on one machine: our step against TRL's GRPOTrainer, against the machine's limits, and how it grows.
+
+``python -m covrl_lab.benchmark`` (or ``make bench``) measures every part and writes one JSON file a part to
+``notebooks/results/speed``, which ``notebooks/07_speed.ipynb`` draws. A part that is already there with the
+same settings on the same machine is not measured again unless ``--again`` is given; an interrupted part goes
+on where it was.
+
+    step      repetitions of one step of each trainer in turn, so that what disturbs the machine disturbs all;
+              each trainer is its own process, which waits while another runs, and has its own peak memory
+    limits    matrix rate and memory bandwidth, and the step's bare matrix products at its own sizes
+    growth    seconds and memory of our step against rollouts, trace length and demonstrations
+    memory    bytes that scoring allocates against vocabulary and packed tokens, counted, not sampled
+    plan      what covrl_lab.plan says of two models, and what they took
+
+Equal work: every trainer gets the same questions under the same few-shot prior prompts (CoVRL half of them
+under posterior prompts), the same NF4 model and LoRA shape, and writes exactly ``max_trace_tokens`` tokens a
+trace: ends of traces are ignored in ours, and ``min_new_tokens`` holds TRL to it. "covrl, own ends" is our
+step as used, where traces may end earlier. TRL runs with what is fastest for it here: one batch of all
+rollouts, no gradient checkpointing, no reference model (beta 0), no logging, saving or evaluation, and a
+reward function that returns text lengths. It does less: one prompt a trace, and no answer to score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from .config import RunConfig
+from .plan import GIB, Device, Tokens, fastest, measure, plan, shape_of, step_seconds
+from .types import ConfigError, did_you_mean
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks" / "results" / "speed"
+PRIOR_ONLY = {"alpha": 1.0, "composite_weight": 1.0, "kl_weight": 0.0}
+STEP = {"task": "arithmetic", "questions_per_step": 8, "rollouts_per_question": 4, "max_trace_tokens": 28}
+# name -> what it changes; "fixed" holds every trace to max_trace_tokens
+VARIANTS: dict[str, dict[str, Any]] = {
+    "covrl": {"fixed": True},
+    "prior only": {"fixed": True, **PRIOR_ONLY},
+    "covrl, own ends": {"fixed": False},
+    "trl": {},
+}
+GROWTH: dict[str, list[dict[str, Any]]] = {
+    "rollouts": [{"rollouts_per_question": g} for g in (1, 2, 4, 8)],
+    "trace tokens": [{"max_trace_tokens": t} for t in (28, 64, 128, 256)],
+    "demonstrations": [{"demonstrations": k} for k in (0, 2, 4, 8)],
+}
+VOCABULARIES = (8_192, 32_768, 152_064)
+MEMORY_ROLLOUTS = (16, 32, 64)
+
+
+# --- storing
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What a reader must know of the machine; no names, no paths."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    versions = {
+        package: importlib.metadata.version(package)
+        for package in ("torch", "transformers", "peft", "bitsandbytes", "trl")
+        if importlib.util.find_spec(package)
+    }
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": name, "cores": os.cpu_count(), "threads": threads, "gpu": gpu, **versions}
+
+
+class Results:
+    """One part's JSON file: settings, machine, and results by key, written whole after each."""
+
+    def __init__(self, folder: Path, part: str, settings: dict[str, Any], again: bool = False) -> None:
+        self.path = folder / f"{part}.json"
+        head = {"settings": settings, "machine": machine(settings["threads"])}
+        stored = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        same = not again and all(stored.get(name) == value for name, value in head.items())
+        self.content = stored if same else {**head, "results": {}}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the part's numbers."""
+        return self.content["settings"]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.content["results"]
+
+    def get(self, key: str, make: Callable[[], Any]) -> Any:
+        """The stored result of this key, else what ``make`` returns, which is stored."""
+        if key not in self:
+            self.content["results"][key] = make()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, self.path)
+        return self.content["results"][key]
+
+
+# --- measuring one trainer, in a process of its own
+
+
+class Clock:
+    """Seconds spent inside some methods of an object since the last ``read``."""
+
+    def __init__(self, target: Any, **names: str) -> None:
+        """``sampling="sample"`` adds the time of ``target.sample`` under "sampling"."""
+        self.seconds = dict.fromkeys(names, 0.0)
+        for label, name in names.items():
+            setattr(target, name, self._timed(label, getattr(target, name)))
+
+    def _timed(self, label: str, function: Callable) -> Callable:
+        def timed(*args, **kwargs):
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[label] += time.perf_counter() - started
+
+        return timed
+
+    def read(self, total: float) -> dict[str, float]:
+        """The parts, with what is left of ``total`` as "update"; starts again at zero."""
+        parts = dict(self.seconds)
+        self.seconds = dict.fromkeys(parts, 0.0)
+        return {"seconds": total, **parts, "update": total - sum(parts.values())}
+
+
+def resident() -> float:
+    """Resident memory of this process now, GiB."""
+    import psutil  # comes with accelerate
+
+    return psutil.Process().memory_info().rss / GIB
+
+
+def _ours(channel, settings: dict[str, Any], fixed: bool) -> None:
+    """Serve steps of our trainer over a pipe: a message in is a step, its measurements come back."""
+    from .trainer import Trainer
+    from .tree import count_nodes
+
+    with tempfile.TemporaryDirectory() as folder:
+        # The whole step as a user has it, trace files included; checkpoints and evaluations left out.
+        quiet = {"steps": 10**6, "eval_every": 0, "eval_questions": 1, "checkpoint_every": 10**6}
+        config = RunConfig(**settings, **quiet, run_dir=folder)
+        trainer = Trainer(config, progress=False).setup()
+        if fixed:
+            trainer.prompter.ends = lambda ids, end: False
+        loaded, drawn, draw = resident(), [], trainer.sample
+
+        def sample(step: int):
+            drawn.append(draw(step))
+            return drawn[-1]
+
+        trainer.sample = sample
+        clock = Clock(trainer, sampling="sample", scoring="score")
+        steps = iter(trainer)
+        while channel.recv():
+            clock.read(0)
+            record = next(steps)
+            _, prompts, batch = drawn.pop()
+            rows = len(batch)
+            own = [prompts[i // batch.group_size] for i in range(rows)]
+            contexts = [p.prior if q else p.posterior for p, q in zip(own, batch.from_prior, strict=True)]
+            generated, answers = int(batch.mask.sum()), sum(len(p.answer) for p in own)
+            if fixed and generated < 0.95 * rows * config.max_trace_tokens:
+                raise AssertionError(f"only {generated} tokens were generated")
+            both = config.composite_weight < 1 or config.alpha < 1
+            channel.send(
+                clock.read(record.seconds)
+                | {
+                    "rows": rows,
+                    "generated": generated,
+                    "scored": generated * (1 + both) + answers,
+                    "prompt_tokens": count_nodes(contexts),
+                    "prompt_tokens_as_rows": sum(map(len, contexts)),
+                    "update_tokens": record.packed_tokens,
+                    "update_tokens_as_rows": record.padded_tokens,
+                    "sequences": rows * (2 + both),
+                    "loaded_gib": loaded,
+                    "peak_gib": record.peak_memory_gib,
+                }
+            )
+
+
+def _prompts(config: RunConfig, step: int) -> tuple[list, Any]:
+    """The prompts of a step (from 0), and the tokenizer."""
+    from .data import load_task
+    from .models import load_tokenizer
+    from .prompts import Prompter
+
+    names = ("difficulty", "demonstrations")
+    task = load_task(config.task, **{name: getattr(config, name) for name in names})
+    tokenizer = load_tokenizer(config.model)
+    prompter = Prompter(tokenizer, task.demonstrations, config.prompt_style)
+    count = config.questions_per_step
+    return [prompter(e) for e in task.train(step * count, count, config.seed)], tokenizer
+
+
+def _trl(channel, settings: dict[str, Any], steps: int) -> None:
+    """The same for TRL's GRPOTrainer, stopped between steps by a callback."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+    from transformers.utils import logging
+    from trl import GRPOConfig, GRPOTrainer
+
+    from .models import EMBEDDED, embedded_model_path
+    from .trainer import peak_memory_gib
+    from .tree import count_nodes
+
+    config = RunConfig(**settings)
+    source = str(embedded_model_path()) if config.model == EMBEDDED else config.model
+    dtype = getattr(torch, config.dtype)
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    logging.disable_progress_bar()
+    cuda = torch.cuda.is_available()
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=dtype,
+        device_map={"": "cuda" if cuda else "cpu"},
+        quantization_config=quantized if config.quantization == "nf4" else None,
+    )
+    rows = config.questions_per_step * config.rollouts_per_question
+    texts = []
+    for step in range(steps):
+        prompts, tokenizer = _prompts(config, step)
+        texts += [tokenizer.decode(p.prior) for p in prompts]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = GRPOConfig(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=rows,
+            num_generations=config.rollouts_per_question,
+            max_completion_length=config.max_trace_tokens,
+            generation_kwargs={"min_new_tokens": config.max_trace_tokens},
+            temperature=config.temperature,
+            learning_rate=config.learning_rate,
+            beta=0.0,
+            bf16=config.dtype == "bfloat16",
+            use_cpu=not cuda,
+            gradient_checkpointing=False,
+            shuffle_dataset=False,
+            dataloader_pin_memory=cuda,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = GRPOTrainer(
+            model=model,
+            args=arguments,
+            reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+            train_dataset=Dataset.from_dict({"prompt": texts}),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha,
+                lora_dropout=0.0,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            ),
+        )
+        loaded, drawn, draw = resident(), [], trainer._generate_and_score_completions
+
+        def sample(inputs):
+            drawn.append(draw(inputs))
+            return drawn[-1]
+
+        trainer._generate_and_score_completions = sample
+        clock = Clock(trainer, sampling="_generate_and_score_completions", scoring="compute_loss")
+
+        class Gate(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                control.should_training_stop = not channel.recv()
+                clock.read(0)
+                self.started = time.perf_counter()
+
+            def on_step_end(self, args, state, control, **kwargs):
+                measured, output = clock.read(time.perf_counter() - self.started), drawn.pop()
+                prompt, mask = output["prompt_mask"], output["completion_mask"]
+                ids = [p[m.bool()].tolist() for p, m in zip(output["prompt_ids"], prompt, strict=True)]
+                traces = [t[m.bool()].tolist() for t, m in zip(output["completion_ids"], mask, strict=True)]
+                channel.send(
+                    measured
+                    | {
+                        "rows": rows,
+                        "generated": int(mask.sum()),
+                        "scored": int(mask.sum()),
+                        "prompt_tokens": prompt.numel(),  # padding is computed, too
+                        "prompt_tokens_as_rows": int(prompt.sum()),
+                        "update_tokens": prompt.numel() + mask.numel(),
+                        "update_tokens_as_rows": int(prompt.sum() + mask.sum()),
+                        "update_tokens_needed": count_nodes(
+                            [p + t for p, t in zip(ids, traces, strict=True)]
+                        ),
+                        "sequences": rows,
+                        "loaded_gib": loaded,
+                        "peak_gib": peak_memory_gib(model.device),
+                    }
+                )
+
+        trainer.add_callback(Gate())
+        trainer.train()
+
+
+def _serve(channel, name: str, settings: dict[str, Any], threads: int, steps: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    if name == "trl":
+        _trl(channel, settings, steps)
+    else:
+        fixed, changes = VARIANTS[name]["fixed"], {k: v for k, v in VARIANTS[name].items() if k != "fixed"}
+        _ours(channel, settings | changes, fixed)
+
+
+@contextmanager
+def serving(name: str, settings: dict[str, Any], threads: int, steps: int) -> Iterator[Callable[[], dict]]:
+    """A process that runs steps of one variant; yields the function that asks for the next one."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, name, settings, threads, steps), daemon=True)
+    process.start()
+    there.close()
+
+    def step() -> dict:
+        try:
+            here.send(True)
+            return here.recv()
+        except (EOFError, OSError):
+            raise ConfigError(f"the process of {name!r} ended; its message is above") from None
+
+    try:
+        yield step
+    finally:
+        process.terminate()
+        process.join()
+
+
+# --- the parts
+
+
+def step_part(results: Results) -> None:
+    """Repetitions of one step of each variant in turn, after one step each that is not counted."""
+    settings, threads = results.settings["config"], results.settings["threads"]
+    repeats, variants = results.settings["repeats"], results.settings["trainers"]
+    missing = [r for r in map(str, range(repeats)) if r not in results]
+    if not missing:
+        return
+    with ExitStack() as stack:
+        steps = {
+            name: stack.enter_context(serving(name, settings, threads, len(missing) + 1))
+            for name in tqdm(variants, desc="step: load and first step")
+        }
+        for step in steps.values():
+            step()
+        for r in tqdm(missing, desc="step: repetitions"):
+            results.get(r, lambda: {name: step() for name, step in steps.items()})
+
+
+def limits_part(results: Results) -> None:
+    """The machine's rates, and the bare matrix products of the model at the step's own row counts."""
+    results.get("machine limits", lambda: apart(_limits, results.settings))
+
+
+def _limits(settings: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    config = RunConfig(**settings["config"])
+    device, shape = measure(3.0), shape_of(config.model)
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, config.dtype)
+    layers = [
+        torch.randn(out, size, dtype=dtype, device=place)
+        for _ in range(shape.layers)
+        for size, out in shape.matrices
+    ]
+    head = torch.randn(shape.vocabulary, shape.hidden, dtype=dtype, device=place)
+    products = {}
+    for rows in tqdm((32, 256, 2048), desc="limits: matrix products", leave=False):
+        inputs = {n: torch.randn(rows, n, dtype=dtype, device=place) for n in {w.shape[1] for w in layers}}
+
+        # One after the other, as in a forward: none is in cache. Few rows are decoding, which needs the head.
+        weights = [*layers, head] if rows <= 64 else layers
+
+        def once(inputs=inputs, weights=weights) -> None:
+            for weight in weights:
+                inputs[weight.shape[1]] @ weight.T
+
+        products[str(rows)] = fastest(once, seconds=4.0)
+    return {"rate": device.rate, "bandwidth": device.bandwidth, "products": products}
+
+
+def growth_part(results: Results) -> None:
+    """One step, after one that is not counted, of ours at each point; memory is the process's own peak."""
+    settings, threads = results.settings["config"], results.settings["threads"]
+
+    def point(change: dict[str, Any]) -> dict[str, float]:
+        with serving("covrl", settings | change, threads, 2) as step:
+            step()
+            return step() | {"value": next(iter(change.values()))}
+
+    points = [(f"{name}: {i}", change) for name, all in GROWTH.items() for i, change in enumerate(all)]
+    for key, change in tqdm(points, desc="growth"):
+        results.get(key, lambda change=change: point(change))
+
+
+def memory_part(results: Results) -> None:
+    """Bytes of scoring and its backward at equal hidden size."""
+    points = [(v, r) for v in VOCABULARIES for r in MEMORY_ROLLOUTS]
+    for vocabulary, rollouts in tqdm(points, desc="memory"):
+        results.get(f"{vocabulary}, {rollouts}", lambda v=vocabulary, r=rollouts: apart(_memory, v, r))
+
+
+def _memory(vocabulary: int, rollouts: int) -> dict[str, int]:
+    from .models import load_policy
+
+    with tempfile.TemporaryDirectory() as folder:
+        random_model(folder, "tiny", vocab_size=vocabulary)
+        policy = load_policy(folder, quantization="none", lora_rank=8, device="cpu")
+    tokens, run = scoring_run(policy, rollouts)
+    return {"vocabulary": vocabulary, "packed_tokens": tokens, "bytes": peak_bytes(run)}
+
+
+def random_model(folder: str, like: str, **changes: Any) -> None:
+    """Save a model of random weights with the configuration and tokenizer of another, but for ``changes``."""
+    import torch
+    import transformers
+
+    from .models import load_config, load_tokenizer
+
+    transformers.utils.logging.disable_progress_bar()
+    config = load_config(like)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    load_tokenizer(like).save_pretrained(folder)
+
+
+def scoring_run(policy, rollouts: int, trace_tokens: int = 32) -> tuple[int, Callable[[], None]]:
+    """Packed tokens, and a function that scores random traces in groups of four and runs the backward."""
+    import torch
+
+    from .scoring import packed_tokens, score
+    from .types import Prompt, TraceBatch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(*shape: int):
+        return torch.randint(3, 250, shape, generator=generator)
+
+    shared = ids(2, 40).tolist()
+    prompts = [
+        Prompt(*(tuple(root + ids(8).tolist()) for root in shared), seam=(1, 2), answer=(3, 4, 5))
+        for _ in range(rollouts // 4)
+    ]
+    yes = torch.ones(rollouts, trace_tokens, dtype=torch.bool)
+    batch = TraceBatch(ids(rollouts, trace_tokens), yes, yes[:, 0], yes[:, 0], group_size=4)
+
+    def run() -> None:
+        scores = score(policy, prompts, batch)
+        (scores.prior.sum() + scores.posterior.sum() + scores.answer.sum()).backward()
+        for _, parameter in policy.trainable():
+            parameter.grad = None
+
+    return packed_tokens(prompts, batch)[0], run
+
+
+def peak_bytes(function: Callable[[], None]) -> int:
+    """The most bytes a function holds at once on the CPU beyond what was there before, weights aside.
+
+    Adds up the allocator's own events, so that the number is exact and the same in every run.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    function()  # what is allocated once and kept does not count
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def plan_part(results: Results) -> None:
+    """Predicted against measured, on this machine: the embedded model, and a larger one of random weights."""
+    config, threads = results.settings["config"], results.settings["threads"]
+    larger = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 20}
+    larger |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
+    device = Device(**apart(_measure, threads))
+    for name, changes in tqdm({"embedded": None, "random 0.3B": larger}.items(), desc="plan"):
+
+        def compare(changes=changes) -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as folder:
+                settings = dict(config)
+                if changes:
+                    apart(random_model, folder, config["model"], **changes)
+                    settings["model"] = folder
+                with serving("covrl", settings, threads, 2) as step:
+                    step()
+                    taken = step()
+                planned = plan(RunConfig(**settings), device=device)
+            return {
+                "predicted": {"gib": planned.peak / GIB, "seconds": 60 * planned.minutes},
+                "measured": {"gib": taken["peak_gib"], "seconds": taken["seconds"]},
+                "parts": {"memory": planned.memory, "seconds": planned.seconds},
+            }
+
+        results.get(name, compare)
+
+
+def _measure(threads: int) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(threads)
+    return dataclasses.asdict(measure(3.0))
+
+
+def apart(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """``function(*args)`` in a process of its own, which starts and ends with it."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args, **kwargs).result()
+
+
+# --- reading
+
+
+def load(folder: str | Path = FOLDER) -> dict[str, dict[str, Any]]:
+    """The stored parts by name: dictionaries of settings, machine and results."""
+    return {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(Path(folder).glob("*.json"))}
+
+
+def step_frame(part: dict[str, Any]) -> pd.DataFrame:
+    """A row for each repetition and variant: seconds by phase, tokens, memory in GiB."""
+    rows = [
+        {"repetition": int(r), "trainer": name, **measured}
+        for r, variants in part["results"].items()
+        for name, measured in variants.items()
+    ]
+    return pd.DataFrame(rows).assign(
+        seconds_per_100_tokens=lambda frame: 100 * frame["seconds"] / frame["generated"]
+    )
+
+
+def ratio_frame(frame: pd.DataFrame, pairs: list[tuple[str, str]], phase: str = "seconds") -> pd.DataFrame:
+    """Median, lowest and highest ratio of two trainers' seconds within one repetition; one row a pair."""
+    wide = frame.pivot(index="repetition", columns="trainer", values=phase)
+    rows = []
+    for one, other in pairs:
+        if one in wide and other in wide:
+            ratio = wide[one] / wide[other]
+            rows.append([f"{one} / {other}", ratio.median(), ratio.min(), ratio.max(), len(ratio)])
+    return pd.DataFrame(rows, columns=["ratio", "median", "lowest", "highest", "repetitions"])
+
+
+PAIRS = [("covrl", "trl"), ("covrl", "prior only"), ("prior only", "trl"), ("covrl, own ends", "trl")]
+
+
+def plan_frame(part: dict[str, Any]) -> pd.DataFrame:
+    """Predicted and measured memory in GiB and seconds a step, one row a model."""
+    rows = {
+        name: {
+            f"{what}, {unit}": both[what][unit]
+            for unit in ("gib", "seconds")
+            for what in ("predicted", "measured")
+        }
+        for name, both in part["results"].items()
+    }
+    return pd.DataFrame(rows).T
+
+
+def limit_seconds(step: pd.Series, limits: dict[str, Any], config: RunConfig) -> dict[str, float]:
+    """The least seconds this machine's measured rate and bandwidth allow for one measured step of ours.
+
+    Arithmetic that a step cannot do without: every distinct token once, forward and the gradient of its
+    activations, the head at decoded and scored tokens, and one reading of the weights a token step.
+    """
+    rows = int(step["rows"])
+    tokens = Tokens(
+        rows=rows,
+        length=math.ceil(step["generated"] / rows),
+        prompts=int(step["prompt_tokens"]),
+        nodes=int(step["update_tokens"]),
+        scored=int(step["scored"]),
+        context=int(step["update_tokens_as_rows"] / step["sequences"]),
+    )
+    device = Device("this machine", 0, limits["rate"], limits["bandwidth"], runtime=0, share=1)
+    return step_seconds(config, shape_of(config.model), tokens, device, ideal=True)
+
+
+def report(folder: Path) -> str:
+    """What the stored parts say, as text."""
+    parts, lines = load(folder), []
+    if "step" in parts:
+        frame = step_frame(parts["step"])
+        medians = frame.groupby("trainer", sort=False).median(numeric_only=True)
+        columns = ["seconds", "sampling", "scoring", "update", "generated", "peak_gib"]
+        lines += [medians[columns].round(2).to_string(), ""]
+        lines += [ratio_frame(frame, PAIRS).round(3).to_string(index=False), ""]
+    if {"step", "limits"} <= set(parts):
+        limits = parts["limits"]["results"]["machine limits"]
+        config = RunConfig(**parts["step"]["settings"]["config"])
+        least = sum(limit_seconds(medians.loc["covrl"], limits, config).values())
+        rates = f"{limits['rate'] / 1e9:.0f} GFLOP/s, {limits['bandwidth'] / 1e9:.1f} GB/s"
+        times = medians.loc["covrl", "seconds"] / least
+        lines += [
+            f"limit of this machine ({rates}): {least:.2f} s; our step takes {times:.2f} times that",
+            "",
+        ]
+    if "memory" in parts:
+        frame = pd.DataFrame(parts["memory"]["results"].values())
+        frame["MiB"] = frame["bytes"] / 2**20
+        table = frame.pivot(index="packed_tokens", columns="vocabulary", values="MiB")
+        lines += ["MiB allocated by scoring, by packed tokens and vocabulary", table.round(1).to_string(), ""]
+    if "plan" in parts:
+        lines += ["plan, predicted and measured", plan_frame(parts["plan"]).round(2).to_string()]
+    return "\n".join(lines)
+
+
+# --- the command
+
+PARTS = ("limits", "step", "growth", "memory", "plan")
+
+
+def main() -> None:
+    """Measure what is missing, then print what is stored."""
+    parser = argparse.ArgumentParser(
+        prog="python -m covrl_lab.benchmark", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated; 'none' only prints")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--repeats", type=int, default=5, help="paired repetitions of the step")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each trainer")
+    parser.add_argument("--again", action="store_true", help="measure also what is stored")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the JSON files lie")
+    arguments = parser.parse_args()
+    chosen = [] if arguments.parts == "none" else arguments.parts.split(",")
+    for part in chosen:
+        if part not in PARTS:
+            parser.exit(2, f"{parser.prog}: unknown part {part!r}{did_you_mean(part, PARTS)}\n")
+    variants = list(VARIANTS)
+    if importlib.util.find_spec("trl") is None:
+        print('TRL is not installed (pip install -e ".[bench]"): only our own trainers are measured')
+        variants.remove("trl")
+    settings = {"config": STEP | {"model": arguments.model}, "threads": arguments.threads}
+    own = {"step": {"repeats": arguments.repeats, "trainers": variants}}
+    for part in chosen:
+        results = Results(arguments.folder, part, settings | own.get(part, {}), arguments.again)
+        globals()[f"{part}_part"](results)
+    print(report(arguments.folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,457 @@
+"""Before a run: memory and minutes a step, from the configuration alone. No weights are loaded.
+
+``python -m covrl_lab.plan --model Qwen/Qwen2.5-7B --device rtx4090`` prints the table; every field of
+``RunConfig`` is a flag. Without ``--device`` this machine is measured, which takes a few seconds.
+
+A step has N = questions x rollouts traces of T tokens. Its scoring tree has n nodes, its prompts m, and s
+tokens are scored. P are the parameters of the L layers' matrices (in x out each), V the vocabulary, h the
+hidden size, H, K heads and key-value heads of size d, I the intermediate size, r the LoRA rank, e the bytes
+of ``dtype``, and c = min(n, max_packed_tokens) the nodes of one forward.
+
+Memory in bytes is the larger of the two phases, on top of what always stays:
+
+    weights      P (1/2 + 1/64 + 1/4096) in NF4, double quantised, or P e;  + e V h (twice if untied) + norms
+    adapter      16 r sum(in + out): float32 parameters, gradients and AdamW's two moments
+    runtime      what the interpreter and its libraries, or a CUDA context, take
+    sampling     keys and values 2 e L K d (m + N T)  +  logits 28 N V
+    update       activations  +  attention masks 3 c^2  +  head chunk
+    activations  c (L a), a = 32 h + 12 H d + 10 I bytes of one layer and token in bfloat16 with its adapters;
+                 with gradient checkpointing c (L e h + a)
+
+Seconds: a product costs the larger of FLOPs / (share x rate) and bytes / bandwidth.
+
+    sampling     the prompts' forward, 2 P m FLOPs, then T steps of 2 N (P + V h) FLOPs that read all weights
+    update       n nodes x 2 P x (forward + backward, + 1 with gradient checkpointing, + 1 when the tree is
+                 cut), + 6 s V h for the head, + 4 n c H d L a pass for attention
+    dequantise   NF4 reads 1/2 and writes and reads e bytes a parameter and pass, on top of the products
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any
+
+from .config import RunConfig
+from .types import ConfigError, did_you_mean
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder-only transformer with gated feed-forward layers, as in its ``config.json``."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    tied: bool  # input and output embeddings are one matrix
+    vectors: int  # parameters of a layer outside its matrices: norms and biases
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Shape:
+        """Read a Hugging Face configuration given as a mapping; ConfigError names what it lacks."""
+        config = config.get("text_config") or config
+        kind = config.get("model_type", "llama")
+        try:
+            h, heads = config["hidden_size"], config["num_attention_heads"]
+            kv_heads = config.get("num_key_value_heads") or heads
+            d = config.get("head_dim") or h // heads
+            gemma, own_norms = kind.startswith("gemma"), kind.startswith(("qwen3", "gemma3"))
+            vectors = h * (4 if gemma else 2) + (2 * d if own_norms else 0)
+            vectors += (heads + 2 * kv_heads) * d if kind == "qwen2" else 0
+            return cls(
+                hidden=h,
+                layers=config["num_hidden_layers"],
+                heads=heads,
+                kv_heads=kv_heads,
+                head_dim=d,
+                intermediate=config["intermediate_size"],
+                vocabulary=config["vocab_size"],
+                tied=bool(config.get("tie_word_embeddings", gemma)),
+                vectors=vectors,
+            )
+        except KeyError as error:
+            raise ConfigError(f"a plan needs {error} in the model's config.json") from error
+
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """(in, out) of each matrix of a layer: q, k, v, o, gate, up, down."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        h, i = self.hidden, self.intermediate
+        return [(h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all layers' matrices, embeddings not counted."""
+        return self.layers * sum(a * b for a, b in self.matrices)
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of one embedding matrix."""
+        return self.vocabulary * self.hidden
+
+    def weight_bytes(self, quantization: str, width: int) -> int:
+        """Bytes of the frozen model, exact. ``width`` is the bytes of an unquantised parameter."""
+        rest = self.embedding * (1 if self.tied else 2) + self.layers * self.vectors + self.hidden
+        if quantization == "none":
+            return (self.parameters + rest) * width
+        # A block of 64 values has an 8-bit scale, 256 scales have a float32 scale of their own; each matrix
+        # holds the 16 values of the code, the 256 of the scales' code, and an offset, in float32.
+        each = [
+            a * b // 2 + math.ceil(a * b / 64) + 4 * math.ceil(a * b / 64 / 256) + 4 * (16 + 256 + 1)
+            for a, b in self.matrices
+        ]
+        return self.layers * sum(each) + rest * width
+
+    def adapter_parameters(self, rank: int) -> int:
+        """Parameters of LoRA adapters on all matrices of the layers."""
+        return self.layers * rank * sum(a + b for a, b in self.matrices)
+
+
+def _qwen2(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, **other: Any) -> dict:
+    return {
+        "model_type": "qwen2",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": intermediate,
+        "vocab_size": 152064,
+    } | other
+
+
+def _llama(*sizes: int, **other: Any) -> dict:
+    return _qwen2(*sizes, model_type="llama", **other)
+
+
+# From the models' published config.json, so that a plan needs no network.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "smollm2-135m": _llama(576, 30, 9, 3, 1536, vocab_size=49152, tie_word_embeddings=True),
+    "Qwen/Qwen2.5-0.5B": _qwen2(896, 24, 14, 2, 4864, vocab_size=151936, tie_word_embeddings=True),
+    "Qwen/Qwen2.5-1.5B": _qwen2(1536, 28, 12, 2, 8960, vocab_size=151936, tie_word_embeddings=True),
+    "Qwen/Qwen2.5-3B": _qwen2(2048, 36, 16, 2, 11008, vocab_size=151936, tie_word_embeddings=True),
+    "Qwen/Qwen2.5-7B": _qwen2(3584, 28, 28, 4, 18944),
+    "Qwen/Qwen2.5-14B": _qwen2(5120, 48, 40, 8, 13824),
+    "meta-llama/Llama-3.1-8B": _llama(4096, 32, 32, 8, 14336, vocab_size=128256),
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a run would be: ``memory`` in bytes, ``rate`` in FLOP/s, ``bandwidth`` in bytes/s.
+
+    runtime is the memory in bytes that is gone before any tensor; share is the part of ``rate`` that a whole
+    step's products reach.
+    """
+
+    name: str
+    memory: float
+    rate: float
+    bandwidth: float
+    runtime: float
+    share: float
+
+
+# Measured with ``covrl_lab.benchmark`` (see notebooks/07_speed.ipynb): on CPUs the share of the machine's own
+# matrix rate. That of GPUs is an assumption: nothing here was measured on one.
+CPU_SHARE, GPU_SHARE = 0.35, 0.35
+CPU_RUNTIME, GPU_RUNTIME = 0.75 * GIB, 0.75 * GIB
+
+
+def _gpu(name: str, gib: float, tera_flops: float, gb_per_second: float) -> Device:
+    return Device(name, gib * GIB, tera_flops * 1e12, gb_per_second * 1e9, GPU_RUNTIME, GPU_SHARE)
+
+
+# Dense bfloat16 rate and memory bandwidth as published by the vendor.
+DEVICES = {
+    "rtx4080": _gpu("RTX 4080, 16 GB", 16, 97.5, 717),
+    "rtx4090": _gpu("RTX 4090, 24 GB", 24, 165, 1008),
+    "a100-40": _gpu("A100, 40 GB", 40, 312, 1555),
+    "h100-80": _gpu("H100 SXM, 80 GB", 80, 989, 3350),
+}
+
+
+def fastest(function: Callable[[], Any], seconds: float) -> float:
+    """The least seconds a call took, among calls for about ``seconds``."""
+    import torch
+
+    best, until = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        started = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+@cache
+def measure(seconds: float = 1.0) -> Device:
+    """This machine: the best bfloat16 matrix rate and read bandwidth seen in about ``seconds`` each."""
+    import torch  # only here: a plan for another machine needs no torch
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+
+    n = 8192 if cuda else 1024
+    a = torch.randn(n, n, dtype=torch.bfloat16, device=device)
+    numbers = torch.ones(64 * 2**20, device=device)  # 256 MiB, more than any cache
+    with torch.no_grad():
+        rate = 2 * n**3 / fastest(lambda: a @ a, seconds)
+        bandwidth = numbers.nbytes / fastest(numbers.sum, seconds)
+    if cuda:
+        memory = torch.cuda.get_device_properties(0).total_memory
+        return Device(torch.cuda.get_device_name(), memory, rate, bandwidth, GPU_RUNTIME, GPU_SHARE)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    name = f"CPU, {torch.get_num_threads()} threads"
+    return Device(name, memory, rate, bandwidth, CPU_RUNTIME, CPU_SHARE)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How many tokens a step has, as a tree of shared prefixes.
+
+    prompts m, nodes n, scored s; rows N decode for ``length`` T steps each; context is the tokens of one
+    sequence.
+    """
+
+    rows: int
+    length: int
+    prompts: int
+    nodes: int
+    scored: int
+    context: int
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, shared: int, question: int, answer: int, length: int | None = None
+    ) -> Tokens:
+        """Of a configuration with ``shared`` prompt tokens before every question, and tokens a question.
+
+        Under both prompts the shared part, the questions and the traces appear once each; ``length`` is
+        the mean trace, by default the longest allowed.
+        """
+        questions, length = config.questions_per_step, length or config.max_trace_tokens
+        rows = questions * config.rollouts_per_question
+        contexts = 1 if config.composite_weight == config.alpha == 1 else 2
+        prompts = contexts * (shared + questions * question) + (contexts - 1) * questions * answer
+        scored = rows * (contexts * length + answer)
+        # Seam and answer follow each trace under the prior prompt.
+        nodes = prompts + scored + 2 * rows
+        return cls(rows, length, prompts, nodes, scored, shared + question + length)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step would take on a device: bytes by part, and seconds by part.
+
+    ``memory`` holds what always stays (weights, adapter, runtime) and both phases; only the larger phase
+    counts.
+    """
+
+    config: RunConfig
+    device: Device
+    memory: dict[str, float]
+    seconds: dict[str, float]
+
+    STAYS = ("weights", "adapter", "runtime")
+    PHASES = {"sampling": ("keys and values", "logits"), "update": ("activations", "masks", "head chunk")}
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the worst moment of a step."""
+        phases = [sum(self.memory[part] for part in parts) for parts in self.PHASES.values()]
+        return sum(self.memory[part] for part in self.STAYS) + max(phases)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step stays below 95% of the device's memory."""
+        return self.peak < 0.95 * self.device.memory
+
+    @property
+    def minutes(self) -> float:
+        """Minutes a step, evaluation not counted."""
+        return sum(self.seconds.values()) / 60
+
+    @property
+    def advice(self) -> str:
+        """What to change when it does not fit, else nothing."""
+        if self.fits:
+            return ""
+        c, room = self.config, 0.95 * self.device.memory
+        if sum(self.memory[part] for part in self.STAYS) > room:
+            return "use quantization='nf4'" if c.quantization == "none" else "choose a smaller model"
+        sampling, update = (sum(self.memory[p] for p in parts) for parts in self.PHASES.values())
+        if sampling > update:
+            return "lower questions_per_step, rollouts_per_question or max_trace_tokens"
+        if not c.gradient_checkpointing:
+            return "set gradient_checkpointing=True, or lower max_packed_tokens"
+        return "lower max_packed_tokens"
+
+    def summary(self) -> str:
+        """One line: memory, minutes, fits or not and what to lower."""
+        verdict = "fits" if self.fits else f"does NOT fit: {self.advice}"
+        return (
+            f"{self.config.model} ({self.config.quantization}) on {self.device.name}: "
+            f"{self.peak / GIB:.1f} of {self.device.memory / GIB:.0f} GiB, "
+            f"{_duration(60 * self.minutes)} a step, "
+            f"{_duration(60 * self.minutes * self.config.steps)} for {self.config.steps} steps; {verdict}"
+        )
+
+    def table(self) -> str:
+        """The parts, one a line."""
+        lines = [f"{'memory':24}{'GiB':>8}"]
+        lines += [f"  {part:22}{size / GIB:8.2f}" for part, size in self.memory.items()]
+        lines += [f"  {'peak':22}{self.peak / GIB:8.2f}", f"{'time':24}{'s':>8}"]
+        lines += [f"  {part:22}{seconds:8.2f}" for part, seconds in self.seconds.items()]
+        return "\n".join([*lines, self.summary()])
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def shape_of(model: str) -> Shape:
+    """The sizes of a model named as in ``RunConfig``: from the table here, else from its config.json."""
+    config = CONFIGS.get(model)
+    if config is None:
+        from .models import load_config  # only here: it imports torch
+
+        config = load_config(model).to_dict()
+    return Shape.of(config)
+
+
+def pick_device(device: str | Device) -> Device:
+    """A device by name; "auto" and "cpu" measure this machine."""
+    if isinstance(device, Device):
+        return device
+    if device in ("auto", "cpu", "cuda"):
+        return measure()
+    if device not in DEVICES:
+        raise ConfigError(f"unknown device {device!r}{did_you_mean(device, [*DEVICES, 'auto'])}")
+    return DEVICES[device]
+
+
+def memory_parts(config: RunConfig, shape: Shape, tokens: Tokens, runtime: float) -> dict[str, float]:
+    """Bytes by part; the formula is the module's docstring."""
+    width = 2 if config.dtype == "bfloat16" else 4
+    c = min(tokens.nodes, config.max_packed_tokens)
+    q = shape.heads * shape.head_dim
+    layer = 32 * shape.hidden + 12 * q + 10 * shape.intermediate
+    if width == 4:  # casts to the adapters' float32 copy nothing, but what was 2 bytes is 4
+        layer = 16 * shape.hidden + 16 * q + 16 * shape.intermediate
+    kept = shape.layers * width * shape.hidden + layer
+    return {
+        "weights": shape.weight_bytes(config.quantization, width),
+        "adapter": 16 * shape.adapter_parameters(config.lora_rank),
+        "runtime": runtime,
+        "keys and values": 2
+        * width
+        * shape.layers
+        * shape.kv_heads
+        * shape.head_dim
+        * (tokens.prompts + tokens.rows * tokens.length),
+        "logits": 28 * tokens.rows * shape.vocabulary,
+        "activations": c * (kept if config.gradient_checkpointing else shape.layers * layer),
+        "masks": 3 * c**2,
+        "head chunk": 16 * min(tokens.scored, 512) * shape.vocabulary,
+    }
+
+
+def step_seconds(
+    config: RunConfig, shape: Shape, tokens: Tokens, device: Device, ideal: bool = False
+) -> dict[str, float]:
+    """Seconds by part; the formula is the module's docstring.
+
+    ``ideal`` leaves out what is done beyond the step's own arithmetic: dequantisation, the head's
+    recomputation, and attention to masked tokens. With ``device.share`` 1 that is the machine's limit.
+    """
+    width = 2 if config.dtype == "bfloat16" else 4
+    p, head = shape.parameters, shape.embedding
+    n, part = tokens.nodes, min(tokens.nodes, config.max_packed_tokens)
+    passes = 2 + config.gradient_checkpointing + (n > config.max_packed_tokens)
+
+    def product(flops: float, read: float) -> float:
+        return max(flops / (device.share * device.rate), read / device.bandwidth)
+
+    def attention(queries: int, keys: int) -> float:
+        keys = min(keys, tokens.context) if ideal else keys
+        return 4 * queries * keys * shape.heads * shape.head_dim * shape.layers
+
+    def forward(nodes: int, keys: int) -> float:
+        return 2 * p * nodes + attention(nodes, keys)
+
+    stored = width * (p + head)
+    decoding = forward(tokens.rows, tokens.prompts + tokens.rows * tokens.length // 2)
+    seconds = {
+        "prompts": product(forward(tokens.prompts, tokens.prompts), stored),
+        "decoding": tokens.length * product(decoding + 2 * tokens.rows * head, stored),
+        "update": product(
+            passes * forward(n, part) + (4 if ideal else 6) * tokens.scored * head, passes * stored
+        ),
+    }
+    if config.quantization == "nf4" and not ideal:
+        times = 1 + tokens.length + passes * math.ceil(n / part)
+        seconds["dequantise"] = times * (0.5 + 2 * width) * p / device.bandwidth
+    return seconds
+
+
+def plan(
+    config: RunConfig | None = None,
+    *,
+    device: str | Device = "auto",
+    prompt_tokens: int = 110,
+    question_tokens: int = 20,
+    answer_tokens: int = 5,
+    trace_tokens: int | None = None,
+    **settings: Any,
+) -> Plan:
+    """Estimate a run given as a ``RunConfig`` or by its fields.
+
+    device: "auto" (this machine, measured), a name in ``DEVICES``, or a ``Device``.
+    prompt_tokens: of what all questions share (system text, demonstrations); question_tokens and
+    answer_tokens: of one question and one answer; trace_tokens: the mean trace, by default the longest.
+    """
+    config = config or RunConfig(**settings)
+    device, shape = pick_device(device), shape_of(config.model)
+    tokens = Tokens.of(config, prompt_tokens, question_tokens, answer_tokens, trace_tokens)
+    memory = memory_parts(config, shape, tokens, device.runtime)
+    return Plan(config, device, memory, step_seconds(config, shape, tokens, device))
+
+
+def main() -> None:
+    """Print the plan of a configuration given by flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m covrl_lab.plan", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("--device", default="auto", help=f"auto (measured here), {', '.join(DEVICES)}")
+    for name in ("prompt_tokens", "question_tokens", "answer_tokens", "trace_tokens"):
+        parser.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS)
+    for field in fields(RunConfig):
+        if field.name != "device":
+            parser.add_argument(
+                f"--{field.name}", default=argparse.SUPPRESS, metavar=field.type.split(" |")[0]
+            )
+    settings = vars(parser.parse_args())
+    for name, value in settings.items():
+        settings[name] = {"None": None, "True": True, "False": False}.get(value, value)
+    try:
+        print(plan(**settings).table())
+    except ConfigError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The plan's memory arithmetic against tensors that exist, and its verdicts against each other."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from covrl_lab import ConfigError, RunConfig
+from covrl_lab.models import load_config, load_policy
+from covrl_lab.plan import CONFIGS, DEVICES, GIB, Device, Plan, Shape, Tokens, memory_parts, plan, shape_of
+from covrl_lab.scoring import packed_tokens
+from covrl_lab.tree import TreeCache, build_tree, count_nodes, run_tree
+from covrl_lab.types import Prompt, TraceBatch
+
+TINY = ["tiny", "tiny-qwen3", "tiny-gemma3"]
+HERE = Device("a test's", memory=16 * GIB, rate=1e12, bandwidth=1e10, runtime=0, share=0.5)
+
+
+def storage(*tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize("model", TINY)
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_weights_adapter_and_optimiser_take_what_the_plan_says(model, quantization, dtype):
+    policy = load_policy(model, quantization=quantization, dtype=dtype, lora_rank=3, device="cpu")
+    shape, width = shape_of(model), 2 if dtype == "bfloat16" else 4
+
+    frozen = {id(p): p for p in policy.model.parameters() if not p.requires_grad}.values()
+    actual = storage(*frozen)
+    for state in (p.quant_state for p in frozen if hasattr(p, "quant_state")):
+        nested = state.state2
+        actual += storage(state.absmax, state.code, state.offset, nested.absmax, nested.code)
+    assert shape.weight_bytes(quantization, width) == actual
+
+    parameters = [p for _, p in policy.trainable()]
+    optimizer = torch.optim.AdamW(parameters)
+    sum(p.sum() for p in parameters).backward()
+    optimizer.step()
+    moments = [s[name] for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    actual = storage(*parameters, *(p.grad for p in parameters), *moments)
+    config = RunConfig(model=model, quantization=quantization, dtype=dtype, lora_rank=3)
+    tokens = Tokens.of(config, 10, 5, 3)
+    assert memory_parts(config, shape, tokens, 0)["adapter"] == actual
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_keys_and_values_take_what_the_plan_says(model):
+    policy = load_policy(model, quantization="none", lora_rank=0, device="cpu")
+    config = RunConfig(model=model, questions_per_step=2, rollouts_per_question=3, max_trace_tokens=7)
+    tokens = Tokens.of(config, shared=10, question=5, answer=3)
+    cache = TreeCache(tokens.prompts + tokens.rows * tokens.length)
+    run_tree(policy, build_tree([range(4, 8)]), cache)
+    actual = storage(*(t for layer in cache._layers for t in layer))
+    assert memory_parts(config, shape_of(model), tokens, 0)["keys and values"] == actual
+
+
+@pytest.mark.parametrize("prior_only", [False, True])
+def test_token_counts_are_those_of_the_packed_tree(prior_only):
+    """Prompts of one length that share nothing by accident, traces all different."""
+    changes = {"alpha": 1, "composite_weight": 1} if prior_only else {}
+    config = RunConfig(questions_per_step=3, rollouts_per_question=4, max_trace_tokens=6, **changes)
+    fresh = iter(range(10, 10**6))
+
+    def ids(count):
+        return [next(fresh) for _ in range(count)]
+
+    shared, other = ids(20), ids(20)
+    questions = [ids(7) for _ in range(3)]
+    prompts = [
+        Prompt(tuple(shared + q), tuple(other + q + ids(5)), tuple(ids(2)), tuple(ids(5))) for q in questions
+    ]
+    yes = torch.ones(12, 6, dtype=torch.bool)
+    batch = TraceBatch(torch.tensor([ids(6) for _ in range(12)]), yes, yes[:, 0], yes[:, 0], group_size=4)
+
+    tokens = Tokens.of(config, shared=20, question=7, answer=5)
+    assert (tokens.rows, tokens.length) == (12, 6)
+    assert tokens.nodes == packed_tokens(prompts, batch, posterior=not prior_only)[0]
+    contexts = [p.prior for p in prompts] + ([] if prior_only else [p.posterior for p in prompts])
+    assert tokens.prompts == count_nodes(contexts)
+    assert tokens.scored == 12 * (6 * (1 if prior_only else 2) + 5)
+
+
+def test_built_in_shapes_have_the_published_parameter_counts():
+    """Totals as the model cards give them, in billions."""
+    published = {
+        "smollm2-135m": 0.1345,
+        "Qwen/Qwen2.5-0.5B": 0.494,
+        "Qwen/Qwen2.5-1.5B": 1.54,
+        "Qwen/Qwen2.5-3B": 3.09,
+        "Qwen/Qwen2.5-7B": 7.62,
+        "Qwen/Qwen2.5-14B": 14.77,
+        "meta-llama/Llama-3.1-8B": 8.03,
+    }
+    assert set(published) == set(CONFIGS)
+    for model, billions in published.items():
+        assert shape_of(model).weight_bytes("none", 1) / 1e9 == pytest.approx(billions, rel=5e-3), model
+
+
+def test_a_shape_reads_what_transformers_writes():
+    for model in TINY:
+        assert Shape.of(load_config(model).to_dict()) == shape_of(model)
+    with pytest.raises(ConfigError, match="intermediate_size"):
+        Shape.of({"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1})
+
+
+def test_the_larger_phase_counts():
+    parts = {"weights": 1.0, "adapter": 2.0, "runtime": 3.0, "keys and values": 10.0, "logits": 20.0}
+    parts |= {"activations": 4.0, "masks": 5.0, "head chunk": 6.0}
+    made = Plan(RunConfig(), HERE, parts, {"decoding": 90.0, "update": 30.0})
+    assert made.peak == 6 + 30 and made.minutes == 2.0
+    assert dataclasses.replace(made, memory=parts | {"activations": 40.0}).peak == 6 + 51
+
+
+def test_what_does_not_fit_says_what_to_lower():
+    long = {"max_trace_tokens": 1024, "model": "Qwen/Qwen2.5-14B"}
+
+    def advice(device=DEVICES["rtx4090"], **settings):
+        return plan(device=device, **(long | settings)).advice
+
+    assert not plan(device="rtx4090", **long).fits and "gradient_checkpointing" in advice()
+    assert advice(gradient_checkpointing=True) == "" and plan(
+        device="rtx4090", gradient_checkpointing=True, **long
+    ).summary().endswith("; fits")
+    assert "nf4" in advice(quantization="none")
+    assert "smaller model" in advice(dataclasses.replace(HERE, memory=4 * GIB))
+    assert "max_packed_tokens" in advice(gradient_checkpointing=True, max_packed_tokens=100_000)
+    crowd = {"questions_per_step": 64, "rollouts_per_question": 16, "max_packed_tokens": 512}
+    assert "rollouts_per_question" in advice(gradient_checkpointing=True, **crowd)
+    line = plan(device="rtx4090", **long).summary()
+    assert "does NOT fit" in line and "24 GiB" in line and "\n" not in line
+
+
+def test_every_lever_moves_memory_and_time_the_right_way():
+    base = {"model": "Qwen/Qwen2.5-7B", "max_trace_tokens": 128, "device": HERE}
+
+    def sizes(**settings):
+        made = plan(**(base | settings))
+        return made.peak, made.minutes
+
+    peak, minutes = sizes()
+    less, more = sizes(gradient_checkpointing=True)
+    assert less < peak and more > minutes
+    assert sizes(max_packed_tokens=1024)[0] < peak
+    assert sizes(quantization="none")[0] > peak and sizes(quantization="none")[1] < minutes
+    assert sizes(rollouts_per_question=8)[1] > minutes and sizes(max_trace_tokens=256)[1] > minutes
+    assert sizes(trace_tokens=32)[1] < minutes
+    assert sizes(method="jlb")[1] < minutes  # one context instead of two
+
+
+def test_the_decoding_time_by_hand():
+    """One question, one rollout, no attention to speak of: reading the weights once a token is the limit."""
+    config = RunConfig(
+        questions_per_step=1, rollouts_per_question=1, quantization="none", max_trace_tokens=10
+    )
+    device = dataclasses.replace(HERE, bandwidth=1e9)
+    made = plan(config, device=device, prompt_tokens=1, question_tokens=1)
+    # SmolLM2-135M: 30 layers of 3538944 parameters, embedding 49152 x 576, two bytes each.
+    read = 2 * (30 * 3_538_944 + 49_152 * 576)
+    assert made.seconds["decoding"] == pytest.approx(10 * read / 1e9)
+    assert "dequantise" not in made.seconds
+
+
+def test_the_command_prints_a_table_and_refuses_unknown_devices():
+    def run(*flags):
+        command = [sys.executable, "-m", "covrl_lab.plan", "--model", "Qwen/Qwen2.5-7B", *flags]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = run("--device", "a100-40", "--gradient_checkpointing", "True")
+    assert done.returncode == 0, done.stderr
+    assert "activations" in done.stdout and "A100" in done.stdout and "; fits" in done.stdout
+    done = run("--device", "rtx4091")
+    assert done.returncode == 2 and "did you mean 'rtx4090'?" in done.stderr
+    done = run("--device", "a100-40", "--alpha", "2")
+    assert done.returncode == 2 and "alpha" in done.stderr and "Traceback" not in done.stderr
