@@ -23,6 +23,7 @@ _HOME = {
     "load_run": "traces",
     "load_task": "data",
     "load_policy": "models",
+    "report": "reporting",
 }
 __all__ = [*_HOME, "__version__"]
 

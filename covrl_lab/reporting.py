@@ -1,0 +1,207 @@
+"""One HTML file of a run that opens without a network: ``python -m covrl_lab.reporting RUN_DIR [OUT.html]``.
+
+Everything comes from the run folder's files, and the same files and versions give the same bytes. The page
+asks nothing of any server, and a Content-Security-Policy holds it to that: only the two scripts whose hashes
+it names may run, plotly.js and the lines that draw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import html
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from . import __version__, figures
+from .tokens import Settings, Traces, summarise
+from .traces import Run, load_run
+from .types import ConfigError
+
+QUESTIONS = 3  # of a step, whose traces are shown
+
+_STYLE = """
+:root { color-scheme: light dark; --text: #1f2328; --soft: #59636e; --line: #d1d9e0; --ground: #ffffff; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6e6e6; --soft: #9da7b1; --line: #3d444d; --ground: #15181c; }
+}
+body { max-width: 1100px; margin: 2rem auto; padding: 0 1rem; background: var(--ground); color: var(--text);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; margin-bottom: 0.2rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2.2rem 0 0.6rem; padding-bottom: 0.2rem;
+  border-bottom: 1px solid var(--line); }
+.soft, figcaption, summary { color: var(--soft); }
+code { font-size: 0.92em; overflow-wrap: anywhere; }
+.facts { columns: 3 260px; } .facts div { break-inside: avoid; overflow-wrap: anywhere; }
+.figure { overflow-x: auto; } .wide { overflow-x: auto; }
+table { font-variant-numeric: tabular-nums; }
+"""
+_DRAW = """
+for (const block of document.querySelectorAll('script[type="application/json"]')) {
+  const figure = JSON.parse(block.textContent);
+  Plotly.newPlot(block.previousElementSibling, figure.data, figure.layout,
+    {responsive: true, displaylogo: false});
+}
+"""
+
+
+def report(run: Run | str | Path, path: str | Path | None = None) -> Path:
+    """Write the report of a run, finished or not, and return where it is (default: in the run folder).
+
+    Configuration, training curves, held-out accuracy with 95% intervals, traces of the first and the last
+    stored step, what mixing the two sources comes to, and the versions that drew it. About 5 MB, nearly all
+    of it plotly.js. Raises ConfigError for a folder that is not a run.
+    """
+    run = run if isinstance(run, Run) else load_run(run)
+    path = run.path / "report.html" if path is None else Path(path)
+    if not path.parent.is_dir():
+        raise ConfigError(f"the folder {str(path.parent)!r} does not exist; make it or choose another file")
+    path.write_text(page(run), encoding="utf-8", newline="\n")
+    return path
+
+
+def page(run: Run) -> str:
+    """The report as one HTML document."""
+    config, metrics, evaluations = run.config, run.metrics, run.evaluations
+    steps = sorted({*run.steps[:1], *run.steps[-1:]})
+    traces = {step: run.traces(step) for step in steps}
+    parts = [
+        _head(run, config, metrics, evaluations),
+        "<h2>Training</h2>",
+        _figure(figures.training_curves(metrics, evaluations, _reward_unit(config))),
+    ]
+    if len(evaluations):
+        parts += [
+            "<h2>Held-out accuracy</h2>",
+            f'<div class="wide">{figures.accuracy_table(evaluations)}</div>',
+        ]
+    for step, frame in traces.items():
+        parts += [f"<h2>Traces of step {step}</h2>", *_traces(frame)]
+    if traces:
+        parts += ["<h2>Prior against posterior</h2>", mixing_table(traces, Settings.of(config))]
+    parts += ["<h2>Configuration</h2>", _facts(config), "<h2>Drawn with</h2>", _facts(_versions())]
+    plotly = get_plotlyjs()
+    policy = (
+        f"default-src 'none'; script-src {_hash(plotly)} {_hash(_DRAW)}; style-src 'unsafe-inline'; "
+        "img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_text(run.path.absolute().name)}</title>\n<style>{_STYLE}</style></head>\n<body>\n"
+        + "\n".join(parts)
+        + f"\n<script>{plotly}</script>\n<script>{_DRAW}</script>\n</body></html>\n"
+    )
+
+
+def _text(value: Any) -> str:
+    return html.escape(figures.visible(value))
+
+
+def _hash(script: str) -> str:
+    """The source expression that lets one inline script run."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _figure(figure: go.Figure) -> str:
+    """A place for a figure, and its data in a block that no parser of HTML or scripts reads as such."""
+    data = figure.to_json()
+    for character in "<>&\u2028\u2029":
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    height = figure.layout.height or 450
+    return (
+        f'<div class="figure" style="min-height: {height}px"></div>'
+        f'<script type="application/json">{data}</script>'
+    )
+
+
+def _facts(values: dict[str, Any]) -> str:
+    rows = (f"<div><code>{_text(k)} = <b>{_text(v)}</b></code></div>" for k, v in sorted(values.items()))
+    return f'<div class="facts">{"".join(rows)}</div>'
+
+
+def _versions() -> dict[str, str]:
+    own = {"python": platform.python_version(), "covrl_lab": __version__}
+    return own | {name: version(name) for name in ("numpy", "pandas", "plotly")}
+
+
+def _reward_unit(config: dict[str, Any]) -> str:
+    reward = config.get("reward", "")
+    return "probability" if "probability" in reward else "share" if reward == "verdict" else "nats"
+
+
+def _head(run: Run, config: dict[str, Any], metrics: pd.DataFrame, evaluations: pd.DataFrame) -> str:
+    done, steps = len(metrics), config.get("steps", len(metrics))
+    facts = [f"{_text(config.get(name, '?'))}" for name in ("method", "model", "task")]
+    facts += [f"seed {_text(config.get('seed', '?'))}", f"{done} of {_text(steps)} steps"]
+    found = ""
+    if len(evaluations):
+        first, last = evaluations.iloc[0], evaluations.iloc[-1]
+        found = (
+            f"<p>Held-out accuracy <b>{last.accuracy:.1%}</b> after step {last.step:.0f} (95% interval "
+            f"{last.accuracy_low:.1%} to {last.accuracy_high:.1%})"
+        )
+        if len(evaluations) > 1:
+            found += f", from {first.accuracy:.1%} after step {first.step:.0f}"
+        found += f", on {last.eval_questions:.0f} questions, greedy, from the prior prompt.</p>"
+    title = _text(run.path.absolute().name)
+    return f'<h1>{title}</h1>\n<div class="soft">{" · ".join(facts)}</div>\n{found}'
+
+
+def _traces(frame: pd.DataFrame) -> list[str]:
+    """Coloured best traces of the first questions, every reward, and all traces as text."""
+    first = frame["example_id"].unique()[:QUESTIONS]
+    shown = frame[frame["example_id"].isin(first)]
+    return [
+        _figure(figures.answer_logprobs(frame)),
+        f"<details><summary>all traces of the first {len(first)} questions</summary>"
+        f'<div class="wide">{figures.trace_table(shown)}</div></details>',
+    ]
+
+
+_MIXING = {
+    "reward_prior": ("mean reward of prior traces", "{:.2f}"),
+    "reward_posterior": ("mean reward of posterior traces", "{:.2f}"),
+    "kl": ("KL(p′‖p), nats a token", "{:.4f}"),
+    "effective_sample_share": ("effective sample size, share of the traces", "{:.1%}"),
+    "clipped_share": ("tokens held back by the clip", "{:.1%}"),
+    "ratio_low": ("least ratio p′/h of a token", "{:.3f}"),
+    "ratio_high": ("largest ratio p′/h of a token", "{:.3f}"),
+    "pull_prior_share": ("share of the gradient that reaches the prior", "{:.1%}"),
+}
+
+
+def mixing_table(traces: dict[int, pd.DataFrame], settings: Settings) -> str:
+    """HTML table of ``tokens.summarise`` at the run's settings, a column for each step's traces."""
+    numbers = [summarise(Traces.of(frame), settings) for frame in traces.values()]
+    rows = [
+        figures._row([label, *("–" if n[key] != n[key] else form.format(n[key]) for n in numbers)])
+        for key, (label, form) in _MIXING.items()
+    ]
+    header = [f"at α = {settings.alpha:g}, w = {settings.composite_weight:g}", *(f"step {s}" for s in traces)]
+    return f'<div class="wide">{figures._table(header, rows)}</div>'
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m covrl_lab.reporting", description=report.__doc__)
+    parser.add_argument("run_dir")
+    parser.add_argument("out", nargs="?", help="HTML file to write; default: report.html in the run folder")
+    given = parser.parse_args(arguments)
+    try:
+        print(f"Report: {report(given.run_dir, given.out)}")
+    except ConfigError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
