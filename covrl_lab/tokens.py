@@ -17,6 +17,22 @@ from .types import ConfigError
 
 LOG_RATIO_CAP = 30.0  # nats, as in objectives
 
+# Quantities that views show, in reading order: name -> (label, unit).
+LABELS = {
+    "logp": ("log p", "nats"),
+    "logq": ("log q", "nats"),
+    "log_gap": ("log q − log p", "nats"),
+    "log_hybrid": ("log h", "nats"),
+    "log_composite": ("log p′", "nats"),
+    "responsibility": ("responsibility ρ of the prior", ""),
+    "ratio": ("importance ratio p′/h", ""),
+    "clipped": ("held back by the clip", ""),
+    "kl": ("KL contribution", "nats"),
+    "gradient_weight": ("gradient weight", ""),
+    "pull_prior": ("… of it on log p", ""),
+    "pull_posterior": ("… of it on log q", ""),
+}
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -113,8 +113,14 @@ class Lab:
         self.errors, self.requests, self.dialogs = [], [], []
         page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("dialog", lambda dialog: (self.dialogs.append(dialog.message), dialog.dismiss()))
+        page.on("dialog", self._answer)
         page.on("request", lambda r: self.requests.append(r.url) if self._outside(r.url) else None)
+
+    def _answer(self, dialog):
+        if dialog.type == "beforeunload":  # leaving a changed notebook
+            return dialog.accept()
+        self.dialogs.append(dialog.message)
+        dialog.dismiss()
 
     def _outside(self, url):
         return url.startswith(("http", "ws")) and self.url.split("//")[1] not in url

@@ -1,0 +1,210 @@
+// Tokens of one or two traces, coloured by a quantity. Every text is set as text, never as HTML.
+
+const STRONGEST = 0.65; // opacity at the end of a scale: text stays readable on light and dark grounds
+
+function element(tag, className, text) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+function number(value, unit) {
+  if (value === null || value === undefined) return "–";
+  const size = Math.abs(value);
+  const digits = size !== 0 && size < 0.001 ? value.toExponential(1) : value.toFixed(3);
+  return digits.replaceAll("-", "−") + (unit ? ` ${unit}` : "");
+}
+
+function fill(value, scale) {
+  if (value === null || value === undefined) return "";
+  const place = ((scale.log ? Math.log(value) : value) - scale.centre) / scale.limit;
+  const [r, g, b] = place < 0 ? scale.low : scale.high;
+  return `rgba(${r}, ${g}, ${b}, ${(STRONGEST * Math.min(1, Math.abs(place))).toFixed(3)})`;
+}
+
+function rows(trace, t, labels) {
+  return Object.entries(labels)
+    .filter(([name]) => name in trace.values)
+    .map(([name, [label, unit]]) => {
+      const value = trace.values[name][t];
+      const row = element("div", "row");
+      const shown = name === "clipped" && value !== null ? (value ? "yes" : "no") : number(value, unit);
+      const cell = element("span", "value", shown);
+      cell.dataset.name = name;
+      row.append(element("span", "", label), cell);
+      return row;
+    });
+}
+
+function alternatives(trace, t) {
+  return Object.entries((trace.alternatives && trace.alternatives[t]) || {}).map(([prompt, list]) => {
+    const line = element("div", "alternatives", `${prompt} prompt's first choices: `);
+    list.forEach(([text, logprob], k) => {
+      line.append(k ? ", " : "", element("code", "", text), ` ${number(logprob, "nats")}`);
+    });
+    return line;
+  });
+}
+
+function render({ model, el }) {
+  const legend = element("div", "covrl-legend");
+  const body = element("div", "covrl-traces");
+  const detail = element("div", "covrl-detail");
+  const tip = element("div", "covrl-tip");
+  tip.setAttribute("popover", "manual"); // the top layer: no cell's edge cuts it
+  el.classList.add("covrl-tokens");
+  el.append(legend, body, detail, tip);
+  let spans = []; // per trace, per token
+  let current = null; // the selected span
+
+  function draw() {
+    tip.hidePopover();
+    spans = model.get("traces").map((trace, i) => {
+      const list = element("div", "covrl-list");
+      list.setAttribute("role", "listbox");
+      list.setAttribute("aria-orientation", "horizontal");
+      list.setAttribute("aria-label", `${trace.title}, ${trace.tokens.length} tokens`);
+      const found = trace.tokens.map((text, t) => {
+        const span = element("span", trace.values.clipped?.[t] ? "clipped" : "");
+        for (const part of text.split(/([·↵⇥]+)/)) {
+          span.append(/^[·↵⇥]/.test(part) ? element("i", "sign", part) : part);
+        }
+        span.setAttribute("role", "option");
+        span.setAttribute("aria-selected", "false");
+        span.tabIndex = t ? -1 : 0;
+        span.dataset.trace = i;
+        span.dataset.token = t;
+        list.append(span);
+        if (text.endsWith("↵")) list.append(element("br"));
+        return span;
+      });
+      const head = element("h4", `covrl-${trace.source}`, trace.title);
+      head.append(element("small", "", trace.subtitle));
+      const box = element("section", "covrl-trace");
+      box.append(head, list);
+      return { box, found };
+    });
+    body.replaceChildren(...spans.map(({ box }) => box));
+    spans = spans.map(({ found }) => found);
+    current = null;
+    paint();
+    mark();
+  }
+
+  function paint() {
+    const name = model.get("colour");
+    const scale = model.get("scales")[name];
+    const traces = model.get("traces");
+    spans.forEach((found, i) => {
+      const values = traces[i].values[name] || [];
+      found.forEach((span, t) => (span.style.backgroundColor = fill(values[t], scale)));
+    });
+    const bar = element("span", "bar");
+    const ends = [scale.low, scale.high].map((c) => (c ? `rgba(${c}, ${STRONGEST})` : "transparent"));
+    bar.style.background = `linear-gradient(to right, ${ends[0]}, ${scale.low && scale.high ? "transparent, " : ""}${ends[1]})`;
+    const missing = !traces.some((trace) => name in trace.values);
+    legend.replaceChildren(
+      element("b", "", scale.title + (missing ? " (not stored for these traces)" : "")),
+      element("span", "end", scale.low_text),
+      bar,
+      element("span", "end", scale.high_text),
+    );
+    if (traces.some((trace) => trace.values.clipped?.some((c) => c))) {
+      legend.append(element("span", "key", "held back by the clip"));
+    }
+  }
+
+  function mark() {
+    const [i, t] = model.get("selected");
+    current?.setAttribute("aria-selected", "false");
+    current = spans[i]?.[t] ?? null;
+    detail.replaceChildren();
+    if (!current) return;
+    spans[i].forEach((span) => (span.tabIndex = -1));
+    current.tabIndex = 0;
+    current.setAttribute("aria-selected", "true");
+    const trace = model.get("traces")[i];
+    const numbers = rows(trace, t, model.get("labels"));
+    const said = numbers.map((row) => `${row.firstChild.textContent} ${row.lastChild.textContent}`);
+    current.setAttribute("aria-label", `token ${t + 1}, ${trace.tokens[t]}: ${said.join(", ")}`);
+    const head = element("h4", "", "Token “");
+    head.append(element("code", "", trace.tokens[t]), "”");
+    head.append(element("small", "", `${trace.title}, ${t + 1} of ${trace.tokens.length}`));
+    detail.append(head, ...numbers, ...alternatives(trace, t));
+  }
+
+  function select(i, t) {
+    const span = spans[i]?.[t];
+    if (!span) return;
+    model.set("selected", [i, t]);
+    model.save_changes();
+    span.focus({ preventScroll: true });
+    span.scrollIntoView({ block: "nearest" });
+  }
+
+  function neighbourLine(i, t, direction) {
+    // The token nearest in x on the next line of text.
+    const here = spans[i][t].getBoundingClientRect();
+    let line = null;
+    let best = t;
+    let nearest = Infinity;
+    for (let k = t + direction; k >= 0 && k < spans[i].length; k += direction) {
+      const box = spans[i][k].getBoundingClientRect();
+      if (Math.abs(box.top - here.top) < 4) continue;
+      if (line !== null && Math.abs(box.top - line) > 4) break;
+      line = box.top;
+      if (Math.abs(box.left - here.left) < nearest) [nearest, best] = [Math.abs(box.left - here.left), k];
+    }
+    return best;
+  }
+
+  const place = (event) => {
+    const span = event.target.closest?.("[role=option]");
+    return span ? [Number(span.dataset.trace), Number(span.dataset.token)] : null;
+  };
+
+  body.addEventListener("click", (event) => {
+    const at = place(event);
+    if (at) select(...at);
+  });
+  body.addEventListener("keydown", (event) => {
+    const at = place(event);
+    if (!at) return;
+    const [i, t] = at;
+    const moves = {
+      ArrowRight: () => t + 1,
+      ArrowLeft: () => t - 1,
+      Home: () => 0,
+      End: () => spans[i].length - 1,
+      ArrowUp: () => neighbourLine(i, t, -1),
+      ArrowDown: () => neighbourLine(i, t, 1),
+      Enter: () => t,
+      " ": () => t,
+    };
+    if (!(event.key in moves)) return;
+    event.preventDefault();
+    event.stopPropagation(); // JupyterLab's own shortcuts
+    select(i, moves[event.key]());
+  });
+  body.addEventListener("mouseover", (event) => {
+    const at = place(event);
+    if (!at) return tip.hidePopover();
+    const trace = model.get("traces")[at[0]];
+    const lines = rows(trace, at[1], model.get("labels"));
+    tip.replaceChildren(element("strong", "", trace.tokens[at[1]]), ...lines, ...alternatives(trace, at[1]));
+    tip.showPopover();
+    const box = spans[at[0]][at[1]].getBoundingClientRect();
+    const below = box.bottom + 6 + tip.offsetHeight < innerHeight;
+    tip.style.top = `${below ? box.bottom + 6 : Math.max(0, box.top - 6 - tip.offsetHeight)}px`;
+    tip.style.left = `${Math.max(0, Math.min(box.left, innerWidth - tip.offsetWidth - 8))}px`;
+  });
+  body.addEventListener("mouseleave", () => tip.hidePopover());
+
+  model.on("change:traces", draw);
+  model.on("change:colour", paint);
+  model.on("change:selected", mark);
+  draw();
+}
+
+export default { render };
