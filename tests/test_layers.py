@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "covrl_lab"
 LAYERS = """
-types config prompts data models tree objectives methods world estimators sampling scoring evaluation
+types config prompts data lora tree models objectives methods world estimators sampling scoring evaluation
 traces trainer figures panels sweeps variance __main__
 """.split()
 TORCH_FREE = ["types", "config", "data", "traces", "figures", "sweeps"]
