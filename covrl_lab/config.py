@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "lr_schedule": ("cosine", "constant"),
     "tracker": ("none", "tensorboard", "wandb", "trackio"),
 }
+
+_LITERALS = str | int | float | bool | None | list | tuple | dict
 
 
 @dataclass(frozen=True)
@@ -313,6 +316,25 @@ class RunConfig:
             if name not in valid:
                 raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, valid)}")
         return cls(**settings)
+
+    @classmethod
+    def from_namespace(cls, names: dict[str, Any], also: Iterable[str] = ()) -> RunConfig:
+        """Build from a notebook's variables, ``globals()``: every plain value there must be a setting.
+
+        So a misspelt parameter is an error whether papermill injected it or a person typed it. Call it in the
+        first cell after the parameters. Not looked at: names with an underscore, IPython's own, and values
+        that are no literals (modules, functions, objects). ``also`` names the notebook's own parameters.
+        """
+        valid = {f.name for f in fields(cls)}
+        plain = {
+            name: value
+            for name, value in names.items()
+            if not name.startswith("_") and name not in ("In", "Out") and isinstance(value, _LITERALS)
+        }
+        for name in plain:
+            if name not in valid and name not in also:
+                raise ConfigError(f"unknown parameter {name!r}{did_you_mean(name, [*valid, *also])}")
+        return cls(**{name: value for name, value in plain.items() if name in valid})
 
     def save(self, path: str | Path) -> None:
         """Write ``config.json``, whole and then renamed."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from .intervals import bootstrap_interval, share_interval
 from .sampling import generate
 from .types import Example
 
@@ -119,27 +119,19 @@ def evaluate(
     return pd.DataFrame(rows)
 
 
-def bootstrap_interval(
-    scores: np.ndarray, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
-    """(mean, low, high) of the mean over the first axis, by the percentile bootstrap over questions."""
-    scores = np.asarray(scores, dtype=float)
-    if len(scores) == 0:
-        raise ValueError("no scores to average")
-    per_question = scores.reshape(len(scores), -1).mean(1)
-    draws = np.random.default_rng(seed).integers(0, len(scores), (resamples, len(scores)))
-    low, high = np.quantile(per_question[draws].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(per_question.mean()), float(low), float(high)
-
-
 def summarise(results: pd.DataFrame) -> dict[str, float]:
-    """pass@1 (greedy) and, where there are samples, avg@k, each with a 95% bootstrap interval.
+    """pass@1 (greedy) and, where there are samples, avg@k, each with a 95% interval over questions.
 
     pass@1 of greedy decoding is the share of questions whose one answer is right; avg@k is the mean score
-    over k sampled answers, averaged over questions.
+    over k sampled answers, averaged over questions. The interval is Wilson's where greedy answers are right
+    or wrong, and a bootstrap over questions for partial credit and for avg@k.
     """
     greedy = results[results["sample"] < 0]
-    accuracy, low, high = bootstrap_interval(greedy["score"].to_numpy())
+    scores = greedy["score"].to_numpy()
+    if set(scores) <= {0.0, 1.0}:
+        accuracy, low, high = share_interval(scores.sum(), len(scores))
+    else:
+        accuracy, low, high = bootstrap_interval(scores)
     summary = {
         "accuracy": accuracy,
         "accuracy_low": low,

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import html
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 import pandas as pd
 from IPython.display import HTML, display
 
-from . import estimators, figures
+from . import figures
 from .types import ConfigError, did_you_mean
-from .world import World
+
+if TYPE_CHECKING:
+    from .world import World
 
 # name -> (label, least, largest, step)
 _SLIDERS = {
@@ -126,6 +128,8 @@ class EstimatorPanel:
 
     def compute(self) -> pd.DataFrame:
         """The numbers at the sliders' present values."""
+        from . import estimators  # needs torch, which looking at runs does without
+
         at = {name: slider.value for name, slider in self.sliders.items()}
         world = self.world.between(at["distance"], at["temperature"])
         weight = at["composite_weight"]

@@ -38,6 +38,7 @@ from .scoring import packed_tokens, reference, score
 from .traces import read_jsonl, step_file, steps_in, trace_frame, write_parquet
 from .types import ConfigError, Credit, Example, LogProbs, Prompt, TraceBatch
 
+BESIDE = {".ipynb", ".ipynb_checkpoints", ".html", ".log", ".yaml"}  # may lie in a fresh run folder
 FREE_BYTES = 200 * 2**20  # a run folder of the embedded model with its checkpoints stays below this
 
 
@@ -121,7 +122,9 @@ class Trainer:
                     f"{str(self.run_dir)!r} holds a run with another configuration ({name} is {theirs!r} "
                     f"there, {mine!r} here); choose another run_dir"
                 )
-        elif self.run_dir.exists() and any(self.run_dir.iterdir()):
+        elif self.run_dir.exists() and any(
+            (p.suffix or p.name) not in BESIDE for p in self.run_dir.iterdir()
+        ):
             raise ConfigError(
                 f"{str(self.run_dir)!r} is not empty and not a run folder; choose another run_dir"
             )

@@ -9,10 +9,13 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "covrl_lab"
 LAYERS = """
-types config prompts data lora tree models objectives methods world estimators sampling scoring evaluation
-traces trainer figures panels sweeps variance __main__
+types config intervals prompts data lora tree models objectives methods world estimators sampling scoring
+coherence evaluation traces tokens trainer figures token_view curves monitor compare panels reporting live
+sweeps variance __main__
 """.split()
-TORCH_FREE = ["types", "config", "data", "traces", "figures", "sweeps"]
+TORCH_FREE = """
+types config intervals data traces tokens figures token_view curves monitor panels reporting compare sweeps
+""".split()
 PRESENT = [name for name in LAYERS if (PACKAGE / f"{name}.py").exists()]
 
 

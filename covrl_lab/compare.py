@@ -1,0 +1,506 @@
+"""Runs side by side: settings, curves, final accuracy with intervals, differences. No model, no torch.
+
+A *method* is what runs have in common but for seed, task and evaluation: a label and its run folders. The
+score of a run is its greedy held-out accuracy after its last evaluation. Conventions are those of Agarwal
+et al. 2021 (arXiv 2108.13264): interquartile means over runs and tasks, bootstrap intervals stratified by
+task, and the average probability of improvement. What a resample draws anew is named by ``over``:
+
+- ``"seeds"``: the runs of each task. What another set of seeds could give, on these questions.
+- ``"questions"``: the held-out questions of each task, the same for all its runs. What other questions
+  could give, with these trained models.
+- ``"both"``: both at once, independently. The widest.
+
+A bootstrap over n runs cannot know of scores beyond the lowest and the highest: over three seeds a 95%
+interval goes from the one to the other, and holds the median of further runs in 75% of cases only.
+"""
+
+from __future__ import annotations
+
+import glob
+import html
+import itertools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from . import figures
+from .config import METHOD_DEFAULTS, RunConfig
+from .intervals import interquartile_mean, share_interval
+from .traces import Run, load_run, step_file, steps_in
+from .types import ConfigError, did_you_mean
+
+OVER = ("seeds", "questions", "both")
+TASK_SETTINGS = (
+    "task",
+    "difficulty",
+    "question_column",
+    "answer_column",
+    "trace_column",
+    "dataset_config",
+    "dataset_split",
+)
+# What runs of one method may differ in: the numbers change, the method does not.
+WITHIN = ("seed", "device", "eval_every", "eval_questions", "eval_samples", *TASK_SETTINGS)
+RESAMPLES = 10_000
+
+Methods = Mapping[str, list[Run]]
+
+
+# --- which runs, and what tells them apart
+
+
+def find_runs(patterns: str) -> dict[str, list[Run]]:
+    """Run folders by the label of their method.
+
+    patterns are folders separated by commas, with the wildcards of a shell, relative to the working folder
+    or to ``notebooks/`` in it. ``NAME: PATTERN`` names a method; without a name, the label is the settings
+    that differ between methods. ConfigError where a pattern finds no run, a name stands for several
+    methods, or a method has two runs of one task and seed.
+    """
+    named: dict[str, dict[Path, Run]] = {}
+    for entry in filter(None, map(str.strip, patterns.split(","))):
+        name, colon, pattern = entry.partition(": ")
+        name, pattern = (name.strip(), pattern.strip()) if colon else ("", entry)
+        named.setdefault(name, {}).update((run.path.resolve(), run) for run in _matches(pattern))
+    runs = [run for found in named.values() for run in found.values()]
+    if not runs:
+        raise ConfigError(f"{patterns!r} names no run folder; separate patterns with commas")
+    labels = dict(zip([run.path for run in runs], _labels(runs), strict=True))
+    methods: dict[str, list[Run]] = {}
+    for name, found in named.items():
+        own = list(dict.fromkeys(labels[run.path] for run in found.values()))
+        if name and len(own) > 1:
+            raise ConfigError(f"the runs named {name!r} are {len(own)} methods ({'; '.join(own)}); name each")
+        for run in found.values():
+            methods.setdefault(name or labels[run.path], []).append(run)
+    for label, found in methods.items():
+        seen: dict[tuple[str, int], Run] = {}
+        for run in found:
+            settings = _settings(run)
+            task, seed = _task(settings), settings["seed"]
+            other = seen.setdefault((task, seed), run)
+            if other is not run:
+                raise ConfigError(
+                    f"{other.path} and {run.path} are both {label!r}, {task}, seed {seed}; leave one out"
+                )
+    return methods
+
+
+def _matches(pattern: str) -> list[Run]:
+    """The run folders that a pattern names, in the order of their names."""
+    for base in (Path(), Path("notebooks")):
+        found = sorted(glob.glob(str(base / pattern), recursive=True), key=_natural)
+        runs = [load_run(path) for path in found if os.path.isfile(os.path.join(path, "config.json"))]
+        if runs:
+            return runs
+    raise ConfigError(f"no run folder matches {pattern!r}; a run folder is one with a config.json")
+
+
+def _natural(path: str) -> list[Any]:
+    """Sorts seed 10 after seed 9."""
+    return [(1, int("".join(g))) if d else (0, "".join(g)) for d, g in itertools.groupby(path, str.isdigit)]
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    return RunConfig.load(run.path / "config.json").to_dict()
+
+
+def _task(settings: Mapping[str, Any]) -> str:
+    """A task's name: where its questions come from, without the settings that are not set."""
+    parts = {name: settings[name] for name in TASK_SETTINGS if settings[name] is not None}
+    return ", ".join(str(v) if name == "task" else f"{name} {v}" for name, v in parts.items())
+
+
+def _varying(runs: list[Run]) -> list[str]:
+    """Settings that change the numbers and differ between runs, in the order of ``RunConfig``."""
+    configs = [RunConfig.load(run.path / "config.json") for run in runs]
+    different = set().union(*(configs[0].differences(other) for other in configs[1:]))
+    return [name for name in configs[0].to_dict() if name in different]
+
+
+def _labels(runs: list[Run]) -> list[str]:
+    """One label a run: the fewest varying settings that tell the methods apart, "…" if there are more.
+
+    Settings that are every run's method's own default go without saying. "all runs" where nothing differs.
+    """
+    settings = [_settings(run) for run in runs]
+    varying = [name for name in _varying(runs) if name not in WITHIN]
+    varying.sort(key=lambda name: name != "method")  # the method first
+    varying = [
+        name
+        for name in varying
+        if name == "method" or any(s[name] != METHOD_DEFAULTS[s["method"]].get(name) for s in settings)
+    ]
+
+    def parts(names: list[str]) -> list[tuple[str, ...]]:
+        return [tuple(str(s[n]) if n == "method" else f"{n} {s[n]}" for n in names) for s in settings]
+
+    chosen: list[str] = []
+    for name in varying:
+        if len(set(parts([*chosen, name]))) > len(set(parts(chosen))):
+            chosen.append(name)
+    more = ", …" if len(chosen) < len(varying) else ""
+    return [(", ".join(part) or "all runs") + more for part in parts(chosen)]
+
+
+def differences(methods: Methods) -> pd.DataFrame:
+    """Settings that differ, one row each; a column a run, under (method, run folder)."""
+    runs = [run for found in methods.values() for run in found]
+    names = _varying(runs)
+    columns = {(label, run.path.name): _settings(run) for label, found in methods.items() for run in found}
+    table = pd.DataFrame(
+        {key: [settings[name] for name in names] for key, settings in columns.items()}, dtype=object
+    )
+    table.index = pd.Index(names, name="setting")
+    table.columns = pd.MultiIndex.from_tuples(columns, names=["method", "run"])
+    return table
+
+
+# --- scores
+
+
+def curves(methods: Methods) -> dict[str, dict[str, pd.DataFrame]]:
+    """task -> label -> evaluations with a column ``seed``: what ``figures.evaluation_curve`` draws."""
+    found: dict[str, dict[str, list[pd.DataFrame]]] = {}
+    for label, runs in methods.items():
+        for run in runs:
+            settings = _settings(run)
+            own = run.evaluations.assign(seed=settings["seed"])
+            found.setdefault(_task(settings), {}).setdefault(label, []).append(own)
+    return {task: {k: pd.concat(v) for k, v in own.items()} for task, own in found.items()}
+
+
+def scores(methods: Methods, step: int | None = None) -> pd.DataFrame:
+    """One row a run and held-out question: method, task, seed, step, example_id, score (0 to 1, greedy).
+
+    From the evaluation after ``step``, or each run's last. ConfigError where a run has none.
+    """
+    frames = []
+    for label, runs in methods.items():
+        for run in runs:
+            settings, steps = _settings(run), steps_in(run.path / "evaluations")
+            last = steps[-1] if step is None and steps else step
+            if last not in steps:
+                wanted = "any step" if step is None else f"step {step}"
+                raise ConfigError(f"{run.path} has no evaluation of {wanted}; leave it out or let it go on")
+            found = pd.read_parquet(step_file(run.path / "evaluations", last))
+            found = found.loc[found["sample"] < 0, ["example_id", "score"]]
+            named = {"method": label, "task": _task(settings), "seed": settings["seed"], "step": last}
+            frames.append(found.assign(**named))
+    columns = ["method", "task", "seed", "step", "example_id", "score"]
+    return pd.concat(frames, ignore_index=True)[columns]
+
+
+def _tables(frame: pd.DataFrame, method: str) -> dict[str, pd.DataFrame]:
+    """task -> (seeds, questions) scores of a method; NaN where a run was not asked a question."""
+    labels = list(frame["method"].unique())
+    if method not in labels:
+        raise ConfigError(f"unknown method {method!r}{did_you_mean(method, labels)}")
+    own = frame[frame["method"] == method]
+    return {
+        task: part.pivot(index="seed", columns="example_id", values="score")
+        for task, part in own.groupby("task")
+    }
+
+
+def _resampled(
+    tables: Mapping[str, pd.DataFrame], over: str, resamples: int, seed: int, stream: int = 0
+) -> list[np.ndarray]:
+    """(resamples, runs) scores of the runs of each task in each resample.
+
+    The questions of a resample depend on the task alone, so that methods are compared on the same ones; its
+    runs also on ``stream``.
+    """
+    if over not in OVER:
+        raise ConfigError(f"unknown over {over!r}{did_you_mean(over, OVER)}")
+    drawn = []
+    for k, (task, table) in enumerate(sorted(tables.items())):
+        runs, questions = table.shape
+        if over == "seeds":
+            means = np.tile(table.mean(axis=1).to_numpy(), (resamples, 1))
+        else:
+            if table.isna().any(axis=None):
+                raise ConfigError(
+                    f"the runs on {task} were asked different held-out questions, which cannot be drawn "
+                    "together; use over='seeds'"
+                )
+            random = np.random.default_rng([seed, k, 0])
+            counts = random.multinomial(questions, np.full(questions, 1 / questions), resamples)
+            means = counts @ table.to_numpy().T / questions
+        if over != "questions":
+            random = np.random.default_rng([seed, k, 1, stream])
+            means = np.take_along_axis(means, random.integers(runs, size=(resamples, runs)), axis=1)
+        drawn.append(means)
+    return drawn
+
+
+def _observed(tables: Mapping[str, pd.DataFrame]) -> list[np.ndarray]:
+    """(runs,) scores of the runs of each task."""
+    return [table.mean(axis=1).to_numpy() for _, table in sorted(tables.items())]
+
+
+def _mean(per_task: list[np.ndarray]) -> np.ndarray:
+    """Mean over tasks of the mean over runs (the last axis)."""
+    return np.mean([runs.mean(-1) for runs in per_task], axis=0)
+
+
+def _iqm(per_task: list[np.ndarray]) -> np.ndarray:
+    """Interquartile mean over all runs of all tasks."""
+    return interquartile_mean(np.concatenate(per_task, axis=-1))
+
+
+def _improvement(x: list[np.ndarray], y: list[np.ndarray]) -> np.ndarray:
+    """Mean over tasks of P(X > Y) + P(X = Y) / 2 for a run X of one method and a run Y of the other."""
+    signs = [np.sign(a[..., :, None] - b[..., None, :]) for a, b in zip(x, y, strict=True)]
+    return np.mean([(1 + sign.mean((-2, -1))) / 2 for sign in signs], axis=0)
+
+
+def _bounds(draws: np.ndarray, confidence: float) -> list[float]:
+    return [float(x) for x in np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])]
+
+
+def performance(
+    frame: pd.DataFrame,
+    over: str = "both",
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Final accuracy: a row a method over all its tasks, then a row each task where there are several.
+
+    frame is that of ``scores``. Columns: method, task, runs, questions (distinct), step (of the evaluation;
+    the last one's range where they differ), iqm, iqm_low, iqm_high, mean, mean_low, mean_high, lowest and
+    highest run. The bounds are NaN over the seeds of a single run, and Wilson's over the questions where
+    all answers are right or all wrong, which a bootstrap cannot see beyond.
+    """
+    rows = []
+    for label in frame["method"].unique():
+        tables = _tables(frame, label)
+        parts = {"all tasks": tables} | {task: {task: table} for task, table in tables.items()}
+        for name, part in parts.items() if len(tables) > 1 else [(*tables, tables)]:
+            steps = frame[(frame["method"] == label) & frame["task"].isin(list(part))]["step"]
+            runs = np.concatenate(_observed(part))
+            questions = sum(table.shape[1] for table in part.values())
+            drawn = _resampled(part, over, resamples, seed)
+            row = {
+                "method": label,
+                "task": name,
+                "runs": len(runs),
+                "questions": questions,
+                "step": " to ".join(str(s) for s in sorted({steps.min(), steps.max()})),
+            }
+            for column, statistic in (("iqm", _iqm), ("mean", _mean)):
+                value = float(statistic(_observed(part)))
+                low, high = _bounds(statistic(drawn), confidence)
+                if over == "seeds" and max(len(table) for table in part.values()) == 1:
+                    low = high = float("nan")
+                elif over != "seeds" and value in (0, 1):
+                    _, low, high = share_interval(value * questions, questions, confidence)
+                row |= {column: value, f"{column}_low": low, f"{column}_high": high}
+            rows.append(row | {"lowest": float(runs.min()), "highest": float(runs.max())})
+    return pd.DataFrame(rows)
+
+
+def _pairs(frame: pd.DataFrame, reference: str) -> list[tuple[str, str]]:
+    """Methods to compare: each with the reference, or all with all. Both must have the same tasks."""
+    labels = list(frame["method"].unique())
+    if reference:
+        _tables(frame, reference)
+        pairs = [(label, reference) for label in labels if label != reference]
+    else:
+        pairs = list(itertools.combinations(labels, 2))
+    for x, y in pairs:
+        mine, other = (sorted(_tables(frame, label)) for label in (x, y))
+        if mine != other:
+            raise ConfigError(
+                f"{x!r} and {y!r} have different tasks ({', '.join(mine)}; {', '.join(other)}) and cannot be "
+                "compared"
+            )
+    return pairs
+
+
+def paired_differences(
+    frame: pd.DataFrame,
+    reference: str = "",
+    over: str = "both",
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Accuracy of one method minus another's, paired by task, seed and question; a row a pair.
+
+    All pairs, or each method against ``reference``. Columns: method, minus, difference (mean over tasks of
+    the mean over pairs), low, high, seeds (pairs of runs), questions, by_seed (list; the mean over tasks).
+    ConfigError where two methods share no seed, or were asked different held-out questions.
+    """
+    rows = []
+    for x, y in _pairs(frame, reference):
+        mine, other, gain = _tables(frame, x), _tables(frame, y), {}
+        for task, table in mine.items():
+            if set(table.columns) != set(other[task].columns):
+                raise ConfigError(
+                    f"{x!r} and {y!r} were asked different held-out questions of {task}; pairs need the same "
+                    "task settings and eval_questions"
+                )
+            shared = table.index.intersection(other[task].index)
+            if not len(shared):
+                seeds = [", ".join(map(str, t.index)) for t in (table, other[task])]
+                raise ConfigError(
+                    f"{x!r} (seeds {seeds[0]}) and {y!r} (seeds {seeds[1]}) share no seed on {task}"
+                )
+            gain[task] = table.loc[shared] - other[task].loc[shared, table.columns]
+        low, high = _bounds(_mean(_resampled(gain, over, resamples, seed)), confidence)
+        if over == "seeds" and max(len(table) for table in gain.values()) == 1:
+            low = high = float("nan")
+        by_seed = pd.concat([table.mean(axis=1) for table in gain.values()], axis=1).mean(axis=1)
+        rows.append(
+            {
+                "method": x,
+                "minus": y,
+                "difference": float(_mean(_observed(gain))),
+                "low": low,
+                "high": high,
+                "seeds": len(by_seed),
+                "questions": sum(table.shape[1] for table in gain.values()),
+                "by_seed": by_seed.tolist(),
+            }
+        )
+    columns = ["method", "minus", "difference", "low", "high", "seeds", "questions", "by_seed"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def probability_of_improvement(
+    frame: pd.DataFrame,
+    reference: str = "",
+    over: str = "both",
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How probably a run of one method beats a run of another on a task; a row a pair.
+
+    The mean over tasks of P(X > Y) + P(X = Y) / 2, which is Mann-Whitney's U over the number of pairs: it
+    says how often, not by how much. Columns: method, against, probability, low, high.
+    """
+    rows = []
+    for x, y in _pairs(frame, reference):
+        tables = [_tables(frame, label) for label in (x, y)]
+        drawn = [_resampled(table, over, resamples, seed, stream) for stream, table in enumerate(tables)]
+        low, high = _bounds(_improvement(*drawn), confidence)
+        if over == "seeds" and all(len(table) == 1 for part in tables for table in part.values()):
+            low = high = float("nan")
+        value = float(_improvement(*map(_observed, tables)))
+        rows.append({"method": x, "against": y, "probability": value, "low": low, "high": high})
+    return pd.DataFrame(rows, columns=["method", "against", "probability", "low", "high"])
+
+
+# --- for readers
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """The same table as text: ``42.2% (36.0% to 48.3%)``, with a sign where it is a difference."""
+    shown = pd.DataFrame(index=table.index)
+    sign = "+" if "difference" in table else ""
+    for column in table:
+        if column.endswith(("low", "high")):
+            continue
+        prefix = f"{column}_" if f"{column}_low" in table else ""
+        if column in ("iqm", "mean", "difference", "probability"):
+            shown[column] = [
+                f"{value:{sign}.1%}" + (f" ({low:{sign}.1%} to {high:{sign}.1%})" if low == low else " (–)")
+                for value, low, high in zip(
+                    table[column], table[f"{prefix}low"], table[f"{prefix}high"], strict=True
+                )
+            ]
+        elif column == "by_seed":
+            shown[column] = [", ".join(f"{x:+.1%}" for x in values) for values in table[column]]
+        elif column in ("lowest", "highest"):
+            shown[column] = [f"{x:.1%}" for x in table[column]]
+        else:
+            shown[column] = table[column].astype(str)
+    return shown
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """A Markdown table of ``readable(table)``; what settings or folders are called cannot break it."""
+    shown = readable(table)
+
+    def line(cells) -> str:
+        texts = (html.escape(figures.visible(str(c)), quote=False).replace("|", "\\|") for c in cells)
+        return "| " + " | ".join(texts) + " |\n"
+
+    return line(shown.columns) + "|---" * shown.shape[1] + "|\n" + "".join(map(line, shown.to_numpy()))
+
+
+def export(table: pd.DataFrame, folder: str | Path, name: str) -> list[Path]:
+    """Write ``folder/name.csv`` (numbers as they are) and ``folder/name.md`` (to be read); their paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.csv", folder / f"{name}.md"]
+    table.to_csv(paths[0], index=False)
+    paths[1].write_text(to_markdown(table), encoding="utf-8")
+    return paths
+
+
+def interval_figure(table: pd.DataFrame, value: str) -> go.Figure:
+    """A row of ``table`` each, first on top: ``value`` as a point with its interval.
+
+    table is that of ``performance`` ("iqm", "mean"), ``paired_differences`` ("difference": a small tick is a
+    seed) or ``probability_of_improvement`` ("probability").
+    """
+    other = next((name for name in ("minus", "against") if name in table), None)
+    joint = {"minus": "−", "against": "over", None: ""}[other]
+    names = table["method"] if other is None else table["method"] + f" {joint} " + table[other]
+    if "task" in table and table["task"].nunique() > 1:
+        names = names + ", " + table["task"]
+    labels = [figures._label(name, 44, 3) for name in names]
+    places = list(range(len(table)))
+    prefix = f"{value}_" if f"{value}_low" in table else ""
+    low, high = table[f"{prefix}low"].to_numpy(float), table[f"{prefix}high"].to_numpy(float)
+    form = "+.1%" if value == "difference" else ".1%"
+    bounds = f"(%{{customdata[0]:{form}}} to %{{customdata[1]:{form}}})"
+    figure = go.Figure(layout={"template": figures.TEMPLATE})
+    if "by_seed" in table:
+        seeds = [(x, place) for place, values in zip(places, table["by_seed"], strict=True) for x in values]
+        figure.add_scatter(
+            x=[x for x, _ in seeds],
+            y=[place for _, place in seeds],
+            mode="markers",
+            name="a seed",
+            marker={"symbol": "line-ns", "size": 12, "line": {"color": figures.GREY, "width": 1.5}},
+            hovertemplate=f"a seed: %{{x:{form}}}<extra></extra>",
+        )
+    figure.add_scatter(
+        x=table[value],
+        y=places,
+        mode="markers",
+        name="mean and interval",
+        marker={"color": figures.PRIOR, "size": 9},
+        error_x={"array": high - table[value], "arrayminus": table[value] - low, "thickness": 2, "width": 5},
+        customdata=np.stack([low, high], axis=1),
+        hovertemplate=f"%{{x:{form}}} {bounds}<extra></extra>",
+        showlegend="by_seed" in table,
+    )
+    middle = {"difference": 0.0, "probability": 0.5}.get(value)
+    if middle is not None:
+        figure.add_vline(x=middle, line={"color": figures.GREY, "dash": "dot", "width": 1})
+    titles = {
+        "iqm": "held-out accuracy, interquartile mean",
+        "mean": "held-out accuracy, mean",
+        "difference": "difference in held-out accuracy (share of questions)",
+        "probability": "probability that a run of the first beats a run of the second",
+    }
+    figure.update_xaxes(
+        title_text=titles[value],
+        tickformat=form.replace(".1", ".0"),
+        range=None if value == "difference" else [0, 1],
+    )
+    figure.update_yaxes(
+        tickvals=places, ticktext=labels, range=[len(places) - 0.5, -0.5], zeroline=False, showgrid=False
+    )
+    return figure.update_layout(height=130 + 44 * len(places))

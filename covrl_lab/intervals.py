@@ -1,0 +1,45 @@
+"""Means, shares and their intervals: numpy alone."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+
+
+def interquartile_mean(values: np.ndarray) -> np.ndarray:
+    """Mean of the middle half along the last axis: a quarter, rounded down, is dropped at each end.
+
+    With fewer than four values nothing is dropped, and it is the mean.
+    """
+    values = np.sort(np.asarray(values, dtype=float), axis=-1)
+    count = values.shape[-1]
+    return values[..., count // 4 : count - count // 4].mean(-1)
+
+
+def share_interval(right: float, count: int, confidence: float = 0.95) -> tuple[float, float, float]:
+    """(share, low, high) of ``right`` out of ``count``: Wilson's interval, never a point, also at 0 and 1."""
+    if count < 1:
+        raise ValueError("no answers to count")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share, weight = right / count, z**2 / count
+    centre = (share + weight / 2) / (1 + weight)
+    half = math.sqrt(weight * (share * (1 - share) + weight / 4)) / (1 + weight)
+    return share, max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap_interval(
+    scores: np.ndarray, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """(mean, low, high) of the mean over the first axis, by the percentile bootstrap over questions.
+
+    Equal scores give a point, however few there are; ``share_interval`` is for right and wrong answers.
+    """
+    scores = np.asarray(scores, dtype=float)
+    if len(scores) == 0:
+        raise ValueError("no scores to average")
+    per_question = scores.reshape(len(scores), -1).mean(1)
+    draws = np.random.default_rng(seed).integers(0, len(scores), (resamples, len(scores)))
+    low, high = np.quantile(per_question[draws].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(per_question.mean()), float(low), float(high)

@@ -1,0 +1,475 @@
+"""Look at a live model: traces of one's own question from both prompts, before and after training.
+
+``probe`` is the computation, a data frame from a policy; ``PromptBench`` puts fields and buttons on it.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+import pandas as pd
+import torch
+from IPython.display import HTML, display
+
+from . import figures
+from .coherence import coherence
+from .config import RunConfig
+from .curves import coherence_curve
+from .data import load_task
+from .models import Policy, load_adapter, load_policy, load_tokenizer
+from .prompts import Prompter
+from .sampling import sample_traces
+from .scoring import HEAD_CHUNK, score
+from .traces import step_file, steps_in, trace_frame
+from .trainer import join, micro_batches, own_prompts
+from .tree import build_tree, final_logits, run_tree
+from .types import ConfigError, Example, Prompt
+
+
+def _nothing(done: int) -> None:
+    """What ``probe`` calls where nobody watches."""
+
+
+@torch.no_grad()
+def alternatives(
+    policy: Policy, prompt: Prompt, trace: Sequence[int], temperature: float = 1.0, top: int = 5
+) -> dict[str, list[list[tuple[str, float]]]]:
+    """The ``top`` most probable tokens at each of the T places of a trace, under both prompts.
+
+    ``{"prior": [...], "posterior": [...]}`` with (token text, probability) for each place, most probable
+    first, under softmax(logits / temperature); one packed forward.
+    """
+    contexts = {"prior": prompt.prior, "posterior": prompt.posterior}
+    tree = build_tree([[*context, *trace] for context in contexts.values()])
+    hidden = run_tree(policy, tree)
+    found = {}
+    for (name, context), path in zip(contexts.items(), tree.paths, strict=True):
+        before = hidden[path[len(context) - 1 : -1].to(hidden.device)]
+        places: list[list[tuple[str, float]]] = []
+        for rows in before.split(HEAD_CHUNK):
+            probability = torch.softmax(final_logits(policy, rows) / temperature, dim=-1)
+            best, ids = (x.tolist() for x in probability.topk(min(top, probability.shape[-1])))
+            places += [
+                [(policy.tokenizer.decode([i]), p) for i, p in zip(i_row, p_row, strict=True)]
+                for i_row, p_row in zip(ids, best, strict=True)
+            ]
+        found[name] = places
+    return found
+
+
+@dataclass
+class _Watched:
+    """A prompter that reports each decoded token; raising in ``tick`` ends the decoding."""
+
+    prompter: Prompter
+    tick: Callable[[int], None]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.prompter, name)
+
+    def ends(self, ids, end: str) -> bool:
+        self.tick(1)
+        return self.prompter.ends(ids, end)
+
+
+@torch.no_grad()
+def probe(
+    policy: Policy,
+    prompter: Prompter,
+    question: str,
+    answer: str,
+    k: int = 4,
+    *,
+    max_tokens: int = 64,
+    temperature: float = 1.0,
+    seed: int = 0,
+    top: int = 5,
+    max_packed_tokens: int = 4096,
+    tick: Callable[[int], None] = _nothing,
+) -> pd.DataFrame:
+    """Draw k traces from the prior and k from the posterior prompt of one question, and score them.
+
+    One row a trace, prior first: the columns of ``traces.trace_frame`` and
+
+        log_ratio     0 a token: log p'/h at alpha = w
+        reward        log p(y|x,z) in nats; advantage is the reward minus its mean, over its deviation
+        coherence     T + 1 nats, see ``coherence``
+        alternatives  of each token: {"prior": [(text, probability), ...], "posterior": [...]}
+
+    The same seed draws with the same random numbers, whatever the weights. ``tick`` is called with the
+    number of tokens decoded since the last call, or 0 between the parts of the scoring; what it raises ends
+    the probe. Raises ConfigError for an empty question or answer, or one too long for the model's context.
+    """
+    if k < 1 or max_tokens < 1 or not 0 < temperature < math.inf:
+        raise ConfigError("k and max_tokens must be 1 or more, temperature a number above 0")
+    example = Example("prompt bench", question, answer)
+    prompt = prompter(example)
+    prompter.check_length(prompt, max_tokens, policy.max_context, example.id)
+    batch = sample_traces(
+        policy,
+        _Watched(prompter, tick),
+        [prompt],
+        torch.tensor([True] * k + [False] * k),
+        max_tokens=max_tokens,
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(seed),
+    ).to(policy.device)
+    parts = []
+    for rows in micro_batches([prompt], batch, True, max_packed_tokens):
+        tick(0)
+        own = own_prompts([prompt], batch, rows)
+        parts.append(score(policy, own, batch.rows(rows), temperature=temperature))
+    frame = trace_frame([example], batch, join(parts), prompter)
+    reward = figures.answer_logprob(frame)
+    deviation = reward.std(ddof=0)
+    frame["log_ratio"] = [[0.0] * len(tokens) for tokens in frame["tokens"]]
+    frame["reward"] = reward
+    frame["advantage"] = (reward - reward.mean()) / deviation if deviation > 0 else 0.0
+    seen: dict[tuple[int, ...], tuple[Any, Any]] = {}  # a trained policy often writes the same trace again
+    for ids in map(tuple, frame["token_ids"]):
+        tick(0)
+        if ids not in seen:
+            both = alternatives(policy, prompt, ids, temperature, top)
+            places = [dict(zip(both, place, strict=True)) for place in zip(*both.values(), strict=True)]
+            seen[ids] = (coherence(policy, prompter, prompt, ids, max_packed_tokens), places)
+    frame["coherence"], frame["alternatives"] = zip(
+        *(seen[tuple(ids)] for ids in frame["token_ids"]), strict=True
+    )
+    return frame
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a name given to the bench stands for: a model, or a run with its checkpoints (steps)."""
+
+    config: RunConfig
+    run_dir: Path | None = None
+    steps: tuple[int, ...] = ()
+
+
+def find_source(name: str | Path, **settings: Any) -> Source:
+    """Read a run folder, one checkpoint in it, or a model name; loads no model.
+
+    ``settings`` are fields of RunConfig that a bare model name leaves open (task, quantization, ...).
+    Raises ConfigError for a run without a checkpoint, or a model that cannot be.
+    """
+    path = Path(name)
+    run_dir = path.parent.parent if path.parent.name == "checkpoints" else path
+    if (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").is_dir():
+        steps = tuple(steps_in(run_dir / "checkpoints"))
+        if run_dir != path:
+            steps = tuple(s for s in steps if step_file(path.parent, s, "") == path)
+        if not steps:
+            raise ConfigError(f"{str(name)!r} holds no checkpoint yet; a run writes one every few steps")
+        return Source(RunConfig.load(run_dir / "config.json"), run_dir, steps)
+    return Source(RunConfig(model=str(name), **settings))
+
+
+def open_source(source: Source, step: int | None = None) -> tuple[Policy, Prompter]:
+    """Load a source's model and, for a run, the adapter of ``step`` (default: the last stored)."""
+    config = source.config
+    task = load_task(
+        config.task, **{n: getattr(config, n) for n in list(signature(load_task).parameters)[1:]}
+    )
+    prompter = Prompter(load_tokenizer(config.model), task.demonstrations, config.prompt_style)
+    policy = load_policy(
+        config.model,
+        quantization=config.quantization,
+        dtype=config.dtype,
+        lora_rank=config.lora_rank if source.run_dir else 0,
+        lora_alpha=config.lora_alpha,
+        seed=config.seed,
+        device=config.device,
+    )
+    if source.run_dir:
+        load_adapter(policy, step_file(source.run_dir / "checkpoints", step or source.steps[-1], ""))
+    return policy, prompter
+
+
+# --- the bench
+
+
+class _Cancelled(Exception):
+    pass
+
+
+def _plot(figure: Any) -> tuple[dict[str, Any]]:
+    """A plotly figure as the content of an Output widget, which a thread can set."""
+    data = {"application/vnd.plotly.v1+json": json.loads(figure.to_json())}
+    return ({"output_type": "display_data", "data": data, "metadata": {}},)
+
+
+def summary_html(frames: dict[str, pd.DataFrame]) -> str:
+    """HTML table: for each weights and source the traces' log p(y|x,z) in nats, finished share and length."""
+    rows = []
+    for name, frame in frames.items():
+        for source, own in frame.groupby("source", sort=False):
+            total = figures.answer_logprob(own)
+            cells = [
+                html.escape(name),
+                f'<b style="color: {figures.SOURCE_COLOURS[source]}">{source}</b>',
+                f'<span data-cell="{name}/{source}">{total.mean():.2f}</span>',
+                f"{total.max():.2f}",
+                f"{own['finished'].mean():.0%}",
+                f"{own['tokens'].map(len).mean():.1f}",
+            ]
+            rows.append(figures._row(cells))
+    header = ["weights", "drawn from", "mean log p(y|x,z), nats", "best, nats", "finished", "length, tokens"]
+    return figures._table(header, rows)
+
+
+class PromptBench:
+    """Type a question and its answer, sample traces from both prompts, and look at them token by token.
+
+    policy      a loaded policy with its ``prompter``, such as a trainer's (``trainer.policy``)
+    model       without a policy: a model name, or a ``checkpoint``: a run folder, or one checkpoint in it;
+                loaded at the first click, in the background
+    settings    fields of RunConfig for a bare model name: task (worked examples in the prompt), quantization,
+                dtype, ...
+
+    Where there is an adapter, every question is asked twice with the same random numbers: before training
+    (adapter off) and after. ``frames`` holds the last results, see ``probe``; ``widget`` is the panel. The
+    kernel stays free while it works; do not train the same policy meanwhile.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | None = None,
+        prompter: Prompter | None = None,
+        *,
+        model: str = "smollm2-135m",
+        checkpoint: str | Path | None = None,
+        question: str = "What is 47 + 35?",
+        answer: str = "82",
+        k: int = 4,
+        temperature: float = 1.0,
+        max_tokens: int = 28,
+        seed: int = 0,
+        **settings: Any,
+    ) -> None:
+        if (policy is None) != (prompter is None):
+            raise ConfigError("a policy needs its prompter, and a prompter its policy; give both or neither")
+        self.frames: dict[str, pd.DataFrame] = {}
+        self._settings, self._given = settings, policy is not None
+        self._policy, self._prompter, self._opened = policy, prompter, None
+        self._cancel, self._thread = threading.Event(), None
+
+        label = {"style": {"description_width": "110px"}}
+        wide, narrow = {"layout": {"width": "640px"}} | label, {"layout": {"width": "205px"}} | label
+        self.source = widgets.Combobox(
+            value="this policy" if policy else str(checkpoint or model),
+            options=["smollm2-135m", "tiny", *_run_folders()],
+            description="model or run",
+            disabled=self._given,
+            **wide,
+        )
+        self.step = widgets.Dropdown(description="checkpoint", options=[("–", None)], **narrow)
+        self.question = widgets.Textarea(value=question, description="question x", rows=2, **wide)
+        self.answer = widgets.Text(value=answer, description="answer y", **wide)
+        self.k = widgets.BoundedIntText(k, min=1, max=64, description="traces of each", **narrow)
+        self.temperature = widgets.BoundedFloatText(
+            temperature, min=0.01, max=10, step=0.1, description="temperature", **narrow
+        )
+        self.max_tokens = widgets.BoundedIntText(
+            max_tokens, min=1, max=100_000, description="tokens at most", **narrow
+        )
+        self.seed = widgets.BoundedIntText(seed, max=2**31 - 1, description="seed", **narrow)
+        self.generate = widgets.Button(description="Generate", icon="play", button_style="primary")
+        self.cancel = widgets.Button(description="Cancel", icon="stop", disabled=True)
+        self.bar = widgets.IntProgress(max=100, layout={"width": "260px"})
+        self.message = widgets.HTML()
+        self.summary, self.curve = widgets.HTML(), widgets.Output(layout={"min_height": "470px"})
+        self.weights = widgets.ToggleButtons(description="weights", **label)
+        self.traces = {
+            source: widgets.Dropdown(description=f"{source} trace", **wide)
+            for source in ("prior", "posterior")
+        }
+        self.views = {source: widgets.Output() for source in self.traces}
+        self.results = widgets.VBox(
+            [
+                self.summary,
+                self.weights,
+                *self.traces.values(),
+                self.curve,
+                *self.views.values(),
+            ],
+            layout={"display": "none"},
+        )
+        self.widget = widgets.VBox(
+            [
+                widgets.HBox([self.source, self.step], layout={"flex_flow": "row wrap"}),
+                self.question,
+                self.answer,
+                widgets.HBox(
+                    [self.k, self.temperature, self.max_tokens, self.seed], layout={"flex_flow": "row wrap"}
+                ),
+                widgets.HBox([self.generate, self.cancel, self.bar, self.message]),
+                self.results,
+            ]
+        )
+        self.widget.add_class("covrl-bench")
+        self._list_steps()
+        self.source.observe(self._list_steps, "value")
+        self.generate.on_click(lambda button: self.start())
+        self.cancel.on_click(lambda button: self._cancel.set())
+        self.weights.observe(self._list_traces, "value")
+        for choice in self.traces.values():
+            choice.observe(self._show_traces, "value")
+
+    # --- model
+
+    def _list_steps(self, change: Any = None) -> None:
+        """Offer the checkpoints of the named run, the last one chosen."""
+        steps: tuple[int, ...] = ()
+        if not self._given:
+            try:
+                steps = find_source(self.source.value, **self._settings).steps
+            except (ConfigError, OSError):
+                pass  # a name half typed; a wrong one is reported by the click
+        self.step.options = [(f"step {s}", s) for s in steps] or [("–", None)]
+        self.step.value = steps[-1] if steps else None
+        self.step.disabled = not steps
+
+    def _open(self) -> None:
+        """Make the chosen model and adapter the present ones, loading only what differs."""
+        wanted = (self.source.value, self.step.value)
+        if self._given or wanted == self._opened:
+            return
+        source = find_source(self.source.value, **self._settings)
+        if self._opened and wanted[0] == self._opened[0]:
+            load_adapter(self._policy, step_file(source.run_dir / "checkpoints", wanted[1], ""))
+        else:
+            self._opened = self._policy = None  # room for the new one
+            self._policy, self._prompter = open_source(source, wanted[1])
+        self._opened = wanted
+
+    # --- one click
+
+    def start(self) -> None:
+        """What Generate does: work in the background; ``wait`` waits for it."""
+        if self._thread is not None and self._thread.is_alive():
+            return
+        self._cancel.clear()
+        self.generate.disabled, self.cancel.disabled = True, False
+        self._thread = threading.Thread(target=self._work, name="prompt bench", daemon=True)
+        self._thread.start()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Return when the work in the background has ended, or after ``seconds``."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def _work(self) -> None:
+        try:
+            self._say("loading the model …")
+            self.bar.value = 0
+            self._open()
+            names = ("before training", "after training") if self._policy.trainable() else ("model",)
+            frames = {}
+            for i, name in enumerate(names):
+                self._say(f"{name}: sampling and scoring …")
+                if name == "before training":
+                    with self._policy.base():
+                        frames[name] = self._probe(i / len(names), (i + 1) / len(names))
+                else:
+                    frames[name] = self._probe(i / len(names), (i + 1) / len(names))
+            self.frames = frames
+            self._show()
+            self.bar.value = 100
+            self._say("done")
+        except _Cancelled:
+            self._say("cancelled")
+        except ConfigError as error:
+            self._say(str(error), wrong=True)
+        except Exception as error:  # nobody else would see it: this is a thread
+            reason = str(error).strip().splitlines()
+            self._say(f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}", wrong=True)
+        finally:
+            self.generate.disabled, self.cancel.disabled = False, True
+
+    def _probe(self, start: float, end: float) -> pd.DataFrame:
+        """``probe`` at the fields' values, filling the bar from ``start`` to ``end``: half for each part."""
+        k, decoded, scored = self.k.value, 0, 0
+
+        def tick(done: int) -> None:
+            nonlocal decoded, scored
+            if self._cancel.is_set():
+                raise _Cancelled
+            decoded, scored = decoded + done, scored + (done == 0)
+            part = scored / (2 * k + 1) if scored else decoded / (2 * k * self.max_tokens.value)
+            self.bar.value = round(100 * (start + (end - start) * min(1.0, (part + (scored > 0)) / 2)))
+
+        return probe(
+            self._policy,
+            self._prompter,
+            self.question.value,
+            self.answer.value,
+            k,
+            max_tokens=self.max_tokens.value,
+            temperature=self.temperature.value,
+            seed=self.seed.value,
+            tick=tick,
+        )
+
+    def _say(self, text: str, wrong: bool = False) -> None:
+        colour = figures.POSTERIOR if wrong else "inherit"
+        self.message.value = f'<span style="color: {colour}">{html.escape(figures.visible(text))}</span>'
+
+    # --- results
+
+    def _show(self) -> None:
+        self.summary.value = summary_html(self.frames)
+        names = list(self.frames)
+        kept = self.weights.value if self.weights.value in names else names[-1]
+        self.weights.unobserve(self._list_traces, "value")
+        self.weights.options, self.weights.value = names, kept
+        self.weights.observe(self._list_traces, "value")
+        self._list_traces()
+        self.results.layout.display = None
+
+    def _list_traces(self, change: Any = None) -> None:
+        """Offer the traces of the chosen weights, the best of each source first."""
+        frame = self.frames[self.weights.value]
+        for source, choice in self.traces.items():
+            own = frame[frame["source"] == source].sort_values("reward", ascending=False, kind="stable")
+            choice.unobserve(self._show_traces, "value")
+            choice.options = [
+                (f"{row.reward:.2f} nats   {figures.visible(row.trace)[:90]}", row.Index)
+                for row in own.itertuples()
+            ]
+            choice.value = own.index[0]
+            choice.observe(self._show_traces, "value")
+        self._show_traces()
+
+    def _show_traces(self, change: Any = None) -> None:
+        frame, chosen = self.frames[self.weights.value], [c.value for c in self.traces.values()]
+        self.curve.outputs = _plot(coherence_curve(frame, chosen))
+        for source, label in zip(self.views, chosen, strict=True):
+            self.views[source].outputs = _plot(figures.token_comparison(frame.loc[label]))
+
+    def _ipython_display_(self) -> None:
+        """The panel; below it, folded, the last results as plain HTML, which need no kernel."""
+        display(self.widget)
+        if self.frames:
+            tables = "".join(
+                f"<h4>{html.escape(name)}</h4>{figures.trace_table(frame)}"
+                for name, frame in self.frames.items()
+            )
+            display(HTML(f"<details><summary>results so far</summary>{tables}</details>"))
+
+
+def _run_folders() -> list[str]:
+    """Run folders with a checkpoint below the present folder's ``runs``, newest first."""
+    found = (
+        [p.parent.parent for p in Path("runs").glob("**/checkpoints/step_*")] if Path("runs").is_dir() else []
+    )
+    return [str(p) for p in sorted(set(found), key=lambda p: p.stat().st_mtime, reverse=True)]

@@ -1,0 +1,290 @@
+"""Follow a run folder while it is written, from this process or another, and stop the run gracefully.
+
+Everything shown comes from files, so a closed browser tab or a restarted kernel loses nothing: a new
+``RunMonitor`` shows the same. No torch. Needs the ``notebooks`` extra (ipywidgets, plotly).
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ipywidgets as widgets
+import pandas as pd
+from IPython.display import HTML, display
+
+from . import figures
+from .curves import sparkline
+from .traces import Run, steps_in
+
+_SIGNS = {
+    "waiting": ("○", figures.GREY),
+    "running": ("●", figures.BOTH),
+    "stalled": ("▲", figures.POSTERIOR),
+    "stopping": ("◐", figures.POSTERIOR),
+    "stopped": ("■", figures.GREY),
+    "finished": ("✔", figures.BOTH),
+}
+# column of metrics.jsonl -> label, unit, colour, whether it is a share
+_ROWS: dict[str, tuple[str, str, str, bool]] = {
+    "reward_prior": ("reward, prior traces", "nats", figures.PRIOR, False),
+    "reward_posterior": ("reward, posterior traces", "nats", figures.POSTERIOR, False),
+    "kl": ("KL(p′‖p)", "nats a token", figures.BOTH, False),
+    "nll": ("answer term (NLL)", "nats", figures.BOTH, False),
+    "trace_tokens_prior": ("trace length, prior", "tokens", figures.PRIOR, False),
+    "trace_tokens_posterior": ("trace length, posterior", "tokens", figures.POSTERIOR, False),
+    "finished_share": ("finished traces", "of all", figures.BOTH, True),
+    "truncated_share": ("truncated traces", "of all", figures.BOTH, True),
+    "clipped_share": ("tokens held back by the clip", "of all", figures.BOTH, True),
+    "gradient_norm": ("gradient norm", "before clipping", figures.BOTH, False),
+    "seconds_sampling": ("time of a step, sampling", "seconds", figures.GREY, False),
+    "seconds_update": ("time of a step, update", "seconds", figures.GREY, False),
+}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a run folder's files say at one moment.
+
+    status       waiting (no run yet), running, stalled (nothing written for long), stopping (asked to stop),
+                 stopped, or finished
+    message      the status in a sentence
+    step, steps  finished steps, and all of them (0 while waiting)
+    metrics      ``Run.metrics`` with ``truncated_share``; ``evaluations`` as ``Run.evaluations``
+    seconds_left median time of the last five steps times the steps to go, without evaluations, or None
+    """
+
+    run: Run
+    status: str
+    message: str
+    step: int = 0
+    steps: int = 0
+    metrics: pd.DataFrame = field(default_factory=pd.DataFrame)
+    evaluations: pd.DataFrame = field(default_factory=pd.DataFrame)
+    seconds_left: float | None = None
+
+    def traces(self) -> pd.DataFrame:
+        """The rollouts of the latest stored step, read now; empty where there is none."""
+        stored = self.run.steps
+        return self.run.traces(stored[-1]) if stored else pd.DataFrame()
+
+
+def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
+    """Read a run folder as it stands; ``now`` is the time in seconds since the epoch, for tests."""
+    run, now = Run(Path(run_dir)), time.time() if now is None else now
+    if not (run.path / "config.json").is_file():
+        return Snapshot(run, "waiting", f"waiting for a run in {str(run_dir)!r}")
+    config, metrics, evaluations = run.config, run.metrics, run.evaluations
+    step, steps = int(metrics["step"].iloc[-1]) if len(metrics) else 0, int(config["steps"])
+    if len(metrics):
+        metrics["truncated_share"] = 1 - metrics["finished_share"]
+    written = {
+        name: _written(run.path / name) for name in ("config.json", "metrics.jsonl", "evaluations.jsonl")
+    }
+    written |= {name: _written(run.path / name) for name in ("traces", "checkpoints")}
+    newest = max(written.values())
+    median = float(metrics["seconds"].tail(5).median()) if len(metrics) else None
+    # Nothing is written while an evaluation runs, and before the first step a model is loaded as well.
+    patience = 600.0 if median is None else max(120.0, 10 * median)
+    silent = now - newest > patience
+    if step >= steps and (step or len(evaluations)):
+        status, message = "finished", f"finished: {step} of {steps} steps"
+    elif (run.path / "STOP").exists():
+        saved = steps_in(run.path / "checkpoints")
+        heard = newest >= _written(run.path / "STOP") and bool(saved) and saved[-1] == step
+        if heard or silent:
+            status = "stopped"
+            message = f"stopped after step {step} of {steps}; let it go on, then start it again as before"
+        else:
+            status = "stopping"
+            message = f"asked to stop: it ends and saves a checkpoint after step {step + 1}"
+    elif silent:
+        status = "stalled"
+        message = (
+            f"nothing written since {time.strftime('%H:%M:%S', time.localtime(newest))} "
+            f"({_duration(now - newest)}): it takes long, or its process has ended; "
+            "start it again and it goes on from its last checkpoint"
+        )
+    else:
+        status = "running"
+        message = f"running: {step} of {steps} steps" if step else "running: before its first step"
+    return Snapshot(
+        run=run,
+        status=status,
+        message=message,
+        step=step,
+        steps=steps,
+        metrics=metrics,
+        evaluations=evaluations,
+        seconds_left=None if median is None or step >= steps else median * (steps - step),
+    )
+
+
+def _written(path: Path) -> float:
+    """When a file or folder was last written, 0 where there is none."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _duration(seconds: float) -> str:
+    """``1 h 05 min``, ``3 min 20 s`` or ``12 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+# --- a snapshot as HTML
+
+
+def _number(value: float | None, share: bool) -> str:
+    if value is None or pd.isna(value):
+        return "–"
+    return (f"{value:.1%}" if share else f"{value:.4g}").replace("-", "−")
+
+
+def status_html(shot: Snapshot) -> str:
+    """Status, time left and the latest accuracy, on one line."""
+    sign, colour = _SIGNS[shot.status]
+    parts = [f'<b style="color: {colour}">{sign} {html.escape(figures.visible(shot.message))}</b>']
+    if shot.seconds_left is not None and shot.status == "running":
+        parts.append(f"about {_duration(shot.seconds_left)} left, without evaluations")
+    if len(shot.evaluations):
+        last = shot.evaluations.iloc[-1]
+        interval = f"95% interval {last['accuracy_low']:.1%} to {last['accuracy_high']:.1%}"
+        parts.append(
+            f'held-out accuracy <b data-column="accuracy">{last["accuracy"]:.1%}</b> '
+            f"after step {last['step']:.0f} ({interval})"
+        )
+    return '<div style="line-height: 1.5">' + " &nbsp;·&nbsp; ".join(parts) + "</div>"
+
+
+def numbers_html(shot: Snapshot) -> str:
+    """A table of the latest step's numbers, their mean over five steps, and a line over all steps."""
+    if shot.metrics.empty:
+        return "<p>no finished step yet</p>"
+    rows = []
+    for column, (label, unit, colour, share) in _ROWS.items():
+        if column not in shot.metrics or not shot.metrics[column].notna().any():
+            continue
+        values = shot.metrics[column].astype(float)
+        rows.append(
+            figures._row(
+                [
+                    label,
+                    f'<b data-column="{column}">{_number(values.iloc[-1], share)}</b>',
+                    _number(values.tail(5).mean(), share),
+                    unit,
+                    sparkline(values, colour),
+                ]
+            )
+        )
+    return figures._table(["", f"step {shot.step}", "mean of last 5", "", "all steps"], rows)
+
+
+def traces_html(shot: Snapshot, questions: int = 2) -> str:
+    """Traces of the first questions of the latest stored step."""
+    traces = shot.traces()
+    if traces.empty:
+        return "<p>no traces yet</p>"
+    shown = traces[traces["example_id"].isin(traces["example_id"].unique()[:questions])]
+    return f"<b>Traces of step {traces['step'].iloc[0]}</b>{figures.trace_table(shown)}"
+
+
+class RunMonitor:
+    """A live view of the run in ``run_dir``; reads files only, and waits where there is none yet.
+
+    A thread reads the folder every ``every`` seconds, so the kernel stays free and a training loop in this
+    very kernel is followed as well. It ends with the run, or with ``close()``. ``snapshot`` holds what is
+    shown; ``widget`` is the panel. The button writes the file STOP, which ends the run after its present
+    step with a checkpoint, or takes it away again.
+    """
+
+    def __init__(self, run_dir: str | Path, every: float = 2.0) -> None:
+        self.run_dir, self.every = Path(run_dir), every
+        self.status, self.numbers, self.traces = (widgets.HTML() for _ in range(3))
+        self.bar = widgets.IntProgress(layout={"width": "260px"})
+        self.button = widgets.Button(layout={"width": "auto"})
+        self.button.on_click(self._toggle_stop)
+        # A fixed height: the page below does not jump while the figure is drawn anew.
+        self.curves = widgets.Output(layout={"min_height": "600px"})
+        self.widget = widgets.VBox(
+            [self.status, widgets.HBox([self.bar, self.button]), self.numbers, self.curves, self.traces]
+        )
+        self.widget.add_class("covrl-monitor")
+        self._drawn: tuple[int, int] | None = None
+        self._closed, self._lock = threading.Event(), threading.Lock()
+        self.refresh()
+        self._thread = threading.Thread(target=self._follow, name=f"monitor {run_dir}", daemon=True)
+        self._thread.start()
+
+    def refresh(self) -> None:
+        """Read the folder and show what it holds, now."""
+        with self._lock:
+            self.snapshot = shot = snapshot(self.run_dir)
+            self.status.value = status_html(shot)
+            self.bar.max, self.bar.value = max(1, shot.steps), shot.step
+            asked = (self.run_dir / "STOP").exists()
+            self.button.disabled = shot.status in ("waiting", "finished")
+            self.button.description = "Let it go on" if asked else "Stop after this step"
+            self.button.icon = "play" if asked else "stop"
+            self.button.tooltip = (
+                "Remove the file STOP from the run folder"
+                if asked
+                else "Write the file STOP to the run folder"
+            )
+            drawn = len(shot.metrics), len(shot.evaluations)
+            if drawn != self._drawn:
+                self._drawn = drawn
+                self.numbers.value = numbers_html(shot)
+                self.traces.value = traces_html(shot)
+                plot = json.loads(self.figure().to_json())
+                data = {"application/vnd.plotly.v1+json": plot}
+                self.curves.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
+
+    def figure(self):
+        """The training curves as a plotly figure, which also shows in a stored notebook."""
+        return figures.training_curves(self.snapshot.metrics, self.snapshot.evaluations)
+
+    def html(self) -> str:
+        """Status, numbers and traces as plain HTML, which also show in a stored notebook."""
+        return status_html(self.snapshot) + numbers_html(self.snapshot) + traces_html(self.snapshot)
+
+    def close(self) -> None:
+        """End the thread and take the panel away; the run itself goes on."""
+        self._closed.set()
+        self.widget.close()
+
+    def _follow(self) -> None:
+        while self.snapshot.status != "finished" and not self._closed.wait(self.every):
+            if self.widget.comm is None:  # closed by other means
+                return
+            try:
+                self.refresh()
+            except (
+                OSError,
+                ValueError,
+                KeyError,
+            ) as error:  # a file was replaced under our hands: read again
+                self.status.value = f"<i>{html.escape(figures.visible(f'reading again: {error}'))}</i>"
+
+    def _toggle_stop(self, button: widgets.Button) -> None:
+        stop = self.run_dir / "STOP"
+        if stop.exists():
+            stop.unlink()
+        else:
+            stop.touch()
+        self.refresh()
+
+    def _ipython_display_(self) -> None:
+        """The live panel, and folded below it the present state, which needs no kernel."""
+        display(self.widget)
+        now = time.strftime("%H:%M:%S")
+        display(HTML(f"<details><summary>as it was at {now}</summary>{self.html()}</details>"))

@@ -1,0 +1,211 @@
+"""The prompt bench and the probe under it: numbers against plain rows, and every way a click can end."""
+
+import re
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from covrl_lab import RunConfig, Trainer, live
+from covrl_lab.live import PromptBench, alternatives, find_source, open_source, probe, summary_html
+from covrl_lab.models import load_policy
+from covrl_lab.prompts import Prompter
+from covrl_lab.scoring import score
+from covrl_lab.types import ConfigError, Demonstration, Example, TraceBatch
+
+TOLERANCE = 1e-4  # nats a token
+DEMONSTRATIONS = [Demonstration("2 plus 3?", "2 and 3 more is 5.", "5")]
+ASK = {"question": "What is 14 plus 9?", "answer": "23"}
+SMALL = {"quantization": "none", "dtype": "float32", "demonstrations": 1}
+
+
+@pytest.fixture
+def prompter(tiny_policy):
+    return Prompter(tiny_policy.tokenizer, DEMONSTRATIONS)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run folder with checkpoints of steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("live") / "run"
+    settings = SMALL | {"questions_per_step": 2, "rollouts_per_question": 2, "max_trace_tokens": 6}
+    settings |= {"model": "tiny", "eval_questions": 2, "learning_rate": 0.05, "warmup_steps": 0}
+    settings |= {"lr_schedule": "constant"}
+    Trainer(RunConfig(**settings, steps=2, checkpoint_every=1, run_dir=str(folder)), progress=False).run()
+    return folder
+
+
+def test_probe_equals_plain_rows(tiny_policy, prompter):
+    frame = probe(tiny_policy, prompter, **ASK, k=3, max_tokens=9, temperature=0.7, seed=4)
+    assert frame["source"].tolist() == ["prior"] * 3 + ["posterior"] * 3
+    width = max(map(len, frame["token_ids"]))
+    ids = torch.tensor([[*z, *[0] * (width - len(z))] for z in frame["token_ids"]])
+    mask = torch.arange(width) < torch.tensor([[len(z)] for z in frame["token_ids"]])
+    batch = TraceBatch(ids, mask, torch.tensor([True] * 3 + [False] * 3), torch.tensor(frame["finished"]), 6)
+    with torch.no_grad():
+        plain = score(tiny_policy, [prompter(Example("x", **ASK))], batch, temperature=0.7, packed=False)
+    for i, row in frame.iterrows():
+        np.testing.assert_allclose(row["logp"], plain.prior[i][mask[i]], atol=TOLERANCE)
+        np.testing.assert_allclose(row["logq"], plain.posterior[i][mask[i]], atol=TOLERANCE)
+        np.testing.assert_allclose(row["answer_logp"], plain.answer[i], atol=TOLERANCE)
+        assert row["reward"] == pytest.approx(float(plain.answer[i].sum()), abs=TOLERANCE)
+        assert row["coherence"][-1] == pytest.approx(row["reward"], abs=TOLERANCE)
+        assert len(row["coherence"]) == len(row["tokens"]) + 1
+        assert len(row["alternatives"]) == len(row["log_ratio"]) == len(row["tokens"])
+    assert frame["advantage"].mean() == pytest.approx(0, abs=1e-9)
+    assert frame["advantage"].std(ddof=0) == pytest.approx(1)
+
+
+def test_alternatives_are_the_most_probable_tokens_of_each_prompt(tiny_policy, prompter):
+    prompt = prompter(Example("x", **ASK))
+    trace = tiny_policy.tokenizer(" 14 and 9", add_special_tokens=False)["input_ids"]
+    found = alternatives(tiny_policy, prompt, trace, temperature=0.5, top=3)
+    for name, context in (("prior", prompt.prior), ("posterior", prompt.posterior)):
+        assert len(found[name]) == len(trace)
+        for t, shown in enumerate(found[name]):
+            with torch.no_grad():
+                row = torch.tensor([[*context, *trace[:t]]])
+                logits = tiny_policy.causal_lm(input_ids=row, use_cache=False).logits[0, -1]
+            probability, ids = (logits / 0.5).softmax(-1).topk(3)
+            assert [text for text, _ in shown] == [tiny_policy.tokenizer.decode([i]) for i in ids]
+            np.testing.assert_allclose([p for _, p in shown], probability, atol=1e-5)
+
+
+def test_the_seed_decides_the_traces_and_a_tick_can_end_them(tiny_policy, prompter):
+    def traces(**settings):
+        return probe(tiny_policy, prompter, **ASK, k=2, max_tokens=6, **settings)["token_ids"].tolist()
+
+    assert traces(seed=1) == traces(seed=1) != traces(seed=2)
+    calls = []
+
+    def tick(done):
+        calls.append(done)
+        if len(calls) == 3:
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        traces(seed=1, tick=tick)
+    assert calls == [1, 1, 1]
+
+
+def test_wrong_input_is_one_sentence(tiny_policy, prompter, tmp_path):
+    for settings, message in (
+        ({"question": " ", "answer": "1"}, "empty question"),
+        ({"question": "x", "answer": ""}, "empty answer"),
+        ({"question": "x" * 9000, "answer": "1"}, "more than the model's context"),
+        (ASK | {"k": 0}, "1 or more"),
+        (ASK | {"temperature": 0.0}, "above 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            probe(tiny_policy, prompter, **settings)
+    with pytest.raises(ConfigError, match="needs its prompter"):
+        PromptBench(tiny_policy)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ConfigError, match="holds no checkpoint yet"):
+        find_source(tmp_path)
+
+
+def test_a_run_a_checkpoint_and_a_model_are_sources(trained):
+    assert find_source(trained).steps == (1, 2)
+    assert find_source(trained / "checkpoints" / "step_00001").steps == (1,)
+    assert find_source("tiny", **SMALL).steps == ()
+    first, _ = open_source(find_source(trained), 1)
+    last, prompter = open_source(find_source(trained))
+    expected = load_policy("tiny", quantization="none", dtype="float32")
+    live.load_adapter(expected, trained / "checkpoints" / "step_00002")
+    assert last.adapter_change() == expected.adapter_change() != first.adapter_change()
+    assert len(prompter.demonstrations) == 1
+    plain, _ = open_source(find_source("tiny", **SMALL))
+    assert not plain.trainable()
+
+
+def test_the_bench_asks_before_and_after_training(trained):
+    bench = PromptBench(checkpoint=trained, k=2, max_tokens=6, seed=3, **ASK)
+    assert [step for _, step in bench.step.options] == [1, 2] and bench.step.value == 2
+    bench.generate.click()
+    bench.wait(120)
+    assert "done" in bench.message.value and bench.bar.value == 100
+    assert list(bench.frames) == ["before training", "after training"]
+    policy, prompter = open_source(find_source(trained))
+    settings = {"k": 2, "max_tokens": 6, "seed": 3}
+    after = probe(policy, prompter, **ASK, **settings)
+    with policy.base():
+        before = probe(policy, prompter, **ASK, **settings)
+    for name, expected in (("before training", before), ("after training", after)):
+        assert bench.frames[name]["logp"].tolist() == expected["logp"].tolist()
+    assert before["logp"].tolist() != after["logp"].tolist()
+
+    # The panel shows those numbers, the best trace of each source first.
+    shown = dict(re.findall(r'<span data-cell="([^"]*)">([^<]*)</span>', bench.summary.value))
+    mean = after.loc[after["source"] == "prior", "reward"].mean()
+    assert shown["after training/prior"] == f"{mean:.2f}" and len(shown) == 4
+    assert bench.weights.value == "after training"
+    for source, choice in bench.traces.items():
+        own = after[after["source"] == source]
+        assert choice.value == own["reward"].idxmax() and len(choice.options) == 2
+    bench.weights.value = "before training"
+    rewards = before.loc[before["source"] == "posterior", "reward"]
+    assert bench.traces["posterior"].options[0][0].startswith(f"{rewards.max():.2f} nats")
+
+    bench.step.value = 1
+    bench.generate.click()
+    bench.wait(120)
+    first, _ = open_source(find_source(trained), 1)
+    expected = probe(first, prompter, **ASK, **settings)
+    assert bench.frames["after training"]["logp"].tolist() == expected["logp"].tolist()
+
+
+def test_a_given_policy_stays_as_it_is(tiny_policy, prompter):
+    bench = PromptBench(tiny_policy, prompter, k=1, max_tokens=4, **ASK)
+    assert bench.source.disabled
+    bench.generate.click()
+    bench.wait(60)
+    assert list(bench.frames) == ["before training", "after training"]
+
+
+def test_a_click_that_fails_or_is_cancelled_leaves_the_bench_usable(tiny_policy, prompter, monkeypatch):
+    bench = PromptBench(model="no-such-model", k=1, max_tokens=4, **SMALL, **ASK)
+    for value, message in (("no-such-model", "unknown model"), ("tiny", "done")):
+        bench.source.value = value
+        bench.generate.click()
+        bench.wait(60)
+        assert message in bench.message.value and not bench.generate.disabled and bench.cancel.disabled
+    kept = bench.frames
+
+    bench.question.value = "<img src=x onerror=alert(1)>" * 600
+    bench.generate.click()
+    bench.wait(60)
+    assert "more than the model" in bench.message.value and bench.frames is kept
+
+    bench.question.value = "What is 1 plus 1?"
+    sampling, go_on = threading.Event(), threading.Event()
+
+    def tick_first(policy, prompter, *args, **settings):
+        sampling.set()
+        assert go_on.wait(60)
+        return real(policy, prompter, *args, **settings)
+
+    real = live.sample_traces
+    monkeypatch.setattr(live, "sample_traces", tick_first)
+    bench.generate.click()
+    assert sampling.wait(60) and bench.generate.disabled and not bench.cancel.disabled
+    bench.cancel.click()
+    go_on.set()
+    bench.wait(60)
+    assert "cancelled" in bench.message.value and bench.frames is kept
+
+    monkeypatch.setattr(live, "sample_traces", lambda *args, **settings: 1 / 0)
+    bench.generate.click()
+    bench.wait(60)
+    assert "ZeroDivisionError: division by zero" in bench.message.value
+
+
+def test_hostile_text_is_shown_as_text(tiny_policy, prompter):
+    hostile = "<script>alert(1)</script>"
+    bench = PromptBench(tiny_policy, prompter, question=hostile, answer=hostile, k=1, max_tokens=4)
+    bench.generate.click()
+    bench.wait(60)
+    frame = bench.frames["after training"].assign(trace=hostile)
+    pages = [summary_html(bench.frames), live.figures.trace_table(frame), str(bench.curve.outputs)]
+    assert all("<script" not in page for page in pages)

@@ -1,0 +1,203 @@
+"""The monitor shows what the files hold, while they are written and when they are damaged or missing."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from covrl_lab import RunConfig
+from covrl_lab.curves import sparkline
+from covrl_lab.monitor import RunMonitor, numbers_html, snapshot, status_html, traces_html
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = (
+    "--model tiny --quantization none --dtype float32 --demonstrations 1 --questions_per_step 2 "
+    "--rollouts_per_question 2 --max_trace_tokens 6 --eval_questions 4 --eval_every 0 --steps 2000"
+).split()
+
+
+def until(condition, seconds=120):
+    """Wait for a condition; the time limit only ends a test that hangs."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def start(run_dir):
+    """Train in another process."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "covrl_lab", *SMALL, "--run_dir", str(run_dir)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+def shown(page):
+    """column -> text, of the cells that show a column's latest value."""
+    return dict(re.findall(r'<b data-column="(\w+)">([^<]*)</b>', page))
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run folder with five of ten steps and an evaluation, written by hand."""
+    run = tmp_path / "run"
+    run.mkdir()
+    RunConfig(model="tiny", steps=10, run_dir=str(run)).save(run / "config.json")
+    steps = [
+        {"step": k, "reward_prior": -5.0 + k, "reward_posterior": -1.25, "kl": 0.1, "nll": None}
+        | {"trace_tokens_prior": 7.0, "finished_share": 0.75, "gradient_norm": 0.5}
+        | {"seconds": 4.0 + k, "seconds_sampling": 1.0, "seconds_update": 3.0 + k}
+        for k in range(1, 6)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+    evaluation = {"step": 0, "accuracy": 0.25, "accuracy_low": 0.125, "accuracy_high": 0.5}
+    (run / "evaluations.jsonl").write_text(json.dumps(evaluation) + "\n")
+    return run
+
+
+def age(folder, seconds):
+    """Let every file of the folder, and the folders in it, be written ``seconds`` ago."""
+    then = time.time() - seconds
+    for path in folder.rglob("*"):
+        os.utime(path, (then, then))
+
+
+def test_the_monitor_follows_stops_and_resumes_a_run_of_another_process(tmp_path):
+    run = tmp_path / "run"
+    monitor = RunMonitor(run, every=0.05)
+    assert monitor.snapshot.status == "waiting" and monitor.button.disabled
+    process = start(run)
+    try:
+        until(lambda: monitor.snapshot.step >= 5)
+        assert monitor.snapshot.status == "running" and monitor.snapshot.steps == 2000
+
+        monitor.button.click()
+        assert (run / "STOP").exists() and monitor.snapshot.status in ("stopping", "stopped")
+        assert process.wait(60) == 0
+        until(lambda: monitor.snapshot.status == "stopped")
+        records = lines(run / "metrics.jsonl")
+        step = len(records)
+        assert 5 <= step < 2000 and (run / f"checkpoints/step_{step:05d}").is_dir()
+        assert monitor.snapshot.step == monitor.bar.value == step
+
+        values, last = shown(monitor.numbers.value), records[-1]
+        for name in ("reward_prior", "reward_posterior", "kl", "trace_tokens_prior", "gradient_norm"):
+            assert values[name] == f"{last[name]:.4g}".replace("-", "−"), name
+        assert values["finished_share"] == f"{last['finished_share']:.1%}"
+        assert values["truncated_share"] == f"{1 - last['finished_share']:.1%}"
+        (evaluation,) = lines(run / "evaluations.jsonl")
+        assert shown(monitor.status.value)["accuracy"] == f"{evaluation['accuracy']:.1%}"
+        (figure,) = monitor.curves.outputs
+        curves = figure["data"]["application/vnd.plotly.v1+json"]["data"]
+        assert any(curve["name"] == "prior" and len(curve["x"]["bdata"]) > 0 for curve in curves)
+
+        monitor.button.click()
+        assert not (run / "STOP").exists()
+        process = start(run)
+        until(lambda: monitor.snapshot.step > step)
+        other = RunMonitor(run, every=0.05)  # as after a restart of the kernel
+        until(lambda: other.snapshot.step > step + 1)
+        other.button.click()
+        assert process.wait(60) == 0
+        after = lines(run / "metrics.jsonl")
+        assert after[:step] == records and [r["step"] for r in after] == list(range(1, len(after) + 1))
+        other.close()
+    finally:
+        process.kill()
+        monitor.close()
+    monitor._thread.join(30)
+    assert not monitor._thread.is_alive()
+
+
+def test_time_left_is_the_median_of_the_last_steps_times_those_to_go(folder):
+    shot = snapshot(folder)
+    assert shot.status == "running" and (shot.step, shot.steps) == (5, 10)
+    assert shot.seconds_left == 7.0 * 5
+    assert "about 35 s left" in status_html(shot) and "25.0%" in status_html(shot)
+    assert "12.5% to 50.0%" in status_html(shot)
+    values = shown(numbers_html(shot))
+    assert values["reward_prior"] == "0" and values["truncated_share"] == "25.0%"
+    assert "nll" not in values, "a row without a single value"
+
+
+def test_silence_is_a_stall_and_after_a_stop_the_end(folder):
+    assert snapshot(folder).status == "running"
+    age(folder, 100)
+    assert snapshot(folder).status == "running"
+    assert snapshot(folder, now=time.time() + 60).status == "stalled"
+    assert "2 min 40 s" in snapshot(folder, now=time.time() + 60).message
+    (folder / "STOP").touch()
+    assert snapshot(folder).status == "stopping"
+    assert snapshot(folder, now=time.time() + 60).status == "stopped", "no process is left to answer"
+
+
+def test_a_stop_is_heard_once_the_step_and_its_checkpoint_are_written(folder):
+    age(folder, 10)
+    (folder / "STOP").touch()
+    os.utime(folder / "STOP", (time.time() - 5,) * 2)
+    assert snapshot(folder).status == "stopping"
+    (folder / "checkpoints/step_00004").mkdir(parents=True)
+    assert snapshot(folder).status == "stopping", "the checkpoint of an earlier step"
+    (folder / "checkpoints/step_00005").mkdir()
+    assert snapshot(folder).status == "stopped"
+
+
+def test_a_finished_run_needs_no_thread_and_no_button(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"steps": 5}))
+    monitor = RunMonitor(folder, every=0.01)
+    monitor._thread.join(30)
+    assert monitor.snapshot.status == "finished" and not monitor._thread.is_alive()
+    assert monitor.button.disabled and "5 of 5" in monitor.status.value
+    monitor.close()
+
+
+def test_half_written_and_replaced_files_are_read_again(folder):
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "reward_pr')
+    monitor = RunMonitor(folder, every=0.02)
+    assert monitor.snapshot.step == 5
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text('{"steps": <b>')  # somebody else's editor
+    until(lambda: "reading again" in monitor.status.value)
+    assert "<b>" not in monitor.status.value
+    (folder / "config.json").write_text(text)
+    until(lambda: "running" in monitor.status.value)
+    shutil.rmtree(folder)
+    until(lambda: monitor.snapshot.status == "waiting")
+    monitor.close()
+
+
+def test_the_file_s_text_is_shown_as_text(folder):
+    hostile = "<script>alert(1)</script>\u202e\x1b[31m"
+    row = {"step": 5, "example_id": "a", "question": hostile, "answer": "<img onerror=alert(1)>"}
+    row |= {"source": "prior", "finished": True, "trace": hostile, "answer_logp": [-1.0]}
+    (folder / "traces").mkdir()
+    pd.DataFrame([row]).to_parquet(folder / "traces/step_00005.parquet")
+    page = traces_html(snapshot(folder))
+    assert "Traces of step 5" in page and "&lt;script&gt;" in page and "⟨U+202E⟩" in page
+    assert "<script" not in page and "<img" not in page and "\x1b" not in page
+
+
+def test_sparklines_hold_the_values_in_order_and_skip_gaps():
+    points = re.search(r'points="([^"]*)"', sparkline([1.0, None, 3.0, 2.0], width=126, height=26)).group(1)
+    assert [tuple(map(float, p.split(","))) for p in points.split()] == [(3, 23), (83, 3), (123, 13)]
+    assert sparkline([1.0]) == sparkline([]) == "" and "points" in sparkline([2.0, 2.0])
+
+
+def test_threads_end_with_their_widget(folder):
+    before = threading.active_count()
+    for _ in range(3):
+        RunMonitor(folder, every=0.01).close()
+    until(lambda: threading.active_count() <= before)

@@ -1,0 +1,206 @@
+"""The numpy quantities against the objective's functions and autograd, and against a trained run's files."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from covrl_lab import objectives, tokens
+from covrl_lab.traces import load_run
+from covrl_lab.types import ConfigError, LogProbs
+
+EXAMPLE = Path(__file__).parents[1] / "notebooks/results/example_run"
+WEIGHTS = [0.0, 0.2, 0.5, 1.0]
+
+
+def random_frame(n=12, longest=30, seed=0, spread=3.0):
+    """Rows as in ``Run.traces``, lengths 1 to ``longest``, gaps of a few nats and some of none."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        length = int(rng.integers(1, longest + 1))
+        logp = -rng.exponential(2.0, length)
+        logq = np.minimum(logp + spread * rng.standard_normal(length) * (rng.random(length) < 0.7), -1e-6)
+        rows.append(
+            {
+                "source": ("prior", "posterior")[i % 2],
+                "finished": bool(rng.random() < 0.7),
+                "logp": list(logp),
+                "logq": list(logq),
+                "advantage": float(rng.standard_normal()) if i else 0.0,
+                "reward": float(-rng.exponential(5.0)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def as_tensors(frame):
+    """LogProbs of the frame in float64, with mask, sources and advantages."""
+
+    def padded(name):
+        return torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row, dtype=torch.float64) for row in frame[name]], batch_first=True
+        )
+
+    lengths = torch.tensor([len(row) for row in frame["logp"]])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    answer = torch.zeros(len(frame), 1, dtype=torch.float64)
+    logprobs = LogProbs(padded("logp"), padded("logq"), answer, answer == 0)
+    return logprobs, mask, torch.tensor(frame["source"] == "prior"), torch.tensor(frame["advantage"])
+
+
+def equal(found, expected, mask):
+    """Equal on trace tokens to float64 rounding, NaN in the padding."""
+    keep = mask.numpy()
+    np.testing.assert_allclose(found[keep], expected.detach().numpy()[keep], rtol=1e-9, atol=1e-11)
+    assert np.isnan(found[~keep]).all()
+
+
+@pytest.mark.parametrize("alpha, weight", itertools.product(WEIGHTS, WEIGHTS))
+@pytest.mark.parametrize("clip, high", [("ppo", None), ("ppo", 0.6), ("soft", None), ("none", None)])
+def test_every_quantity_equals_the_objectives(alpha, weight, clip, high):
+    frame = random_frame()
+    old, mask, from_prior, advantage = as_tensors(frame)
+    settings = tokens.Settings(alpha, weight, clip, 0.3, high)
+    found = tokens.quantities(tokens.Traces.of(frame), settings)
+
+    composite = objectives.log_mixture(old, weight)
+    hybrid = objectives.log_mixture(old, alpha)
+    moved = composite.clone().requires_grad_()
+    surrogate, clipped = objectives.clipped_ratio(moved - hybrid, advantage, clip, 0.3, high)
+    surrogate.sum().backward()
+    rho = objectives.responsibility(old, weight)
+    equal(found["logp"], old.prior, mask)
+    equal(found["log_gap"], old.posterior - old.prior, mask)
+    equal(found["log_composite"], composite, mask)
+    equal(found["log_hybrid"], hybrid, mask)
+    equal(found["responsibility"], rho, mask)
+    equal(found["ratio"], (composite - hybrid).clamp_max(objectives.LOG_RATIO_CAP).exp(), mask)
+    equal(found["clipped"], clipped.double(), mask)
+    equal(found["kl"], objectives.kl_estimate(old, old, from_prior, weight, "exact"), mask)
+    # The gradient through the mixture's own parts, not through the rule rho and 1 - rho.
+    equal(found["gradient_weight"], moved.grad, mask)
+    parts = dataclasses.replace(
+        old, prior=old.prior.clone().requires_grad_(), posterior=old.posterior.clone().requires_grad_()
+    )
+    log_ratio = objectives.log_mixture(parts, weight) - hybrid
+    total = objectives.clipped_ratio(log_ratio, advantage, clip, 0.3, high)[0].sum()
+    for name, leaf in (("pull_prior", parts.prior), ("pull_posterior", parts.posterior)):
+        (gradient,) = torch.autograd.grad(total, leaf, retain_graph=True, allow_unused=True)
+        equal(found[name], torch.zeros_like(leaf) if gradient is None else gradient, mask)
+
+
+def test_some_tokens_are_clipped_and_some_are_not():
+    """Guards the comparison above against inputs on which the clip never acts."""
+    found = tokens.quantities(tokens.Traces.of(random_frame()), tokens.Settings(0.2, 0.5))
+    assert 0.05 < np.nanmean(found["clipped"]) < 0.95
+    assert tokens.LOG_RATIO_CAP == objectives.LOG_RATIO_CAP
+
+
+def test_extreme_gaps_stay_finite_and_equal():
+    frame = random_frame(spread=60.0)
+    old, mask, from_prior, _ = as_tensors(frame)
+    for weight in WEIGHTS:
+        for alpha in WEIGHTS:
+            found = tokens.quantities(tokens.Traces.of(frame), tokens.Settings(alpha, weight, "soft"))
+            assert all(np.isfinite(values[mask.numpy()]).all() for values in found.values())
+        equal(found["kl"], objectives.kl_estimate(old, old, from_prior, weight, "exact"), mask)
+
+
+def test_without_a_posterior_quantities_are_absent():
+    frame = random_frame().assign(logq=None, source="prior")
+    traces = tokens.Traces.of(frame)
+    assert set(tokens.quantities(traces, tokens.Settings(0.5, 0.5))) == {"logp"}
+    summary = tokens.summarise(traces, tokens.Settings(0.5, 0.5))
+    known = {name for name, value in summary.items() if not np.isnan(value)}
+    assert known == {"reward", "reward_prior"}
+    alone = tokens.quantities(traces, tokens.Settings(1.0, 1.0))
+    assert not {"logq", "log_gap", "kl"} & set(alone)
+    np.testing.assert_array_equal(alone["ratio"][traces.mask], 1)
+    np.testing.assert_array_equal(alone["responsibility"][traces.mask], 1)
+    np.testing.assert_allclose(
+        alone["gradient_weight"][traces.mask], np.repeat(frame["advantage"], traces.lengths), rtol=1e-12
+    )
+
+
+def test_traces_that_earned_nothing_have_no_gradient():
+    frame = random_frame().drop(columns=["advantage", "reward"])
+    found = tokens.quantities(tokens.Traces.of(frame), tokens.Settings())
+    assert {"ratio", "kl"} <= set(found) and not {"clipped", "gradient_weight", "pull_prior"} & set(found)
+    summary = tokens.summarise(tokens.Traces.of(frame), tokens.Settings())
+    assert np.isnan(summary["reward"]) and np.isnan(summary["clipped_share"])
+    assert summary["effective_sample_share"] > 0
+
+
+def test_summary_by_hand():
+    """Two traces, three tokens: sums written out."""
+    p, q = np.array([0.5, 0.25]), np.array([0.25, 0.75])  # a prior trace of two tokens
+    frame = pd.DataFrame(
+        {
+            "source": ["prior", "posterior"],
+            "finished": [True, False],
+            "logp": [np.log(p), [np.log(0.1)]],
+            "logq": [np.log(q), [np.log(0.9)]],
+            "advantage": [1.0, -2.0],
+            "reward": [-1.0, -3.0],
+        }
+    )
+    alpha, w = 0.8, 0.5
+    found = tokens.summarise(tokens.Traces.of(frame), tokens.Settings(alpha, w, "ppo", 0.3))
+    ratio = [
+        (w * a + (1 - w) * b) / (alpha * a + (1 - alpha) * b)
+        for a, b in ((0.5, 0.25), (0.25, 0.75), (0.1, 0.9))
+    ]
+    assert ratio[0] < 1.3 and ratio[1] > 1.3 and ratio[2] > 1.3
+    clipped = [0, 1, 0]  # A > 0 above the range; A < 0 above it is not held back
+    mass = [alpha, alpha, 1 - alpha]
+    assert found["clipped_share"] == pytest.approx(np.dot(mass, clipped) / sum(mass))
+    weights = np.array([ratio[0] * ratio[1], ratio[2]])
+    share = (alpha * weights[0] + 0.2 * weights[1]) ** 2 / (alpha * weights[0] ** 2 + 0.2 * weights[1] ** 2)
+    assert found["effective_sample_share"] == pytest.approx(share)
+    assert found["effective_sample_size"] == pytest.approx(2 * share)
+    assert found["reward"] == pytest.approx(-0.8 - 0.6)
+    assert (found["reward_prior"], found["reward_posterior"]) == (-1, -3)
+    rho = [w * a / (w * a + (1 - w) * b) for a, b in ((0.5, 0.25), (0.25, 0.75), (0.1, 0.9))]
+    pull = np.array([ratio[0], 0, 2 * ratio[2]])
+    assert found["pull_prior"] == pytest.approx(np.dot(mass, pull * rho) / sum(mass))
+    assert found["pull_posterior"] == pytest.approx(np.dot(mass, pull * (1 - np.array(rho))) / sum(mass))
+    u = [0.375 / 0.5, 0.5 / 0.25]
+    assert found["kl"] == pytest.approx(np.mean([x * np.log(x) - x + 1 for x in u]))  # the finished trace's
+    assert (found["ratio_low"], found["ratio_high"]) == pytest.approx((min(ratio), max(ratio)))
+
+
+@pytest.mark.skipif(not EXAMPLE.exists(), reason="the example run is not in this checkout")
+def test_a_trained_run_is_met_at_its_own_settings():
+    """What the trainer wrote, from its float32 tensors, against what its stored lists give."""
+    run = load_run(EXAMPLE)
+    settings = tokens.Settings.of(run.config)
+    metrics = run.metrics.set_index("step")
+    for step in run.steps:
+        frame = run.traces(step)
+        traces = tokens.Traces.of(frame)
+        found = tokens.quantities(traces, settings)
+        stored = np.concatenate(frame["log_ratio"].to_list())
+        np.testing.assert_allclose(np.log(found["ratio"])[traces.mask], stored, atol=1e-5)
+        summary, row = tokens.summarise(traces, settings, found), metrics.loc[step]
+        for name in ("clipped_share", "effective_sample_share", "reward", "reward_prior", "kl"):
+            assert summary[name] == pytest.approx(row[name], rel=1e-3, abs=1e-5), (step, name)
+        rho = found["responsibility"][traces.from_prior][traces.mask[traces.from_prior]]
+        assert rho.mean() == pytest.approx(row["responsibility_prior"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "given", [{"alpha": 1.5}, {"composite_weight": -0.1}, {"clip": "hard"}, {"clip_range": 0.0}]
+)
+def test_wrong_settings_are_refused(given):
+    with pytest.raises(ConfigError):
+        tokens.Settings(**given)
+
+
+def test_an_empty_frame_gives_empty_arrays():
+    empty = tokens.Traces.of(random_frame().iloc[:0])
+    assert tokens.quantities(empty, tokens.Settings(1, 1))["ratio"].shape == (0, 0)
