@@ -19,7 +19,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -48,7 +48,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from covrl_lab.types import ConfigError, did_you_mean
+from .lora import fuse
+from .tree import enable_packing
+from .types import ConfigError, did_you_mean
 
 EMBEDDED = "smollm2-135m"
 TINY = "tiny"
@@ -86,6 +88,10 @@ class Policy:
     model: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
     name: str
+    packs: bool = field(init=False)  # whether the model can run a prefix tree
+
+    def __post_init__(self) -> None:
+        self.packs = enable_packing(self)
 
     @property
     def causal_lm(self) -> torch.nn.Module:
@@ -226,6 +232,7 @@ def load_policy(
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
             policy.model = get_peft_model(model, lora)
         policy.model.peft_config["default"].base_model_name_or_path = name  # not a path of this machine
+        fuse(policy.model)
     policy.model.eval()
     return policy
 
@@ -255,11 +262,11 @@ def load_adapter(policy: Policy, folder: str | Path) -> None:
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
         raise ConfigError(f"could not read an adapter from {str(folder)!r}: {error}") from error
     live = policy.model.peft_config["default"]
-    for field in ("r", "lora_alpha", "use_rslora", "use_dora"):
-        if saved.get(field) != getattr(live, field):
+    for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        if saved.get(name) != getattr(live, name):
             raise ConfigError(
-                f"the adapter in {str(folder)!r} has {field}={saved.get(field)!r}, "
-                f"this policy has {getattr(live, field)!r}; load the policy with the same LoRA settings"
+                f"the adapter in {str(folder)!r} has {name}={saved.get(name)!r}, "
+                f"this policy has {getattr(live, name)!r}; load the policy with the same LoRA settings"
             )
     own = _adapter_state(policy)
     wrong = sorted(key for key in own | state if _shape(own.get(key)) != _shape(state.get(key)))

@@ -1,7 +1,7 @@
 """Hybrid rollouts: each trace is drawn whole from the prior or from the posterior prompt.
 
-Decoding grows the prefix tree of all contexts: shared prompts are computed and stored once, each step
-appends one node per unfinished rollout, and finished rollouts are simply not fed any more.
+Prompts are computed once, as the prefix tree of all contexts, then every rollout continues its own row until
+it is finished.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .tree import TreeCache, attention_mask, build_tree, final_logits, run_tree
+from .tree import LayerStore, additive, attention_window, build_tree, final_logits, run_tree
 from .types import Prompt, TraceBatch
 
 
@@ -32,6 +32,116 @@ def draw_sources(
     return (torch.arange(group_size) < count[:, None]).flatten()
 
 
+class PackedRows:
+    """Rows that grow by one token a step: prompts are computed once as a tree, then given to every row.
+
+    Each layer's keys and values are (rows, key heads, width + max_tokens, size) buffers, prompts ending at
+    ``width``. Finished rows are dropped from the buffers once they are a quarter of them. It stands in for
+    transformers' cache.
+    """
+
+    is_compileable = False
+
+    def __init__(self, policy, contexts: Sequence[Sequence[int]], max_tokens: int) -> None:
+        self.policy = policy
+        tree, store = build_tree(contexts), LayerStore()
+        last = torch.stack([path[-1] for path in tree.paths])
+        self.hidden = run_tree(policy, tree, store)[last.to(policy.device)]
+        lengths = torch.tensor([len(path) for path in tree.paths])
+        self.width = self.length = int(lengths.max())
+        nodes = torch.stack([torch.nn.functional.pad(p, (self.width - len(p), 0)) for p in tree.paths])
+        self.layers = [
+            tuple(self._spread(x[0], nodes.to(x.device), max_tokens) for x in layer) for layer in store.layers
+        ]
+        self.offset = (self.width - lengths).to(policy.device)  # unused places at the start of each row
+        self.place = torch.arange(len(contexts))  # of each unfinished row in the buffers
+
+    @staticmethod
+    def _spread(states: Tensor, nodes: Tensor, max_tokens: int) -> Tensor:
+        heads, size = states.shape[0], states.shape[2]
+        buffer = states.new_zeros(len(nodes), heads, nodes.shape[1] + max_tokens, size)
+        buffer[:, :, : nodes.shape[1]] = states[:, nodes].transpose(0, 1)
+        return buffer
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append a layer's (rows, key heads, 1, size) keys and values; views of all of them."""
+        k, v = self.layers[layer]
+        k[:, :, self.length], v[:, :, self.length] = keys[:, :, 0], values[:, :, 0]
+        return k[:, :, : self.length + 1], v[:, :, : self.length + 1]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Tokens stored, as transformers asks for it."""
+        return self.length
+
+    def step(self, token: Tensor, alive: Sequence[int]) -> Tensor:
+        """Append token (k,) to the rows at ``alive`` of those alive before; their hidden states (k, size)."""
+        policy, self.place = self.policy, self.place[alive]
+        if len(self.place) <= 0.75 * len(self.offset):
+            kept = self.place.to(policy.device)
+            self.layers = [(k[kept], v[kept]) for k, v in self.layers]
+            self.offset, self.place = self.offset[kept], torch.arange(len(kept))
+        fed = torch.zeros(len(self.offset), dtype=torch.int64, device=policy.device)
+        place = self.place.to(policy.device)
+        fed[place] = token
+        output = policy.decoder(
+            input_ids=fed[:, None],
+            attention_mask=self._masks(),
+            position_ids=(self.length - self.offset)[:, None],
+            past_key_values=self,
+            use_cache=True,
+        )
+        self.length += 1
+        return output.last_hidden_state[place, 0]
+
+    def _masks(self) -> Tensor | dict[str, Tensor]:
+        """The additive mask (rows, 1, 1, places) a decoder takes, or one for each of its layer types."""
+        config = self.policy.decoder.config
+        places = torch.arange(self.length + 1, device=self.offset.device)
+        used = places >= self.offset[:, None]
+
+        def mask(window: int | None) -> Tensor:
+            near = used & (self.length - places < window) if window else used
+            return additive(near, self.policy.dtype)[:, None, None]
+
+        if kinds := getattr(config, "layer_types", None):
+            return {kind: mask(attention_window(config, kinds.index(kind))) for kind in set(kinds)}
+        return mask(attention_window(config, 0))
+
+
+class PlainRows:
+    """The same with transformers' own cache and left-padded prompts, for models that cannot pack."""
+
+    def __init__(self, policy, contexts: Sequence[Sequence[int]], max_tokens: int) -> None:
+        self.policy, self.cache = policy, None
+        width = max(map(len, contexts))
+        ids = torch.tensor([[0] * (width - len(c)) + list(c) for c in contexts], device=policy.device)
+        self.mask = torch.tensor(
+            [[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=policy.device
+        )
+        self.place = torch.arange(len(contexts), device=policy.device)
+        self.hidden = self._forward(ids)
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        position = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        output = self.policy.decoder(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=position,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.cache = output.past_key_values
+        return output.last_hidden_state[self.place, -1]
+
+    def step(self, token: Tensor, alive: Sequence[int]) -> Tensor:
+        """Append token (k,) to the rows at ``alive`` of those alive before; their hidden states (k, size)."""
+        self.place = self.place[alive]
+        fed = torch.zeros(len(self.mask), dtype=torch.int64, device=self.mask.device)
+        fed[self.place] = token
+        self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
+        return self._forward(fed[:, None])
+
+
 @torch.no_grad()
 def generate(
     policy,
@@ -49,28 +159,16 @@ def generate(
     do not depend on its neighbours; ``None`` decodes greedily. Returns ids, whether ``ended`` was met, and
     the tokens' log-probabilities under softmax(logits / temperature) without the top-p cut.
     """
-    tree = build_tree(contexts)
-    n, rows, device = len(tree), len(contexts), policy.device
-    capacity = n + rows * max_tokens
-    cache = TreeCache(capacity)
-    last = torch.stack([path[-1] for path in tree.paths])
-    hidden = run_tree(policy, tree, cache)[last.to(device)]
-    # visible[i] marks the nodes that row i's next token attends to; positions are depths in the tree.
-    visible = torch.zeros(rows, capacity, dtype=torch.bool)
-    visible[:, :n] = tree.ancestors[last]
-    key_position = torch.zeros(capacity, dtype=torch.int64)
-    key_position[:n] = tree.position
-    depth = tree.position[last]
-    visible, key_position, depth = visible.to(device), key_position.to(device), depth.to(device)
-
+    rows = (PackedRows if policy.packs else PlainRows)(policy, contexts, max_tokens)
+    hidden = rows.hidden
     stop_ids = _end_of_text(policy)
-    ids: list[list[int]] = [[] for _ in range(rows)]
-    logprobs: list[list[float]] = [[] for _ in range(rows)]
-    done = [False] * rows
-    active = list(range(rows))
+    ids: list[list[int]] = [[] for _ in contexts]
+    logprobs: list[list[float]] = [[] for _ in contexts]
+    done = [False] * len(contexts)
+    active = list(range(len(contexts)))
     for t in range(max_tokens):
         logp = torch.log_softmax(final_logits(policy, hidden) / temperature, dim=-1)
-        token = _pick(logp, None if uniforms is None else uniforms[active, t].to(device), top_p)
+        token = _pick(logp, None if uniforms is None else uniforms[active, t].to(policy.device), top_p)
         chosen = logp.gather(1, token[:, None])[:, 0].tolist()
         alive = []
         for k, (row, new) in enumerate(zip(active, token.tolist(), strict=True)):
@@ -82,21 +180,7 @@ def generate(
         active = [active[k] for k in alive]
         if not active or t + 1 == max_tokens:
             break
-        token, depth = token[alive], depth[alive] + 1
-        start, end = cache.length, cache.length + len(active)
-        visible = visible[alive]
-        visible[torch.arange(len(active)), torch.arange(start, end)] = True
-        key_position[start:end] = depth
-        hidden = policy.decoder(
-            input_ids=token[None],
-            attention_mask=attention_mask(
-                policy.decoder.config, visible[:, :end], depth, key_position[:end], policy.dtype
-            ),
-            position_ids=depth[None],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[0]
-        cache.commit(len(active))
+        hidden = rows.step(token[alive], alive)
     return ids, done, logprobs
 
 

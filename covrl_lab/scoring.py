@@ -2,8 +2,8 @@
 
 For each rollout up to three sequences are scored: trace after the prior prompt, the same trace ids after
 the posterior prompt, and seam + answer after prior prompt + trace. ``score`` packs all of them into one
-tree (see tree.py) and applies the output head only at scored positions, in chunks that are recomputed in
-the backward pass. ``packed=False`` is the plain reference: one padded row per sequence.
+tree (see tree.py) and applies the output head only at scored positions, a chunk at a time.
+``packed=False`` is the plain reference: one padded row per sequence.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
-from .tree import build_tree, count_nodes, final_logits, run_tree
+from .tree import build_tree, count_nodes, final_logits, logit_cap, run_tree
 from .types import LogProbs, Prompt, TraceBatch
 
-HEAD_CHUNK = 512  # scored tokens per application of the output head
+LOGITS_BYTES = 32 * 2**20  # float32 logits that exist at once
 
 
 @dataclass(frozen=True)
@@ -31,24 +30,50 @@ class _Segment:
     temperature: float
 
 
-def _head_logprobs(policy, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
-    logits = final_logits(policy, hidden) / temperature[:, None]
-    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
+class _HeadLogprobs(torch.autograd.Function):
+    """log softmax(head(hidden) / temperature)[targets] and, in the same pass, each row's own gradient.
+
+    A row's log-probability depends on its own hidden state only, so d logp / d hidden is one vector a row:
+    W'(onehot - softmax) / temperature. Keeping it (k, size) spares the backward pass the (k, vocabulary)
+    logits and their recomputation.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, targets: Tensor, temperature: Tensor, policy) -> Tensor:
+        weight, needed = policy.head.weight, ctx.needs_input_grad[0]
+        cap = logit_cap(policy)
+        logprobs = torch.empty(len(hidden), device=hidden.device)
+        slope = torch.empty_like(hidden) if needed else None
+        rows = max(1, LOGITS_BYTES // (4 * len(weight)))
+        for i in range(0, len(hidden), rows):
+            part, target = slice(i, i + rows), targets[i : i + rows, None]
+            logits = final_logits(policy, hidden[part])
+            bent = 1 - (logits / cap) ** 2 if cap and needed else None  # d capped / d plain logit
+            logits /= temperature[part, None]
+            chosen, top = logits.gather(1, target), logits.amax(1, keepdim=True)
+            total = logits.sub_(top).exp_().sum(1, keepdim=True)
+            logprobs[part] = (chosen - top - total.log())[:, 0]
+            if needed:
+                logits.scatter_add_(1, target, -total)  # now -total x (onehot - softmax)
+                if bent is not None:
+                    logits *= bent
+                slope[part] = (logits.to(weight.dtype) @ weight) / (-total * temperature[part, None])
+        if needed:
+            ctx.save_for_backward(slope)
+        return logprobs
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (slope,) = ctx.saved_tensors
+        return (grad[:, None] * slope).to(slope.dtype), None, None, None
 
 
 def token_logprobs(policy, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
     """log softmax(head(hidden) / temperature)[targets], (k,) float32, for hidden (k, size).
 
-    The (k, vocabulary) logits never exist at once: HEAD_CHUNK rows at a time, recomputed in backward.
+    The (k, vocabulary) logits never exist at once, but LOGITS_BYTES of them.
     """
-    parts = []
-    for i in range(0, len(targets), HEAD_CHUNK):
-        args = (policy, *(x[i : i + HEAD_CHUNK] for x in (hidden, targets, temperature)))
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(_head_logprobs, *args, use_reentrant=False, preserve_rng_state=False))
-        else:
-            parts.append(_head_logprobs(*args))
-    return torch.cat(parts)
+    return _HeadLogprobs.apply(hidden, targets, temperature, policy)
 
 
 def _score_packed(policy, segments: Sequence[_Segment]) -> list[Tensor]:
@@ -120,7 +145,7 @@ def score(
     """
     groups = _segments(prompts, batch, temperature, posterior)
     flat = [s for segments in groups.values() for s in segments]
-    scores = iter((_score_packed if packed else _score_rows)(policy, flat))
+    scores = iter((_score_packed if packed and policy.packs else _score_rows)(policy, flat))
     rows = {name: [next(scores) for _ in segments] for name, segments in groups.items()}
     width = batch.mask.shape[1]
     answer = pad_sequence(rows["answer"], batch_first=True)
@@ -142,17 +167,17 @@ def reference(
     "ref_prior" (N, T): the traces under the prior prompt. "bare_answer" (N, A): the answers right after the
     prior prompt, without a trace.
     """
-    found = {}
+    found, scored = {}, _score_packed if policy.packs else _score_rows
     with policy.base():
         if "ref_prior" in needs:
             segments = _segments(prompts, batch, temperature, posterior=False, answers=False)["prior"]
-            found["ref_prior"] = _pad(_score_packed(policy, segments), batch.mask.shape[1])
+            found["ref_prior"] = _pad(scored(policy, segments), batch.mask.shape[1])
         if "bare_answer" in needs:
             contexts = [[*p.prior, *p.seam] for p in prompts]
             segments = [
                 _Segment([*c, *p.answer], len(c), 1.0) for c, p in zip(contexts, prompts, strict=True)
             ]
-            rows = pad_sequence(_score_packed(policy, segments), batch_first=True)
+            rows = pad_sequence(scored(policy, segments), batch_first=True)
             found["bare_answer"] = rows.repeat_interleave(batch.group_size, dim=0)
     return found
 

@@ -4,153 +4,265 @@ All contexts of a step share their demonstrations, the rollouts of a group share
 trace under two prompts is two branches. Each distinct (prefix, token) pair is one node, computed once; a
 node attends to its ancestors and itself, at the position of its depth, so its hidden state is exactly the
 one a plain causal forward of its own sequence gives.
+
+Nodes are numbered depth first, so that a node's subtree is a range of numbers and the ancestors of BLOCK
+neighbouring nodes are the block itself and the path to its first node. Attention computes those keys only:
+work and memory grow with nodes x (depth + BLOCK), not with nodes squared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from .types import ConfigError
+BLOCK = 128  # nodes whose attention is computed together
+ATTENTION = "covrl_tree"  # the name under which transformers knows ``attend``
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TokenTree:
-    """n nodes in an order where parents come before children.
+    """n nodes, depth first.
 
-    ids        (n,) int64 token ids
-    position   (n,) int64 depth, 0 at the roots
-    ancestors  (n, n) bool, True where row attends to column: its ancestors and itself
-    paths      for each packed sequence, the (length,) int64 node of each of its tokens
+    ids       (n,) int64 token ids
+    position  (n,) int64 depth, 0 at the roots
+    end       (n,) int64 first node after the node's subtree: j is i or an ancestor of i iff j <= i < end[j]
+    paths     for each packed sequence, the (length,) int64 node of each of its tokens
     """
 
     ids: Tensor
     position: Tensor
-    ancestors: Tensor
+    end: Tensor
     paths: tuple[Tensor, ...]
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def path(self, node: int) -> Tensor:
+        """The node's ancestors, from its root on, without the node."""
+        return ((self.end[:node] > node).nonzero())[:, 0]
+
+
+def _shared(ordered: Sequence[Sequence[int]]) -> Iterator[int]:
+    """How many tokens each of the sequences, in lexicographic order, has in common with the one before."""
+    yield 0
+    for before, sequence in pairwise(ordered):
+        shared = 0
+        for a, b in zip(before, sequence, strict=False):
+            if a != b:
+                break
+            shared += 1
+        yield shared
+
 
 def build_tree(sequences: Sequence[Sequence[int]]) -> TokenTree:
     """Pack token-id sequences into one tree; shared prefixes become shared nodes."""
-    children: dict[tuple[int, int], int] = {}
+    order = sorted(range(len(sequences)), key=sequences.__getitem__)
+    ordered = [sequences[i] for i in order]
     ids: list[int] = []
-    parent: list[int] = []
-    paths = []
-    for sequence in sequences:
-        node, path = -1, []
-        for token in sequence:
-            key = (node, token)
-            node = children.setdefault(key, len(ids))
-            if node == len(ids):
-                ids.append(token)
-                parent.append(key[0])
-            path.append(node)
-        paths.append(torch.tensor(path, dtype=torch.int64))
-    ancestors = np.zeros((len(ids), len(ids)), dtype=bool)
-    position = np.zeros(len(ids), dtype=np.int64)
-    for i, p in enumerate(parent):
-        if p >= 0:
-            ancestors[i] = ancestors[p]
-            position[i] = position[p] + 1
-        ancestors[i, i] = True
-    return TokenTree(torch.tensor(ids), torch.from_numpy(position), torch.from_numpy(ancestors), tuple(paths))
+    position: list[int] = []
+    paths: list[Tensor] = [torch.empty(0)] * len(sequences)
+    path: list[int] = []
+    for i, sequence, shared in zip(order, ordered, _shared(ordered), strict=True):
+        path = path[:shared] + list(range(len(ids), len(ids) + len(sequence) - shared))
+        ids.extend(sequence[shared:])
+        position.extend(range(shared, len(sequence)))
+        paths[i] = torch.tensor(path, dtype=torch.int64)
+    end = [0] * len(ids)
+    open_nodes: list[int] = []  # the path to the present node
+    for node, depth in enumerate([*position, 0]):
+        while len(open_nodes) > depth:
+            end[open_nodes.pop()] = node
+        open_nodes.append(node)
+    return TokenTree(torch.tensor(ids), torch.tensor(position), torch.tensor(end), tuple(paths))
 
 
 def count_nodes(sequences: Sequence[Sequence[int]]) -> int:
-    """Nodes of the tree of these sequences, without building its mask."""
-    seen: dict[tuple[int, int], int] = {}
-    for sequence in sequences:
-        node = -1
-        for token in sequence:
-            node = seen.setdefault((node, token), len(seen))
-    return len(seen)
+    """Nodes of the tree of these sequences, without building it."""
+    ordered = sorted(sequences)
+    return sum(map(len, ordered)) - sum(_shared(ordered))
 
 
-def attention_mask(config, allowed: Tensor, query_position: Tensor, key_position: Tensor, dtype: torch.dtype):
-    """The additive mask(s) a transformers decoder takes: (1, 1, queries, keys), or one per layer type.
+# --- attention
 
-    allowed is (queries, keys) bool; positions are token depths, which sliding windows are measured in.
-    Models whose config names ``layer_types`` (Qwen, Gemma 3) take a dictionary of masks; others one mask,
-    windowed if the config sets ``sliding_window``.
+
+class _Block(NamedTuple):
+    """Queries start..stop attend to ``keys`` where the additive mask is 0.
+
+    mask (groups * (stop - start), keys): the same for each of the query heads that share a key head.
     """
 
-    def additive(keep: Tensor) -> Tensor:
-        mask = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
-        return mask.masked_fill_(~keep, torch.finfo(dtype).min)[None, None]
-
-    def windowed() -> Tensor:
-        return allowed & (query_position[:, None] - key_position[None, :] < config.sliding_window)
-
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    if layer_types:
-        makers = {"full_attention": lambda: allowed, "sliding_attention": windowed}
-        if unknown := sorted(layer_types - set(makers)):
-            raise ConfigError(
-                f"layers of type {unknown[0]!r} are not supported; use a model with plain attention"
-            )
-        return {kind: additive(makers[kind]()) for kind in sorted(layer_types)}
-    return additive(windowed() if getattr(config, "sliding_window", None) else allowed)
+    start: int
+    stop: int
+    keys: Tensor
+    mask: Tensor
 
 
-class TreeCache:
-    """Keys and values of tree nodes, grown in place; the ``past_key_values`` of a transformers decoder.
+class TreeAttention:
+    """The blocks of a tree's attention, for one forward (all layers); masks are made once a window."""
 
-    Every layer keeps all nodes: windows are the mask's business. Buffers of ``capacity`` nodes are
-    allocated at the first update, so that decoding never copies what is already there.
+    def __init__(self, tree: TokenTree, device: torch.device, dtype: torch.dtype) -> None:
+        self.tree, self.device, self.dtype = tree, device, dtype
+        self._blocks: dict[tuple[int | None, int], list[_Block]] = {}
+
+    def blocks(self, window: int | None, groups: int) -> list[_Block]:
+        """For layers with this sliding window (tokens) and this many query heads a key head."""
+        if (window, groups) not in self._blocks:
+            self._blocks[window, groups] = list(self._make(window, groups))
+        return self._blocks[window, groups]
+
+    def _make(self, window: int | None, groups: int) -> Iterator[_Block]:
+        tree = self.tree
+        for start in range(0, len(tree), BLOCK):
+            stop = min(start + BLOCK, len(tree))
+            query = torch.arange(start, stop)[:, None]
+            keys = torch.cat([tree.path(start), torch.arange(start, stop)])
+            allowed = (keys <= query) & (query < tree.end[keys])
+            if window:
+                allowed &= tree.position[query] - tree.position[keys] < window
+            mask = additive(allowed, self.dtype).repeat(groups, 1)
+            yield _Block(start, stop, keys.to(self.device), mask.to(self.device))
+
+
+def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where attention is allowed, the dtype's least number elsewhere."""
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+def attention_window(config, layer: int) -> int | None:
+    """The sliding window of a layer, in tokens, as transformers' configurations name it."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[layer] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def _grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """Attention where several query heads share a key head, without copying keys for each of them.
+
+    query (b, heads, n, size), key and value (b, key heads, m, size), mask (..., groups * n or 1, m).
     """
+    b, heads, n, size = query.shape
+    rows = query.reshape(b, key.shape[1], -1, size)
+    out = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(b, heads, n, value.shape[3])
+
+
+def attend(module, query, key, value, attention_mask, scaling=None, tree=None, **kwargs):
+    """transformers' attention interface: tree attention where a ``TreeAttention`` is passed, else plain.
+
+    query (batch, heads, n, size), key and value (batch, key heads, m, size); (batch, n, heads, size) out.
+    """
+    if kwargs.get("softcap") is not None:
+        raise NotImplementedError("capped attention scores")
+    if tree is not None:
+        window = attention_window(module.config, module.layer_idx)
+        parts = [
+            _grouped(query[:, :, b.start : b.stop], key[:, :, b.keys], value[:, :, b.keys], b.mask, scaling)
+            for b in tree.blocks(window, query.shape[1] // key.shape[1])
+        ]
+        return torch.cat(parts, dim=2).transpose(1, 2), None
+    if query.shape[2] == 1 and attention_mask is not None:
+        return _grouped(query, key, value, attention_mask, scaling).transpose(1, 2), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+# --- forward
+
+
+class LayerStore:
+    """Keeps each layer's keys and values of one forward; stands in for transformers' cache."""
 
     is_compileable = False
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.length = capacity, 0
-        self._layers: list[tuple[Tensor, Tensor]] = []
+    def __init__(self) -> None:
+        self.layers: list[tuple[Tensor, Tensor]] = []
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append (1, heads, new, size) keys and values; return views of all of the layer's."""
-        if layer == len(self._layers):
-            shape = (*keys.shape[:2], self.capacity, keys.shape[3])
-            self._layers.append((keys.new_empty(shape), values.new_empty((*shape[:3], values.shape[3]))))
-        end = self.length + keys.shape[2]
-        k, v = self._layers[layer]
-        k[:, :, self.length : end] = keys
-        v[:, :, self.length : end] = values
-        return k[:, :, :end], v[:, :, :end]
-
-    def commit(self, new: int) -> None:
-        """Count ``new`` nodes as stored, once every layer has appended them."""
-        self.length += new
+        """Keep a layer's (1, key heads, n, size) keys and values."""
+        self.layers.append((keys, values))
+        return keys, values
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """Nodes stored, as transformers asks for it."""
-        return self.length
+        """Tokens stored before this forward, as transformers asks for it."""
+        return 0
+
+
+def run_tree(policy, tree: TokenTree, store: LayerStore | None = None) -> Tensor:
+    """Forward a whole tree; returns hidden states (n, hidden) before the output head."""
+    device, decoder = policy.device, policy.decoder
+    # A mask of four dimensions is passed through as it is; ours is in ``tree``, so its content is not read.
+    unread = torch.zeros(1, 1, 1, 1, dtype=policy.dtype, device=device)
+    kinds = set(getattr(decoder.config, "layer_types", None) or ())
+    output = decoder(
+        input_ids=tree.ids.to(device)[None],
+        attention_mask=dict.fromkeys(kinds, unread) if kinds else unread,
+        position_ids=tree.position.to(device)[None],
+        past_key_values=store,
+        use_cache=store is not None,
+        tree=TreeAttention(tree, device, policy.dtype),
+    )
+    return output.last_hidden_state[0]
+
+
+def logit_cap(policy) -> float | None:
+    """The soft cap of the final logits (Gemma), if there is one."""
+    return getattr(policy.causal_lm.config, "final_logit_softcapping", None)
 
 
 def final_logits(policy, hidden: Tensor) -> Tensor:
     """The output head on hidden states (k, hidden): float32 logits (k, vocabulary), soft-capped for Gemma."""
-    logits = policy.head(hidden).float()
-    cap = getattr(policy.causal_lm.config, "final_logit_softcapping", None)
+    logits, cap = policy.head(hidden).float(), logit_cap(policy)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def run_tree(policy, tree: TokenTree, cache: TreeCache | None = None) -> Tensor:
-    """Forward a whole tree; returns hidden states (n, hidden) before the output head."""
-    device = policy.device
-    position = tree.position.to(device)
-    mask = attention_mask(policy.decoder.config, tree.ancestors.to(device), position, position, policy.dtype)
-    output = policy.decoder(
-        input_ids=tree.ids.to(device)[None],
-        attention_mask=mask,
-        position_ids=position[None],
-        past_key_values=cache,
-        use_cache=cache is not None,
-    )
-    if cache is not None:
-        cache.commit(len(tree))
-    return output.last_hidden_state[0]
+@torch.no_grad()
+def enable_packing(policy) -> bool:
+    """Switch a model's attention to ``attend`` if it then computes a tree right; says so in the log if not.
+
+    Tried on a small tree against plain rows, so that an architecture need not be known here.
+    """
+    lm = policy.causal_lm
+    before, config = lm.config._attn_implementation, policy.decoder.config
+    sequences = [[7, 8, 9, 10, 11], [7, 8, 9, 12, 11, 10], [7, 13], [14, 8, 9]]
+    try:
+        if unknown := set(getattr(config, "layer_types", None) or ()) - {
+            "full_attention",
+            "sliding_attention",
+        }:
+            raise NotImplementedError(f"layers of type {min(unknown)!r}")
+        rows = [
+            policy.decoder(torch.tensor([s], device=policy.device), use_cache=False).last_hidden_state[0]
+            for s in sequences
+        ]
+        lm.set_attn_implementation(ATTENTION)
+        tree = build_tree(sequences)
+        hidden = run_tree(policy, tree)
+        # A wrong neighbour changes a state by about its own size, rounding to bfloat16 by a hundredth.
+        gap = max(float((hidden[p] - r).norm() / r.norm()) for p, r in zip(tree.paths, rows, strict=True))
+        if not gap < 0.1:
+            raise NotImplementedError("attention that does not follow the tree")
+    except Exception as error:  # whatever an unknown architecture does not understand
+        lm.set_attn_implementation(before)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        log.warning(
+            "%s cannot run as a prefix tree (%s): padded rows are used, which is slower", policy.name, reason
+        )
+        return False
+    return True

@@ -5,6 +5,7 @@ and plain matrices, logits of about 10. The gaps are about 1e-5 on a CPU; the to
 """
 
 import dataclasses
+import logging
 import math
 import random
 import warnings
@@ -13,6 +14,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
@@ -22,11 +27,13 @@ from transformers import (
 )
 
 from covrl_lab import scoring
+from covrl_lab import tree as tree_module
 from covrl_lab.models import Policy, load_tokenizer
 from covrl_lab.prompts import Prompter
+from covrl_lab.sampling import generate
 from covrl_lab.scoring import packed_tokens, score
-from covrl_lab.tree import attention_mask, build_tree, count_nodes, run_tree
-from covrl_lab.types import ConfigError, Demonstration, Example, TraceBatch
+from covrl_lab.tree import BLOCK, TreeAttention, build_tree, count_nodes, run_tree
+from covrl_lab.types import Demonstration, Example, TraceBatch
 
 LOGPROB_TOLERANCE = 1e-4  # nats a token
 GRADIENT_TOLERANCE = 1e-4  # of a parameter's gradient norm
@@ -180,6 +187,69 @@ def test_packed_equals_padded_equals_one_by_one(policies, prompts, batch, name):
     assert 2 < -float(torch.cat(expected["prior"]).mean().detach()) < 30
 
 
+@pytest.mark.parametrize("name", [*TINIES, *FAMILIES])
+def test_blocks_of_attention_change_nothing(policies, prompts, batch, name, monkeypatch):
+    policy = policies(name)
+    monkeypatch.setattr(tree_module, "BLOCK", 10_000)
+    whole = unpadded(score(policy, prompts, batch), batch)
+    reference = gradients(policy, weighted(whole))
+    monkeypatch.setattr(tree_module, "BLOCK", 7)
+    rows = unpadded(score(policy, prompts, batch), batch)
+    assert_same_rows(rows, whole)
+    assert_same_gradients(gradients(policy, weighted(rows)), reference)
+
+
+def test_work_of_attention_grows_with_depth_and_not_with_the_tree():
+    """A root of 100 tokens with 300 branches of 20: keys a query, and no mask of nodes squared."""
+    draw = random.Random(4)
+    root = [draw.randrange(1000) for _ in range(100)]
+    tree = build_tree([root + [draw.randrange(1000) for _ in range(20)] for _ in range(300)])
+    assert len(tree) > 6000
+    blocks = TreeAttention(tree, torch.device("cpu"), torch.float32).blocks(None, 1)
+    assert max(len(b.keys) for b in blocks) <= BLOCK + 120
+    assert sum(b.mask.numel() for b in blocks) < len(tree) * (BLOCK + 120) < len(tree) ** 2 / 20
+
+
+class TestModelsThatCannotPack:
+    """Gemma 2 caps attention scores, Bloom knows no position ids: they fall back to padded rows."""
+
+    @pytest.fixture(scope="class", params=["gemma2", "bloom"])
+    def policy(self, request):
+        sizes = {**SIZES, "head_dim": 16, "sliding_window": 64, "attn_logit_softcapping": 2.0}
+        bloom = {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4}
+        logger = logging.getLogger("covrl_lab.tree")
+        lines, handler = [], logging.Handler()
+        handler.emit = lambda record: lines.append(record.getMessage())
+        logger.addHandler(handler)
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            if request.param == "gemma2":
+                model = Gemma2ForCausalLM(Gemma2Config(**sizes, attn_implementation="eager"))
+            else:
+                model = BloomForCausalLM(BloomConfig(**bloom, initializer_range=0.1))
+            model.requires_grad_(False).eval()
+            policy = Policy(model, load_tokenizer("tiny"), request.param)
+        logger.removeHandler(handler)
+        (line,) = lines
+        assert request.param in line and "padded rows are used" in line
+        assert not policy.packs
+        return policy
+
+    @torch.no_grad()
+    def test_scores_are_those_of_one_sequence_at_a_time(self, policy, prompts, batch):
+        rows = unpadded(score(policy, prompts, batch, temperature=0.7), batch)
+        assert_same_rows(rows, by_hand(policy, prompts, batch, 0.7))
+
+    def test_greedy_rows_are_those_of_one_sequence_at_a_time(self, policy, prompts):
+        contexts = [list(prompts[0].prior), list(prompts[1].posterior), list(prompts[1].prior)]
+        ids, _, _ = generate(policy, contexts, max_tokens=8, ended=lambda z: len(z) == 3 and z[0] % 2)
+        for context, z in zip(contexts, ids, strict=True):
+            for token in z:
+                logits = policy.causal_lm(torch.tensor([context]), use_cache=False).logits[0, -1]
+                assert float(logits.max() - logits[token]) < 1e-4
+                context.append(token)
+
+
 def test_windows_matter_at_these_lengths(policies, prompts, batch, monkeypatch):
     """The windowed families above would not notice a missing window on shorter sequences."""
     policy = policies("phi3-window")
@@ -278,25 +348,26 @@ def test_head_chunks_change_nothing(policies, prompts, batch, monkeypatch):
     whole = unpadded(score(policy, prompts, batch), batch)
     reference = gradients(policy, weighted(whole))
     sizes, head = [], policy.head.forward
-    monkeypatch.setattr(scoring, "HEAD_CHUNK", 3)
+    monkeypatch.setattr(scoring, "LOGITS_BYTES", 3 * 4 * VOCABULARY)
     monkeypatch.setattr(policy.head, "forward", lambda x: sizes.append(len(x)) or head(x))
     rows = unpadded(score(policy, prompts, batch), batch)
     total = sum(len(row) for name in rows for row in rows[name])
     assert max(sizes) == 3 and sum(sizes) == total
     assert_same_rows(rows, whole)
     assert_same_gradients(gradients(policy, weighted(rows)), reference)
-    assert sum(sizes) == 2 * total  # the backward pass made the logits again, instead of keeping them
+    assert sum(sizes) == total  # the backward pass needs no logits
 
 
 def test_final_logit_soft_cap(policies, prompts, batch, monkeypatch):
     """Gemma 2's cap, which its model applies after the head."""
     policy = policies("tiny-gemma3")
     monkeypatch.setattr(policy.causal_lm.config, "final_logit_softcapping", 2.0)
-    with torch.no_grad():
-        capped = unpadded(score(policy, prompts, batch, temperature=1.5), batch)
-        assert_same_rows(capped, by_hand(policy, prompts, batch, 1.5))
+    capped = unpadded(score(policy, prompts, batch, temperature=1.5), batch)
+    expected = by_hand(policy, prompts, batch, 1.5)
+    assert_same_rows(capped, expected)
+    assert_same_gradients(gradients(policy, weighted(capped)), gradients(policy, weighted(expected)))
     # log-probabilities cannot be lower than logits within +-2 allow
-    assert float(torch.cat(capped["answer"]).min()) > -4 - math.log(VOCABULARY)
+    assert float(torch.cat(capped["answer"]).detach().min()) > -4 - math.log(VOCABULARY)
 
 
 def test_packing_shares_what_is_common(prompts, batch):
@@ -321,7 +392,8 @@ def test_tree_worked_by_hand():
     assert tree.position.tolist() == [0, 1, 2, 2, 3, 0, 1]
     assert [path.tolist() for path in tree.paths] == [[0, 1, 2], [0, 1, 3, 4], [5, 6], [0, 1]]
     attends = [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4], [5], [5, 6]]
-    assert [row.nonzero()[:, 0].tolist() for row in tree.ancestors] == attends
+    assert [[*tree.path(node).tolist(), node] for node in range(7)] == attends
+    assert tree.end.tolist() == [5, 5, 3, 5, 5, 7, 7]
     assert len(tree) == count_nodes([[5, 6, 7], [5, 6, 8, 7], [6, 7], [5, 6]]) == 7
 
 
@@ -340,8 +412,10 @@ def test_tree_nodes_are_the_distinct_prefixes():
         prefixes = [prefix_of[node] for node in range(len(tree))]
         assert len(set(prefixes)) == len(prefixes) == count_nodes(sequences)
         assert tree.position.tolist() == [len(prefix) - 1 for prefix in prefixes]
-        for row, prefix in zip(tree.ancestors.tolist(), prefixes, strict=True):
-            assert row == [prefix[: len(other)] == other for other in prefixes]
+        for i, prefix in enumerate(prefixes):
+            above = [prefix[: len(other)] == other for other in prefixes]
+            assert [j <= i < end for j, end in enumerate(tree.end.tolist())] == above
+            assert [*tree.path(i).tolist(), i] == [j for j, is_above in enumerate(above) if is_above]
 
 
 @pytest.mark.parametrize("name", [*TINIES, "phi3-window"])
@@ -366,10 +440,3 @@ def test_a_branch_sees_its_own_path_and_nothing_else(policies, name):
                 ids[node] = (ids[node] + 50) % (VOCABULARY - 3) + 3
                 changed = run_tree(policy, dataclasses.replace(tree, ids=ids))
                 assert float((changed[path[-1]] - clean[path[-1]]).abs().max()) > 1e-3
-
-
-def test_layers_that_are_not_plain_attention_are_refused():
-    config = Qwen2Config()
-    config.layer_types = ["full_attention", "linear_attention"]
-    with pytest.raises(ConfigError, match="'linear_attention' are not supported"):
-        attention_mask(config, torch.eye(2).bool(), torch.arange(2), torch.arange(2), torch.float32)
