@@ -78,9 +78,8 @@ def token_logprobs(policy, hidden: Tensor, targets: Tensor, temperature: Tensor)
 
 def _score_packed(policy, segments: Sequence[_Segment]) -> list[Tensor]:
     tree = build_tree([s.ids for s in segments])
-    hidden = run_tree(policy, tree)
     before = torch.cat([path[s.start - 1 : -1] for s, path in zip(segments, tree.paths, strict=True)])
-    return _scored(policy, segments, hidden[before.to(hidden.device)])
+    return _scored(policy, segments, run_tree(policy, tree), before)
 
 
 def _score_rows(policy, segments: Sequence[_Segment]) -> list[Tensor]:
@@ -90,19 +89,27 @@ def _score_rows(policy, segments: Sequence[_Segment]) -> list[Tensor]:
     ids = pad_sequence(rows, batch_first=True).to(device)
     mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True).to(device)
     hidden = policy.decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    before = [hidden[i, s.start - 1 : len(s.ids) - 1] for i, s in enumerate(segments)]
-    return _scored(policy, segments, torch.cat(before))
+    width = ids.shape[1]
+    before = [i * width + torch.arange(s.start - 1, len(s.ids) - 1) for i, s in enumerate(segments)]
+    return _scored(policy, segments, hidden.flatten(0, 1), torch.cat(before))
 
 
-def _scored(policy, segments: Sequence[_Segment], hidden: Tensor) -> list[Tensor]:
+def _scored(policy, segments: Sequence[_Segment], hidden: Tensor, before: Tensor) -> list[Tensor]:
+    """hidden (n, size); before (k,) is its row that predicts each of the segments' scored tokens."""
     lengths = [len(s.ids) - s.start for s in segments]
-    targets = torch.tensor([t for s in segments for t in s.ids[s.start :]], device=hidden.device)
-    temperature = torch.tensor([s.temperature for s in segments], device=hidden.device)
-    temperature = temperature.repeat_interleave(torch.tensor(lengths, device=hidden.device))
-    logprobs = token_logprobs(policy, hidden, targets, temperature)
-    if len(logprobs) != sum(lengths):
-        raise AssertionError("scored tokens and target tokens differ")
-    return list(logprobs.split(lengths))
+    targets = torch.tensor([t for s in segments for t in s.ids[s.start :]])
+    temperature = torch.tensor([s.temperature for s in segments], dtype=torch.float64)
+    temperature = temperature.repeat_interleave(torch.tensor(lengths))
+    # Rollouts that agree so far ask for the same number: each (state, token, temperature) is computed once.
+    asked = torch.stack([before.double(), targets.double(), temperature])
+    (before, targets, temperature), place = asked.unique(dim=1, return_inverse=True)
+    logprobs = token_logprobs(
+        policy,
+        hidden[before.long().to(hidden.device)],
+        targets.long().to(hidden.device),
+        temperature.float().to(hidden.device),
+    )
+    return list(logprobs[place.to(hidden.device)].split(lengths))
 
 
 def _segments(

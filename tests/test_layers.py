@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "covrl_lab"
 LAYERS = """
 types config intervals prompts data lora tree models plan objectives methods world estimators sampling
-scoring coherence evaluation traces tokens trainer figures token_view curves monitor compare panels reporting live
-sweeps variance benchmark __main__
+scoring coherence evaluation traces tokens trainer figures token_view curves monitor compare panels
+reporting live sweeps variance benchmark __main__
 """.split()
 TORCH_FREE = """
 types config intervals data traces tokens figures token_view curves monitor panels reporting compare sweeps

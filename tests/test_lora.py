@@ -53,7 +53,7 @@ def test_fused_equals_peft(monkeypatch, quantization, kept):
 
 @pytest.mark.parametrize("kept", [0, 2**31], ids=["unpacked-each-time", "kept-dense"])
 def test_in_bfloat16_both_are_as_far_from_float32(monkeypatch, kept):
-    """We round A, B and the inner product where PEFT rounds the sum: measured 1.02 and 1.03 times its error."""
+    """We round A, B and the inner product, PEFT rounds the sum: 1.02 and 1.03 times its error, measured."""
     monkeypatch.setattr(lora, "DENSE_BYTES", kept)
     _, exact = both(monkeypatch, quantization="nf4", dtype="float32")
     plain, fused = both(monkeypatch, quantization="nf4", dtype="bfloat16")

@@ -351,7 +351,14 @@ def test_head_chunks_change_nothing(policies, prompts, batch, monkeypatch):
     monkeypatch.setattr(scoring, "LOGITS_BYTES", 3 * 4 * VOCABULARY)
     monkeypatch.setattr(policy.head, "forward", lambda x: sizes.append(len(x)) or head(x))
     rows = unpadded(score(policy, prompts, batch), batch)
-    total = sum(len(row) for name in rows for row in rows[name])
+    # Each distinct (context, token) is scored once: the rollouts at 3 and 6 repeat others, that at 5 starts one.
+    contexts = set()
+    for i in range(len(batch)):
+        p, z = prompts[i // 4], tuple(batch.trace(i))
+        contexts |= {(c + z[:t], token) for c in (p.prior, p.posterior) for t, token in enumerate(z)}
+        answer = enumerate(p.answer)
+        contexts |= {(p.prior + z + p.seam + p.answer[:t], token, "answer") for t, token in answer}
+    total = len(contexts)
     assert max(sizes) == 3 and sum(sizes) == total
     assert_same_rows(rows, whole)
     assert_same_gradients(gradients(policy, weighted(rows)), reference)
