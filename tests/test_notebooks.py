@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 import yaml
 from notebook_noise import noise
@@ -54,6 +55,7 @@ def test_parameters_are_literals_of_the_common_names(path):
         assert annotation == kind, name
         assert type(value).__name__ == kind or (optional and value is None), name
     RunConfig.from_dict({name: value for name, (_, value) in found.items() if name not in OWN_NAMES})
+    assert set(papermill.inspect_notebook(path)) == set(found), "papermill reads it otherwise"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
