@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .scoring import token_logprobs
-from .tree import build_tree, run_tree
+from .scoring import _score_packed, _score_rows, _Segment
 from .types import Prompt
 
 
@@ -36,23 +35,17 @@ def coherence(
     """(T + 1,) log p(y | x, z up to t) in nats at temperature 1, in one packed forward.
 
     ``trace`` holds the T token ids of a trace of either source; the answer is always scored after the prior
-    prompt. Only a tree of more than ``max_packed_tokens`` nodes is cut into several forwards.
+    prompt. Only a tree of more than ``max_packed_tokens`` nodes is cut into several forwards; a model that
+    cannot run a tree gets plain rows.
     """
     contexts = prefix_contexts(prompter, prompt, trace)
-    shared = len(prompt.prior) + len(trace)
-    branch = max(len(contexts[0]) - len(prompt.prior), len(prompt.seam)) + len(prompt.answer)
-    at_once = max(1, (max_packed_tokens - shared) // branch)
-    values = [
-        _answers(policy, contexts[i : i + at_once], prompt.answer) for i in range(0, len(contexts), at_once)
-    ]
-    return torch.cat(values).cpu().numpy()
-
-
-def _answers(policy, contexts: list[list[int]], answer: Sequence[int]) -> torch.Tensor:
-    """(k,) log-probability of ``answer`` after each of k contexts, packed."""
-    tree = build_tree([[*context, *answer] for context in contexts])
-    hidden = run_tree(policy, tree)
-    before = torch.cat([path[-len(answer) - 1 : -1] for path in tree.paths]).to(hidden.device)
-    targets = torch.tensor(answer, device=hidden.device).repeat(len(contexts))
-    logprobs = token_logprobs(policy, hidden[before], targets, torch.ones(len(targets), device=hidden.device))
-    return logprobs.view(len(contexts), len(answer)).sum(1)
+    if policy.packs:
+        shared = len(prompt.prior) + len(trace)
+        each = max(len(contexts[0]) - len(prompt.prior), len(prompt.seam)) + len(prompt.answer)
+    else:  # whole rows
+        shared, each = 0, max(map(len, contexts)) + len(prompt.answer)
+    at_once, values = max(1, (max_packed_tokens - shared) // each), []
+    for i in range(0, len(contexts), at_once):
+        segments = [_Segment([*c, *prompt.answer], len(c), 1.0) for c in contexts[i : i + at_once]]
+        values += (_score_packed if policy.packs else _score_rows)(policy, segments)
+    return torch.stack(values).sum(1).cpu().numpy()

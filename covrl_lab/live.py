@@ -28,11 +28,14 @@ from .data import load_task
 from .models import Policy, load_adapter, load_policy, load_tokenizer
 from .prompts import Prompter
 from .sampling import sample_traces
-from .scoring import HEAD_CHUNK, score
+from .scoring import score
+from .token_view import TokenView, colours, token_html
 from .traces import step_file, steps_in, trace_frame
 from .trainer import join, micro_batches, own_prompts
-from .tree import build_tree, final_logits, run_tree
+from .tree import final_logits
 from .types import ConfigError, Example, Prompt
+
+ROWS = 512  # tokens whose logits over the vocabulary exist at once
 
 
 def _nothing(done: int) -> None:
@@ -45,22 +48,20 @@ def alternatives(
 ) -> dict[str, list[list[tuple[str, float]]]]:
     """The ``top`` most probable tokens at each of the T places of a trace, under both prompts.
 
-    ``{"prior": [...], "posterior": [...]}`` with (token text, probability) for each place, most probable
-    first, under softmax(logits / temperature); one packed forward.
+    ``{"prior": [...], "posterior": [...]}`` with (token text, log-probability in nats) for each place, most
+    probable first, under softmax(logits / temperature).
     """
-    contexts = {"prior": prompt.prior, "posterior": prompt.posterior}
-    tree = build_tree([[*context, *trace] for context in contexts.values()])
-    hidden = run_tree(policy, tree)
     found = {}
-    for (name, context), path in zip(contexts.items(), tree.paths, strict=True):
-        before = hidden[path[len(context) - 1 : -1].to(hidden.device)]
+    for name, context in (("prior", prompt.prior), ("posterior", prompt.posterior)):
+        ids = torch.tensor([[*context, *trace]], device=policy.device)
+        output = policy.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         places: list[list[tuple[str, float]]] = []
-        for rows in before.split(HEAD_CHUNK):
-            probability = torch.softmax(final_logits(policy, rows) / temperature, dim=-1)
-            best, ids = (x.tolist() for x in probability.topk(min(top, probability.shape[-1])))
+        for rows in output.last_hidden_state[0, len(context) - 1 : -1].split(ROWS):
+            logprobs = torch.log_softmax(final_logits(policy, rows) / temperature, dim=-1)
+            best, tokens = (x.tolist() for x in logprobs.topk(min(top, logprobs.shape[-1])))
             places += [
-                [(policy.tokenizer.decode([i]), p) for i, p in zip(i_row, p_row, strict=True)]
-                for i_row, p_row in zip(ids, best, strict=True)
+                [(policy.tokenizer.decode([token]), nats) for token, nats in zip(*place, strict=True)]
+                for place in zip(tokens, best, strict=True)
             ]
         found[name] = places
     return found
@@ -100,10 +101,9 @@ def probe(
 
     One row a trace, prior first: the columns of ``traces.trace_frame`` and
 
-        log_ratio     0 a token: log p'/h at alpha = w
         reward        log p(y|x,z) in nats; advantage is the reward minus its mean, over its deviation
         coherence     T + 1 nats, see ``coherence``
-        alternatives  of each token: {"prior": [(text, probability), ...], "posterior": [...]}
+        alternatives  of each token: {"prior": [(text, nats), ...], "posterior": [...]}
 
     The same seed draws with the same random numbers, whatever the weights. ``tick`` is called with the
     number of tokens decoded since the last call, or 0 between the parts of the scoring; what it raises ends
@@ -131,7 +131,6 @@ def probe(
     frame = trace_frame([example], batch, join(parts), prompter)
     reward = figures.answer_logprob(frame)
     deviation = reward.std(ddof=0)
-    frame["log_ratio"] = [[0.0] * len(tokens) for tokens in frame["tokens"]]
     frame["reward"] = reward
     frame["advantage"] = (reward - reward.mean()) / deviation if deviation > 0 else 0.0
     seen: dict[tuple[int, ...], tuple[Any, Any]] = {}  # a trained policy often writes the same trace again
@@ -217,7 +216,7 @@ def summary_html(frames: dict[str, pd.DataFrame]) -> str:
             cells = [
                 html.escape(name),
                 f'<b style="color: {figures.SOURCE_COLOURS[source]}">{source}</b>',
-                f'<span data-cell="{name}/{source}">{total.mean():.2f}</span>',
+                f'<span data-cell="{html.escape(name)}/{source}">{total.mean():.2f}</span>',
                 f"{total.max():.2f}",
                 f"{own['finished'].mean():.0%}",
                 f"{own['tokens'].map(len).mean():.1f}",
@@ -293,14 +292,17 @@ class PromptBench:
             source: widgets.Dropdown(description=f"{source} trace", **wide)
             for source in ("prior", "posterior")
         }
-        self.views = {source: widgets.Output() for source in self.traces}
+        self.colour = widgets.Dropdown(options=colours(), value="log_gap", description="colour by", **wide)
+        self.tokens = TokenView()
+        widgets.dlink((self.colour, "value"), (self.tokens, "colour"))
         self.results = widgets.VBox(
             [
                 self.summary,
                 self.weights,
                 *self.traces.values(),
                 self.curve,
-                *self.views.values(),
+                self.colour,
+                self.tokens,
             ],
             layout={"display": "none"},
         )
@@ -324,6 +326,7 @@ class PromptBench:
         self.weights.observe(self._list_traces, "value")
         for choice in self.traces.values():
             choice.observe(self._show_traces, "value")
+        self.tokens.observe(self._draw_curve, "selected")
 
     # --- model
 
@@ -451,18 +454,24 @@ class PromptBench:
         self._show_traces()
 
     def _show_traces(self, change: Any = None) -> None:
-        frame, chosen = self.frames[self.weights.value], [c.value for c in self.traces.values()]
-        self.curve.outputs = _plot(coherence_curve(frame, chosen))
-        for source, label in zip(self.views, chosen, strict=True):
-            self.views[source].outputs = _plot(figures.token_comparison(frame.loc[label]))
+        rows = self.frames[self.weights.value].loc[[choice.value for choice in self.traces.values()]]
+        self.tokens.show(rows, alternatives=rows["alternatives"].tolist())
+        self._draw_curve()
+
+    def _draw_curve(self, change: Any = None) -> None:
+        """The coherence curves, with a line at the selected token."""
+        chosen = [choice.value for choice in self.traces.values()]
+        figure = coherence_curve(self.frames[self.weights.value], chosen)
+        if self.tokens.selected:
+            figure.add_vline(self.tokens.selected[1] + 1, line={"color": figures.GREY, "dash": "dot"})
+        self.curve.outputs = _plot(figure)
 
     def _ipython_display_(self) -> None:
         """The panel; below it, folded, the last results as plain HTML, which need no kernel."""
         display(self.widget)
         if self.frames:
             tables = "".join(
-                f"<h4>{html.escape(name)}</h4>{figures.trace_table(frame)}"
-                for name, frame in self.frames.items()
+                f"<h4>{html.escape(name)}</h4>{token_html(frame)}" for name, frame in self.frames.items()
             )
             display(HTML(f"<details><summary>results so far</summary>{tables}</details>"))
 

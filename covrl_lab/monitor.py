@@ -215,9 +215,9 @@ class RunMonitor:
         self.button.on_click(self._toggle_stop)
         # A fixed height: the page below does not jump while the figure is drawn anew.
         self.curves = widgets.Output(layout={"min_height": "600px"})
-        self.widget = widgets.VBox(
-            [self.status, widgets.HBox([self.bar, self.button]), self.numbers, self.curves, self.traces]
-        )
+        self.traces.layout.flex = "1 1 420px"
+        tables = widgets.HBox([self.numbers, self.traces], layout={"flex_flow": "row wrap"})
+        self.widget = widgets.VBox([self.status, widgets.HBox([self.bar, self.button]), tables, self.curves])
         self.widget.add_class("covrl-monitor")
         self._drawn: tuple[int, int] | None = None
         self._closed, self._lock = threading.Event(), threading.Lock()

@@ -22,6 +22,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from . import __version__, figures
+from .token_view import token_html
 from .tokens import Settings, Traces, summarise
 from .traces import Run, load_run
 from .types import ConfigError
@@ -38,7 +39,8 @@ body { max-width: 1100px; margin: 2rem auto; padding: 0 1rem; background: var(--
 h1 { font-size: 1.6rem; margin-bottom: 0.2rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 0.6rem; padding-bottom: 0.2rem;
   border-bottom: 1px solid var(--line); }
-.soft, figcaption, summary { color: var(--soft); }
+h3 { font-size: 1rem; font-weight: 400; margin: 1.4rem 0 0.2rem; } h3 code { font-weight: 600; }
+.soft, summary { color: var(--soft); }
 code { font-size: 0.92em; overflow-wrap: anywhere; }
 .facts { columns: 3 260px; } .facts div { break-inside: avoid; overflow-wrap: anywhere; }
 .figure { overflow-x: auto; } .wide { overflow-x: auto; }
@@ -71,6 +73,7 @@ def report(run: Run | str | Path, path: str | Path | None = None) -> Path:
 def page(run: Run) -> str:
     """The report as one HTML document."""
     config, metrics, evaluations = run.config, run.metrics, run.evaluations
+    settings = Settings.of(config)
     steps = sorted({*run.steps[:1], *run.steps[-1:]})
     traces = {step: run.traces(step) for step in steps}
     parts = [
@@ -84,9 +87,9 @@ def page(run: Run) -> str:
             f'<div class="wide">{figures.accuracy_table(evaluations)}</div>',
         ]
     for step, frame in traces.items():
-        parts += [f"<h2>Traces of step {step}</h2>", *_traces(frame)]
+        parts += [f"<h2>Traces of step {step}</h2>", *_traces(frame, settings)]
     if traces:
-        parts += ["<h2>Prior against posterior</h2>", mixing_table(traces, Settings.of(config))]
+        parts += ["<h2>Prior against posterior</h2>", mixing_table(traces, settings)]
     parts += ["<h2>Configuration</h2>", _facts(config), "<h2>Drawn with</h2>", _facts(_versions())]
     plotly = get_plotlyjs()
     policy = (
@@ -157,14 +160,19 @@ def _head(run: Run, config: dict[str, Any], metrics: pd.DataFrame, evaluations: 
     return f'<h1>{title}</h1>\n<div class="soft">{" · ".join(facts)}</div>\n{found}'
 
 
-def _traces(frame: pd.DataFrame) -> list[str]:
-    """Coloured best traces of the first questions, every reward, and all traces as text."""
-    first = frame["example_id"].unique()[:QUESTIONS]
-    shown = frame[frame["example_id"].isin(first)]
+def _traces(frame: pd.DataFrame, settings: Settings) -> list[str]:
+    """The first questions' traces that make the answer most probable, token by token, and all as text."""
+    parts = [_figure(figures.answer_logprobs(frame, 2 * QUESTIONS))]
+    chosen = frame[frame["example_id"].isin(frame["example_id"].unique()[:QUESTIONS])]
+    for _, group in chosen.assign(total=figures.answer_logprob(chosen)).groupby("example_id", sort=False):
+        best = group.loc[[own["total"].idxmax() for _, own in group.groupby("source", sort=False)]]
+        question, answer = (_text(group[name].iloc[0]) for name in ("question", "answer"))
+        parts.append(f"<h3><code>{question}</code> reference answer <code>{answer}</code></h3>")
+        parts.append(token_html(best, settings))
     return [
-        _figure(figures.answer_logprobs(frame)),
-        f"<details><summary>all traces of the first {len(first)} questions</summary>"
-        f'<div class="wide">{figures.trace_table(shown)}</div></details>',
+        *parts,
+        f"<details><summary>all traces of these {chosen['example_id'].nunique()} questions</summary>"
+        f'<div class="wide">{figures.trace_table(chosen)}</div></details>',
     ]
 
 

@@ -26,6 +26,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -139,11 +140,16 @@ def execute(folder: str | Path, notebook: str | Path = NOTEBOOK) -> int:
     from jupyter_client.manager import AsyncKernelManager
 
     class Kernel(AsyncKernelManager):
+        """Talks through sockets in a folder: TCP ports found free may be taken by a run beside this one."""
+
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(transport="ipc", ip=f"{sockets}/kernel", **kwargs)
+
         async def start_kernel(self, **kwargs: Any) -> None:
             await super().start_kernel(preexec_fn=_die_with_parent, **kwargs)
 
     folder = Path(folder)
-    with _lock(folder) as held:
+    with _lock(folder) as held, tempfile.TemporaryDirectory(prefix="covrl") as sockets:
         if not held:
             return BUSY
         if status(folder)[0] in ENDS:
@@ -157,6 +163,7 @@ def execute(folder: str | Path, notebook: str | Path = NOTEBOOK) -> int:
                 folder / "notebook.ipynb",
                 _settings(config) | {"run_dir": str(folder)},
                 kernel_name="python3",
+                language="python",
                 start_timeout=300,
                 progress_bar=False,
                 log_output=True,

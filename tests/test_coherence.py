@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from covrl_lab import coherence as module
+from covrl_lab import scoring
 from covrl_lab.coherence import coherence
 from covrl_lab.prompts import Prompter
 from covrl_lab.scoring import score
@@ -52,14 +52,24 @@ def test_each_value_is_that_of_a_plain_forward(tiny_policies, name, style):
 
 def test_one_forward_unless_the_budget_cuts_it(tiny_policy, monkeypatch):
     prompter, prompt, trace = setup(tiny_policy, "few_shot")
-    sizes, run_tree = [], module.run_tree
-    monkeypatch.setattr(module, "run_tree", lambda p, tree: sizes.append(len(tree)) or run_tree(p, tree))
+    sizes, run_tree = [], scoring.run_tree
+    monkeypatch.setattr(scoring, "run_tree", lambda p, tree: sizes.append(len(tree)) or run_tree(p, tree))
     whole = coherence(tiny_policy, prompter, prompt, trace)
     assert len(sizes) == 1
     budget = sizes.pop() * 2 // 3
     np.testing.assert_allclose(coherence(tiny_policy, prompter, prompt, trace, budget), whole, atol=TOLERANCE)
     assert len(sizes) > 1 and max(sizes) <= budget
     np.testing.assert_allclose(coherence(tiny_policy, prompter, prompt, trace, 1), whole, atol=TOLERANCE)
+
+
+def test_a_model_that_runs_no_tree_gets_plain_rows(tiny_policy, monkeypatch):
+    prompter, prompt, trace = setup(tiny_policy, "few_shot")
+    packed = coherence(tiny_policy, prompter, prompt, trace)
+    monkeypatch.setattr(tiny_policy, "packs", False)
+    monkeypatch.delattr(scoring, "run_tree")
+    for budget in (4096, 300):
+        rows = coherence(tiny_policy, prompter, prompt, trace, budget)
+        np.testing.assert_allclose(rows, packed, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-gemma3"])

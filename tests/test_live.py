@@ -52,7 +52,7 @@ def test_probe_equals_plain_rows(tiny_policy, prompter):
         assert row["reward"] == pytest.approx(float(plain.answer[i].sum()), abs=TOLERANCE)
         assert row["coherence"][-1] == pytest.approx(row["reward"], abs=TOLERANCE)
         assert len(row["coherence"]) == len(row["tokens"]) + 1
-        assert len(row["alternatives"]) == len(row["log_ratio"]) == len(row["tokens"])
+        assert len(row["alternatives"]) == len(row["tokens"])
     assert frame["advantage"].mean() == pytest.approx(0, abs=1e-9)
     assert frame["advantage"].std(ddof=0) == pytest.approx(1)
 
@@ -67,9 +67,9 @@ def test_alternatives_are_the_most_probable_tokens_of_each_prompt(tiny_policy, p
             with torch.no_grad():
                 row = torch.tensor([[*context, *trace[:t]]])
                 logits = tiny_policy.causal_lm(input_ids=row, use_cache=False).logits[0, -1]
-            probability, ids = (logits / 0.5).softmax(-1).topk(3)
+            logprobs, ids = (logits / 0.5).log_softmax(-1).topk(3)
             assert [text for text, _ in shown] == [tiny_policy.tokenizer.decode([i]) for i in ids]
-            np.testing.assert_allclose([p for _, p in shown], probability, atol=1e-5)
+            np.testing.assert_allclose([p for _, p in shown], logprobs, atol=TOLERANCE)
 
 
 def test_the_seed_decides_the_traces_and_a_tick_can_end_them(tiny_policy, prompter):
@@ -148,6 +148,20 @@ def test_the_bench_asks_before_and_after_training(trained):
     rewards = before.loc[before["source"] == "posterior", "reward"]
     assert bench.traces["posterior"].options[0][0].startswith(f"{rewards.max():.2f} nats")
 
+    # Another choice shows another trace, with its alternatives; a selected token is marked in the curve.
+    label = bench.traces["prior"].options[1][1]
+    bench.traces["prior"].value = label
+    drawn, row = bench.tokens.traces[0], before.loc[label]
+    np.testing.assert_allclose(drawn["values"]["logp"], row["logp"], atol=1e-6)
+    np.testing.assert_allclose(
+        [place["posterior"][0][1] for place in drawn["alternatives"]],
+        [place["posterior"][0][1] for place in row["alternatives"]],
+        atol=1e-6,
+    )
+    bench.tokens.selected = [0, 2]
+    (line,) = bench.curve.outputs[0]["data"]["application/vnd.plotly.v1+json"]["layout"]["shapes"]
+    assert line["x0"] == 3
+
     bench.step.value = 1
     bench.generate.click()
     bench.wait(120)
@@ -206,6 +220,9 @@ def test_hostile_text_is_shown_as_text(tiny_policy, prompter):
     bench = PromptBench(tiny_policy, prompter, question=hostile, answer=hostile, k=1, max_tokens=4)
     bench.generate.click()
     bench.wait(60)
-    frame = bench.frames["after training"].assign(trace=hostile)
-    pages = [summary_html(bench.frames), live.figures.trace_table(frame), str(bench.curve.outputs)]
-    assert all("<script" not in page for page in pages)
+    frame = bench.frames["after training"]
+    frame["tokens"] = [[hostile] * len(tokens) for tokens in frame["tokens"]]
+    frame["trace"] = hostile
+    bench._show()
+    curve = str(bench.curve.outputs)
+    assert "<script" not in summary_html({hostile: frame}) + curve and "&lt;script&gt;" in curve

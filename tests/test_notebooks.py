@@ -1,41 +1,36 @@
-"""The notebooks take RunConfig's names, and the quickstart runs through papermill, again, and as HTML."""
+"""The notebooks take RunConfig's names, and hold no more than readers want; test_nbval.py runs them."""
 
 import ast
 import dataclasses
-import os
-import re
+import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
-import numpy as np
 import papermill
 import pytest
-from nbconvert import HTMLExporter
+import yaml
+from notebook_noise import noise
 
 from covrl_lab import RunConfig
-from covrl_lab.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-QUICKSTART = ROOT / "notebooks" / "01_quickstart.ipynb"
-ESTIMATORS = ROOT / "notebooks" / "06_estimators.ipynb"
 OWN_NAMES = {
     "progress": "bool",  # show progress bars
     "results": "str",  # where finished runs lie
+    "runs": "str",  # patterns of run folders to compare
+    "reference": "str",  # label of the method that others are compared with
+    "over": "str",  # what intervals draw anew
+    "export_dir": "str",  # where tables go
+    "cell_minutes": "float",  # time limit of a cell
     "distance": "float",  # of an enumerable world's posterior logits from its prior's
     "samples": "int",  # random draws for each point
 }
 FIELDS = {field.name: field.type for field in dataclasses.fields(RunConfig)}
-SMALL = {
-    "quantization": "none",
-    "dtype": "float32",
-    "demonstrations": 1,
-    "steps": 2,
-    "questions_per_step": 2,
-    "rollouts_per_question": 2,
-    "max_trace_tokens": 6,
-    "eval_questions": 4,
-}
+HOOKS = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))["repos"][0]["hooks"]
 
 
 def parameters(path):
@@ -45,8 +40,8 @@ def parameters(path):
     found = {}
     for node in ast.parse(cell.source).body:
         assert isinstance(node, ast.AnnAssign), f"not a typed literal: {ast.unparse(node)}"
-        line = cell.source.splitlines()[node.end_lineno - 1]
-        assert "#" in line, f"{node.target.id} has no comment"
+        lines = cell.source.splitlines()[node.lineno - 1 : node.end_lineno]
+        assert any("#" in line for line in lines), f"{node.target.id} has no comment"
         found[node.target.id] = (ast.unparse(node.annotation), ast.literal_eval(node.value))
     return found
 
@@ -56,108 +51,90 @@ def test_parameters_are_literals_of_the_common_names(path):
     found = parameters(path)
     assert set(found) <= set(FIELDS | OWN_NAMES), "not a field of RunConfig"
     for name, (annotation, value) in found.items():
-        assert annotation == (OWN_NAMES | FIELDS)[name].split(" |")[0], name
-        assert type(value).__name__ == annotation, name
+        kind, _, optional = (OWN_NAMES | FIELDS)[name].partition(" | ")
+        assert annotation == kind, name
+        assert type(value).__name__ == kind or (optional and value is None), name
     RunConfig.from_dict({name: value for name, (_, value) in found.items() if name not in OWN_NAMES})
+    assert set(papermill.inspect_notebook(path)) == set(found), "papermill reads it otherwise"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_what_is_committed_is_light_and_anonymous(path):
     text = path.read_text(encoding="utf-8")
-    notebook = nbformat.reads(text, as_version=4)
-    assert len(text) < 1_000_000
-    assert notebook.metadata.kernelspec.name == "python3"
-    assert "widgets" not in notebook.metadata
-    assert not re.search(r"/(home|root|Users|tmp|work)/|[A-Z]:\\\\", text), "an absolute path"
-    assert not [o for c in notebook.cells for o in c.get("outputs", []) if o.output_type == "error"]
+    nbformat.validate(nbformat.reads(text, as_version=4))
+    assert noise(text) == []
 
 
-def run(folder, model, out="out.ipynb"):
-    """Execute the quickstart in ``folder``; returns the executed notebook."""
-    settings = SMALL | {"model": model}
-    assert set(settings) <= set(parameters(QUICKSTART)), "papermill would only warn"
-    return papermill.execute_notebook(
-        QUICKSTART,
-        folder / out,
-        settings,
-        cwd=folder,
-        kernel_name="python3",
-        execution_timeout=300,
-        start_timeout=60,
-        progress_bar=False,
-    )
+# --- the commit hooks
 
 
-def printed(notebook):
-    """Everything the notebook wrote as text."""
-    outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
-    return "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
+def hook(name, path):
+    """What the commit hook ``name`` does to the notebook at ``path``: (exit code, what it says)."""
+    (entry,) = [hook["entry"] for hook in HOOKS if hook["id"] == name]
+    program, *arguments = shlex.split(entry)
+    command = {"python": [sys.executable], "nbstripout": [sys.executable, "-m", "nbstripout"]}[program]
+    done = subprocess.run([*command, *arguments, str(path)], cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
 
 
-def plots(notebook):
-    """The plotly figures in a notebook's outputs."""
-    outputs = [o for cell in notebook.cells for o in cell.get("outputs", []) if "data" in o]
-    return [d for o in outputs if (d := o.data.get("application/vnd.plotly.v1+json"))]
+def committed():
+    """A notebook that may be committed, as JSON; its cell 1 has an output."""
+    output = {"output_type": "stream", "name": "stdout", "text": ["42\n"]}
+    code = {"cell_type": "code", "id": "b", "metadata": {}, "execution_count": 1, "source": ["print(42)"]}
+    text = {"cell_type": "markdown", "id": "a", "metadata": {}, "source": ["See notebooks/results/run."]}
+    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    metadata = {"kernelspec": spec, "language_info": {"name": "python"}}
+    cells = [text, code | {"outputs": [output]}]
+    return {"nbformat": 4, "nbformat_minor": 5, "metadata": metadata, "cells": cells}
 
 
-@pytest.fixture
-def environment(monkeypatch):
-    """What the kernels inherit: this checkout, this environment's own kernel, one thread."""
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
-    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.delenv("PLOTLY_RENDERER", raising=False)
-    return monkeypatch
+def error(name):
+    return {"output_type": "error", "ename": name, "evalue": "", "traceback": []}
 
 
-def test_quickstart_runs_and_runs_again_as_html(environment, tmp_path):
-    first = run(tmp_path, "tiny-qwen3")
-    assert "step   2" in printed(first) and "2 of 2 steps" in printed(first)
-    assert len(plots(first)) == 4
-    assert f"run folder: {tmp_path.name}/runs/quickstart/run" in printed(first)
-    assert (tmp_path / "runs/quickstart/run/checkpoints/step_00002").is_dir()
-    assert "widgets" not in first.metadata
-
-    environment.setenv("PLOTLY_RENDERER", "plotly_mimetype+notebook")
-    again = run(tmp_path, "tiny-qwen3", "again.ipynb")
-    assert "steps done: 2 of 2" in printed(again) and "step   1" not in printed(again)
-    numbers = [[trace.get("y") for trace in plot["data"]] for plot in plots(first)]
-    assert [[trace.get("y") for trace in plot["data"]] for plot in plots(again)] == numbers
-    page, _ = HTMLExporter().from_notebook_node(again)
-    assert len(re.findall(r'<div[^>]*class="plotly-graph-div"', page)) == len(numbers)
-    assert "plotly.js v" in page  # the library itself, so that the page draws without a network
+def html(text):
+    return {"output_type": "display_data", "metadata": {}, "data": {"text/html": [text]}}
 
 
-def test_quickstart_runs_on_another_architecture(environment, tmp_path):
-    notebook = run(tmp_path, "tiny-gemma3")
-    assert "2 of 2 steps" in printed(notebook) and len(plots(notebook)) == 4
+DIRT = {
+    "metadata.widgets": lambda nb: nb["metadata"].update(widgets={"state": {}}),
+    "metadata.papermill": lambda nb: nb["metadata"].update(papermill={"duration": 3.1}),
+    "no kernelspec": lambda nb: nb["metadata"].pop("kernelspec"),
+    "cell 1: metadata.execution": lambda nb: nb["cells"][1]["metadata"].update(execution={"iopub": "12:00"}),
+    "cell 1: metadata.papermill": lambda nb: nb["cells"][1]["metadata"].update(papermill={"duration": 1}),
+    "cell 1: parameters that": lambda nb: nb["cells"][1]["metadata"].update(tags=["injected-parameters"]),
+    "cell 1: an error, KeyError": lambda nb: nb["cells"][1]["outputs"].append(error("KeyError")),
+    "cell 1: 200,001 bytes of HTML": lambda nb: nb["cells"][1]["outputs"].append(html("x" * 200_001)),
+    "more than 1,000,000": lambda nb: nb["cells"][0]["source"].append("x" * 1_000_000),
+    "cell 0: an absolute path, /home/ann": lambda nb: nb["cells"][0]["source"].append("in /home/ann/runs"),
+    "an absolute path, C:": lambda nb: nb["cells"][1]["outputs"][0]["text"].append("C:\\Users\\ann\\runs"),
+}
 
 
-def test_estimators_run_headless_and_print_the_exact_kl(environment, tmp_path):
-    settings = {"alpha": 0.7, "composite_weight": 0.25, "distance": 1.5, "temperature": 2.0, "samples": 50}
-    assert set(settings) <= set(parameters(ESTIMATORS)), "papermill would only warn"
-    notebook = papermill.execute_notebook(
-        ESTIMATORS,
-        tmp_path / "out.ipynb",
-        settings | {"seed": 3},
-        cwd=tmp_path,
-        kernel_name="python3",
-        execution_timeout=120,
-        start_timeout=60,
-        progress_bar=False,
-    )
+@pytest.mark.parametrize("complaint", DIRT)
+def test_the_hook_refuses_a_dirty_notebook_and_says_why(complaint, tmp_path):
+    path, notebook = tmp_path / "dirty.ipynb", committed()
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    assert noise(path.read_text("utf-8")) == []
+    DIRT[complaint](notebook)
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    (line,) = noise(path.read_text("utf-8"))
+    assert complaint in line
 
-    # By hand, from the world's tables alone.
-    world = World(1, seed=3)
-    prior, posterior = (table[0][0].detach().numpy() for table in (world.prior, world.posterior))
-    p, q = (np.exp(x / 2) / np.exp(x / 2).sum() for x in (prior, prior + 1.5 * (posterior - prior)))
-    composite = 0.25 * p + 0.75 * q
-    kl = (composite * np.log(composite / p)).sum()
-    assert f"exact KL(p'||p) = {kl:.6f} nats" in printed(notebook)
 
-    assert len(plots(notebook)) == 5
-    shown = [o.data for cell in notebook.cells for o in cell.get("outputs", []) if "data" in o]
-    tables = [data["text/html"] for data in shown if "<table" in data.get("text/html", "")]
-    assert len(tables) == 4 and f"<td>{kl:.4f}</td>" in re.sub(r"<td[^>]*>", "<td>", tables[0])
-    assert all("w 0.25" in table for table in tables), "not at the given settings"
+def test_the_hooks_clean_what_can_be_cleaned_and_refuse_the_rest(tmp_path):
+    path, notebook = tmp_path / "dirty.ipynb", committed()
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    assert hook("notebook-noise", path) == (0, "")
+    for complaint in ("metadata.widgets", "cell 1: metadata.execution", "cell 1: metadata.papermill"):
+        DIRT[complaint](notebook)
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    code, said = hook("notebook-noise", path)
+    assert code == 1 and len(said.splitlines()) == 3 and str(path) in said
+    assert hook("nbstripout", path)[0] == 0
+    assert json.loads(path.read_text("utf-8")) == committed(), "the outputs stay"
+
+    DIRT["an absolute path, C:"](notebook)
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    hook("nbstripout", path)
+    assert hook("notebook-noise", path)[0] == 1
