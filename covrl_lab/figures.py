@@ -234,6 +234,181 @@ def token_comparison(row: Any) -> go.Figure:
     )
 
 
+def token_lines(
+    texts: Sequence[str],
+    values: Mapping[str, Sequence[float]],
+    name: str = "",
+    label: str = "",
+    selected: int | None = None,
+) -> go.Figure:
+    """One trace along its tokens: log p and log q in nats, below them the quantity ``name`` of ``values``.
+
+    values: name -> one number a token, as in ``tokens.quantities``; label: its axis title. The dotted line
+    stands at token ``selected`` (from 0).
+    """
+    below = name in values and name not in ("logp", "logq")
+    figure = make_subplots(2 if below else 1, 1, shared_xaxes=True, vertical_spacing=0.06)
+    hover = [f"{t}: {_label(text, spaces=True)}" for t, text in enumerate(texts, 1)]
+    lines = [("log p", "logp", PRIOR, "circle", 1), ("log q", "logq", POSTERIOR, "diamond", 1)]
+    lines += [(label, name, BOTH, "square", 2)] if below else []
+    for title, key, colour, symbol, row in lines:
+        if key in values:
+            figure.add_scatter(
+                y=list(values[key]),
+                mode="lines+markers" if len(texts) <= 200 else "lines",
+                name=title,
+                showlegend=row == 1,
+                line={"color": colour, "width": 2},
+                marker={"size": 6, "symbol": symbol},
+                customdata=hover,
+                hovertemplate="%{y:.3f} at %{customdata}",
+                row=row,
+                col=1,
+            )
+    if selected is not None:
+        figure.add_vline(x=selected, line={"color": GREY, "width": 2, "dash": "dot"})
+    few = len(texts) <= 64
+    figure.update_xaxes(showgrid=False, zeroline=False)
+    figure.update_xaxes(
+        title_text="trace token (· space, ↵ end of line)" if few else "trace token, from 0",
+        tickvals=list(range(len(texts))) if few else None,
+        ticktext=[_label(text, 12, 1, spaces=True) for text in texts] if few else None,
+        tickangle=0 if sum(map(len, texts)) <= 70 else -90,
+        tickfont={"family": "monospace"},
+        row=2 if below else 1,
+        col=1,
+    )
+    figure.update_yaxes(title_text="nats a token", row=1, col=1)
+    if below:
+        figure.update_yaxes(title_text=textwrap.fill(label, 18).replace("\n", "<br>"), row=2, col=1)
+    return figure.update_layout(
+        template=TEMPLATE,
+        hovermode="x",
+        height=340 if below else 240,
+        margin={"t": 30, "b": 40},
+        legend={"x": 0, "xanchor": "left"},
+    )
+
+
+def mixing(
+    settings: Mapping[str, str],
+    densities: Sequence[Mapping[str, tuple[np.ndarray, np.ndarray]]],
+    bounds: Sequence[tuple[float, float] | None],
+    pulls: Sequence[Mapping[tuple[str, str], float]],
+) -> go.Figure:
+    """One column for each setting: token densities, ratios with the clip's bounds, pull on p and q.
+
+    settings: name -> description of it; densities and pulls as ``tokens.densities`` and ``tokens.pulls``;
+    bounds: least and largest ratio inside the clip, or None.
+    """
+    columns, wide = len(densities), len(densities) > 1
+    layout: dict[str, Any] = {"template": TEMPLATE, "height": 640, "barmode": "stack", "bargap": 0.4}
+    layout |= {
+        "margin": {"t": 70, "l": 70, "r": 30, "b": 50},
+        "legend": {"y": 1.05, "x": 0, "xanchor": "left"},
+    }
+    data: list[dict[str, Any]] = []
+    annotations, shapes = [], []
+    # Plain dictionaries, checked once by go.Figure: built by subplot calls this takes five times as long.
+    for column, (title, density, bound, pull) in enumerate(
+        zip(settings.items(), densities, bounds, pulls, strict=True)
+    ):
+        left, right = (
+            column / columns + 0.05 * (column > 0),
+            (column + 1) / columns - 0.05 * (column + 1 < columns),
+        )
+        axes = [str(3 * column + row + 1) if column or row else "" for row in range(3)]
+        for row, (bottom, top) in enumerate(((0.72, 1.0), (0.33, 0.59), (0.0, 0.16))):
+            layout[f"xaxis{axes[row]}"] = {"domain": [left, right], "anchor": f"y{axes[row]}"}
+            layout[f"yaxis{axes[row]}"] = {"domain": [bottom, top], "anchor": f"x{axes[row]}"}
+        if wide:
+            text = f"<b>{_label(title[0])}</b>  {_label(title[1])}"
+            place = {"x": left, "y": 1.1, "xref": "paper", "yref": "paper", "xanchor": "left"}
+            annotations.append({"text": text, "showarrow": False, **place})
+        first = column == 0
+        for name, colour, dash in (
+            ("log p", PRIOR, "solid"),
+            ("log q", POSTERIOR, "dot"),
+            ("log h", BOTH, "solid"),
+        ):
+            edges, share = density.get(name, ([], []))
+            data.append(
+                _steps(edges, share, axes[0], name, colour, first)
+                | {
+                    "line": {
+                        "shape": "hv",
+                        "color": colour,
+                        "dash": dash,
+                        "width": 3 if name == "log h" else 1.5,
+                    }
+                }
+            )
+        for source, colour in SOURCE_COLOURS.items():
+            edges, share = density.get(f"ratio {source}", ([], []))
+            data.append(
+                _steps(np.exp(edges), share, axes[1], f"{source} traces", colour, first)
+                | {"fill": "tozeroy", "line": {"shape": "hv", "color": colour, "width": 1.5}}
+            )
+        if bound is not None:
+            box = {"type": "rect", "xref": f"x{axes[1]}", "yref": f"y{axes[1]} domain", "y0": 0, "y1": 1}
+            shapes.append(
+                box
+                | {"x0": max(0.2, bound[0]), "x1": min(5, bound[1]), "fillcolor": BOTH, "opacity": 0.15}
+                | {"line": {"width": 0}}
+            )
+        for source, colour in SOURCE_COLOURS.items():
+            data.append(
+                {
+                    "type": "bar",
+                    "orientation": "h",
+                    "x": [pull.get((moved, source), 0.0) for moved in ("prior", "posterior")],
+                    "y": ["on log p", "on log q"],
+                    "xaxis": f"x{axes[2]}",
+                    "yaxis": f"y{axes[2]}",
+                    "marker": {"color": colour},
+                    "showlegend": False,
+                    "hovertemplate": f"%{{x:.3f}} %{{y}} from {source} traces<extra></extra>",
+                }
+            )
+        log = {"type": "log", "range": [-4, 0], "dtick": 1, "tickformat": ".2~%"}
+        layout[f"xaxis{axes[0]}"] |= {"title": {"text": "nats a token"}, "range": [-12, 0]}
+        layout[f"yaxis{axes[0]}"] |= log | {"title": {"text": "tokens" if first else ""}}
+        layout[f"xaxis{axes[1]}"] |= {
+            "type": "log",
+            "range": [np.log10(0.2), np.log10(5)],
+            "tickvals": [0.2, 0.5, 0.7, 1, 1.3, 2, 5],
+            "title": {"text": "importance ratio p′/h (shaded: inside the clip)"},
+        }
+        layout[f"yaxis{axes[1]}"] |= log | {"title": {"text": "tokens" if first else ""}}
+        layout[f"xaxis{axes[2]}"] |= {
+            "title": {"text": "mean |gradient weight| a token"},
+            "rangemode": "tozero",
+        }
+        layout[f"yaxis{axes[2]}"] |= {"autorange": "reversed"}
+    pulled = [
+        sum(v for (moved, _), v in pull.items() if moved == m) for pull in pulls for m in SOURCE_COLOURS
+    ]
+    for column in range(columns):  # one scale, so that the settings compare
+        axis = str(3 * column + 3)
+        layout[f"xaxis{axis}"]["range"] = [0, 1.05 * max(pulled, default=1.0) or 1.0]
+    return go.Figure({"data": data, "layout": layout | {"annotations": annotations, "shapes": shapes}})
+
+
+def _steps(x: Any, share: Any, axis: str, name: str, colour: str, legend: bool) -> dict[str, Any]:
+    """A histogram as one stepped line, which draws faster than its bars."""
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": x,
+        "y": np.where(np.asarray(share) > 0, share, 1e-5),  # below the axis: a logarithm has no zero
+        "xaxis": f"x{axis}",
+        "yaxis": f"y{axis}",
+        "name": name,
+        "showlegend": legend,
+        "hovertemplate": "from %{x:.3g}: %{y:.2%} of tokens",
+    }
+
+
 # --- runs
 
 

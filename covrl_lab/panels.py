@@ -1,24 +1,512 @@
-"""Notebook panels: a table of numbers, and sliders that compute it anew on every move.
+"""Notebook panels: look at traces, drag the mixing ratio, see estimators move.
 
-Needs the ``notebooks`` extra (ipywidgets). The first table is plain HTML, so that it also shows where no
-kernel serves the sliders: in a stored notebook, on a web page, after a batch run.
+Need the ``notebooks`` extra (ipywidgets, anywidget, plotly). Every panel also displays a copy of itself
+that needs no kernel, for stored notebooks, web pages and batch runs; where the panel is alive, its copy
+steps aside. Plots are drawn by JupyterLab's own plotly: a ``FigureWidget`` would send 5 MB of plotly with
+every figure and store it in executed notebooks.
 """
 
 from __future__ import annotations
 
 import html
+import json
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import anywidget
 import ipywidgets as widgets
+import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
+import pyarrow as pa
+import pyarrow.parquet as pq
+import traitlets
 from IPython.display import HTML, display
 
-from . import figures
+from . import figures, tokens
+from .token_view import SCALES, TokenView, colours, token_html
+from .traces import Run, load_run, step_file
 from .types import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from .world import World
+
+_STATIC = Path(__file__).parent / "static"
+
+# --- parts
+
+
+class Plot(widgets.Output):
+    """A plotly figure that can be drawn anew."""
+
+    def draw(self, figure: go.Figure) -> None:
+        """Put ``figure`` in place of what is shown."""
+        bundle = {"application/vnd.plotly.v1+json": json.loads(figure.to_json())}
+        self.outputs = ({"output_type": "display_data", "data": bundle, "metadata": {}},)
+
+
+class Table(anywidget.AnyWidget):
+    """Rows to sort and to pick from, by mouse or arrow keys.
+
+    columns: dictionaries with name, label, kind ("number", "text", "source" or "flag"), digits and about.
+    rows: dictionaries by column name, and "id" (text). The widget sets ``picked`` (an id) and ``sort``
+    (column name, descending?); whoever fills the rows sorts them. ``marked``: ids shown as chosen.
+    """
+
+    _esm = (_STATIC / "table.js").read_text(encoding="utf-8")
+    _css = (_STATIC / "table.css").read_text(encoding="utf-8")
+    label = traitlets.Unicode().tag(sync=True)
+    columns = traitlets.List().tag(sync=True)
+    rows = traitlets.List().tag(sync=True)
+    note = traitlets.Unicode().tag(sync=True)
+    sort = traitlets.List(["", False]).tag(sync=True)
+    picked = traitlets.Unicode().tag(sync=True)
+    marked = traitlets.List().tag(sync=True)
+
+    def sorted(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """``frame`` in the order asked for, unknown values last."""
+        by, descending = self.sort
+        if by not in frame:
+            return frame
+        return frame.sort_values(by, ascending=not descending, kind="stable", na_position="last")
+
+    def fill(self, frame: pd.DataFrame, limit: int, marked: Sequence[str] = ()) -> None:
+        """Show the first ``limit`` rows of ``frame`` (with a column "id")."""
+        shown = self.sorted(frame).head(limit)
+        names = [c["name"] for c in self.columns]
+        text = {c["name"] for c in self.columns if c["kind"] == "text"}
+        rows = []
+        for record in shown[["id", *names]].to_dict("records"):
+            row = {name: None if _unknown(value) else value for name, value in record.items()}
+            rows.append(row | {name: figures.visible(row[name]) for name in text})
+        with self.hold_sync():
+            self.rows, self.marked = rows, list(marked)
+            left = len(frame) - len(shown)
+            self.note = f"{len(shown):,} of {len(frame):,} shown; search to narrow" if left else ""
+
+
+def _unknown(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
+def _column(name: str, label: str, kind: str, about: str = "", digits: int = 0) -> dict[str, Any]:
+    return {"name": name, "label": label, "kind": kind, "about": about, "digits": digits}
+
+
+class _Copy(anywidget.AnyWidget):
+    """Hides the ``outputs`` outputs before its own: the copies for where no kernel draws a widget."""
+
+    _esm = """
+    export default { render({ model, el }) {
+      const hide = () => {
+        if (!el.isConnected) return setTimeout(hide, 50);
+        let child = el.closest(".jp-OutputArea-child");
+        for (let k = 0; child && k < model.get("outputs"); k++) {
+          child = child.previousElementSibling;
+          if (child) child.style.display = "none";
+        }
+      };
+      hide();
+    } };
+    """
+    outputs = traitlets.Int().tag(sync=True)
+
+
+class _Panel:
+    """A widget with a copy of itself that needs no kernel."""
+
+    widget: widgets.Box
+
+    def static(self) -> list[Any]:
+        """What the panel shows now, as plain HTML and plotly figures."""
+        raise NotImplementedError
+
+    def _ipython_display_(self) -> None:
+        copies = self.static()
+        for copy in copies:
+            display(copy)
+        display(widgets.VBox([self.widget, _Copy(outputs=len(copies))]))
+
+
+# --- traces
+
+_QUESTION_COLUMNS = [
+    _column("step", "step", "number"),
+    _column("question", "question", "text"),
+    _column("answer", "answer", "text", "reference answer y"),
+    _column("prior", "prior", "number", "mean log p(y|x,z) of prior traces, nats", 1),
+    _column("posterior", "posterior", "number", "mean log p(y|x,z) of posterior traces, nats", 1),
+]
+_ROLLOUT_COLUMNS = [
+    _column("rollout", "#", "number", "number of the rollout in its step"),
+    _column("source", "drawn from", "source"),
+    _column(
+        "total", "log p(y|x,z)", "number", "log-probability of the reference answer after the trace, nats", 1
+    ),
+    _column("reward", "reward", "number", "what the method made of it", 1),
+    _column("advantage", "advantage", "number", "reward against its group's", 2),
+    _column("answer_weight", "c_y", "number", "factor of the answer's log-likelihood in the loss", 1),
+    _column("length", "tokens", "number", "trace length"),
+    _column("finished", "finished", "flag", "whether the trace ended in time and in form"),
+    _column("correct", "correct", "flag", "the task's verdict on the model's own answer after the trace"),
+    _column("trace", "trace", "text"),
+]
+_MOST_QUESTIONS = 200  # rows of the list of questions; more would be slow to draw and nobody reads them
+_LIGHT = ["step", "rollout", "example_id", "question", "answer", "source", "trace", "answer_logp"]
+
+
+def trace_index(run: Run) -> pd.DataFrame:
+    """One row a rollout of all steps, without the columns of one number a token.
+
+    Columns: step, rollout, example_id, question, answer, source, trace, and total, log p(y|x,z) in nats.
+    """
+    tables = [pq.read_table(step_file(run.path / "traces", step), columns=_LIGHT) for step in run.steps]
+    if not tables:
+        return pd.DataFrame(columns=[*_LIGHT[:-1], "total"])
+    index = pa.concat_tables(tables)
+    parts = index.column("answer_logp").combine_chunks()
+    offsets = parts.offsets.to_numpy()
+    sums = np.concatenate([[0.0], np.cumsum(parts.values.to_numpy())])
+    frame = index.drop_columns(["answer_logp"]).to_pandas()
+    return frame.assign(total=sums[offsets[1:]] - sums[offsets[:-1]])
+
+
+class TraceExplorer(_Panel):
+    """Prior against posterior traces of one question, token by token.
+
+    run: a ``Run`` or its folder; step: where to start (default: the last with traces). The search box
+    looks in questions, reference answers and traces. Of the traces one step's at a time are in memory.
+    """
+
+    def __init__(self, run: Run | str | Path, step: int | None = None):
+        self.run = run if isinstance(run, Run) else load_run(run)
+        if not self.run.steps:
+            raise ConfigError(f"{self.run.path} has no traces yet; train a step first")
+        if step is not None and step not in self.run.steps:
+            raise ConfigError(f"{self.run.path} has no traces of step {step}; it has {self.run.steps}")
+        self.config = self.run.config
+        self.settings = tokens.Settings.of(self.config)
+        self.index = trace_index(self.run)
+        text = (self.index[name] for name in ("question", "answer", "trace"))
+        self._haystack = next(text).str.cat(list(text), sep="\n").str.lower()
+        self._step, self._frame = 0, pd.DataFrame()
+
+        self.step = widgets.Dropdown(
+            options=[("all steps", 0), *((f"step {s}", s) for s in self.run.steps)],
+            value=self.run.steps[-1] if step is None else step,
+            layout={"width": "110px"},
+        )
+        self.search = widgets.Text(
+            placeholder="search questions, answers, traces", layout={"flex": "1 1 150px"}
+        )
+        self.source = widgets.Dropdown(
+            options=[("all sources", ""), ("prior", "prior"), ("posterior", "posterior")],
+            layout={"width": "110px"},
+        )
+        self.questions = Table(label="questions", columns=_QUESTION_COLUMNS)
+        self.rollouts = Table(label="rollouts of the question", sort=["total", True])
+        self.heading = widgets.HTML()
+        self.colour = widgets.Dropdown(
+            options=colours(),
+            value="log_gap" if "posterior" in set(self.index["source"]) else "logp",
+            description="colour",
+            style={"description_width": "50px"},
+            layout={"width": "290px"},
+        )
+        self.view = TokenView(colour=self.colour.value)
+        self.plot = Plot(layout={"min_height": "250px"})
+
+        for control in (self.step, self.search, self.source):
+            control.observe(self._list_questions, names="value")
+        self.questions.observe(self._list_questions, names="sort")
+        self.questions.observe(lambda change: self.choose(change.new), names="picked")
+        self.rollouts.observe(self._list_rollouts, names="sort")
+        self.rollouts.observe(lambda change: self._pick(int(change.new)), names="picked")
+        self.colour.observe(self._recolour, names="value")
+        self.view.observe(self._draw_lines, names="selected")
+
+        controls = widgets.HBox([self.step, self.search, self.source], layout={"flex_flow": "row wrap"})
+        left = widgets.VBox(
+            [controls, self.questions, self.rollouts], layout={"flex": "2 1 400px", "min_width": "0"}
+        )
+        right = widgets.VBox(
+            [self.heading, self.colour, self.view, self.plot], layout={"flex": "3 1 480px", "min_width": "0"}
+        )
+        self.widget = widgets.HBox([left, right], layout={"flex_flow": "row wrap", "grid_gap": "16px"})
+        self._list_questions()
+        if self.questions.rows:
+            self.questions.picked = self.questions.rows[0]["id"]
+
+    # --- what is chosen
+
+    def filtered(self) -> pd.DataFrame:
+        """The rows of ``index`` that step, source and search leave."""
+        keep = np.ones(len(self.index), bool)
+        if self.step.value:
+            keep &= (self.index["step"] == self.step.value).to_numpy()
+        if self.source.value:
+            keep &= (self.index["source"] == self.source.value).to_numpy()
+        if self.search.value.strip():
+            sought = self.search.value.strip().lower()
+            keep &= self._haystack.str.contains(sought, regex=False).to_numpy(bool)
+        return self.index[keep]
+
+    def _list_questions(self, change: Any = None) -> None:
+        frame = self.filtered()
+        means = frame.pivot_table(
+            "total", ["step", "example_id"], "source", "mean", sort=False, observed=True
+        )
+        first = frame.drop_duplicates(["step", "example_id"])[["step", "example_id", "question", "answer"]]
+        listed = first.merge(means.reset_index(), on=["step", "example_id"]).reindex(
+            columns=["step", "example_id", "question", "answer", "prior", "posterior"]
+        )
+        listed["id"] = listed["step"].astype(str) + "/" + listed["example_id"].astype(str)
+        self.questions.fill(listed, _MOST_QUESTIONS, [self.questions.picked])
+        if change is not None and change["owner"] is self.source and len(self._frame):
+            self._list_rollouts()
+
+    def choose(self, question: str) -> None:
+        """Show a question, named "step/example_id", with the likeliest trace of each source."""
+        step, _, example = question.partition("/")
+        if int(step) != self._step:
+            self._step, self._all = int(step), self.run.traces(int(step))
+        frame = self._all[self._all["example_id"] == example].reset_index(drop=True)
+        frame = frame.assign(
+            id=frame["rollout"].astype(str),
+            total=figures.answer_logprob(frame),
+            length=frame["tokens"].map(len),
+        )
+        if "verdict" in frame or self.config.get("method") == "grpo":  # there the reward is the verdict
+            frame["correct"] = frame["verdict" if "verdict" in frame else "reward"] > 0
+        self._frame = frame
+        best = frame.sort_values("total", ascending=False).drop_duplicates("source")
+        self._shown = {row.source: int(row.rollout) for row in best.itertuples()}
+        self.questions.marked = [question]
+        self.rollouts.columns = [c for c in _ROLLOUT_COLUMNS if c["name"] in frame]
+        self._show()
+
+    def _pick(self, rollout: int) -> None:
+        row = self._frame[self._frame["rollout"] == rollout]
+        if len(row):
+            self._shown[row["source"].iloc[0]] = rollout
+            self._show()
+
+    def pair(self) -> pd.DataFrame:
+        """The rows that are shown token by token, the prior's first."""
+        chosen = [self._shown[source] for source in ("prior", "posterior") if source in self._shown]
+        return self._frame.set_index("rollout", drop=False).loc[chosen]
+
+    # --- what is drawn
+
+    def _list_rollouts(self, change: Any = None) -> None:
+        frame = self._frame
+        kept = frame[frame["source"] == self.source.value] if self.source.value else frame
+        self.rollouts.fill(kept, len(kept), [str(rollout) for rollout in self._shown.values()])
+
+    def _show(self) -> None:
+        self._list_rollouts()
+        self.heading.value = self._heading()
+        pair = self.pair()
+        self.view.show(pair, self.settings)
+        # Start where prior and posterior disagree most.
+        gaps = [np.abs(t["values"].get("log_gap", t["values"]["logp"])) for t in self.view.traces]
+        side = int(np.argmax([gap.max() for gap in gaps]))
+        self.view.selected = [side, int(gaps[side].argmax())]
+
+    def _heading(self) -> str:
+        row = self._frame.iloc[0]
+        question, answer = (html.escape(figures.visible(row[name])) for name in ("question", "answer"))
+        named = [self.run.path.name, f"step {row['step']}", self.config.get("model", "")]
+        s = self.settings
+        named += [f"α {s.alpha:g}, w {s.composite_weight:g}, clip {s.clip} {s.clip_range:g}"]
+        return (
+            '<div style="line-height: 1.5; overflow-wrap: anywhere"><b style="font-size: 1.1em">'
+            f'<code style="background: none; font: inherit">{question}</code></b> reference answer '
+            f'<b><code style="background: none; font: inherit">{answer}</code></b><br>'
+            f'<span style="opacity: 0.75">{html.escape(" · ".join(map(str, named)))}</span></div>'
+        )
+
+    def _recolour(self, change: Any) -> None:
+        self.view.colour = change.new
+        self._draw_lines()
+
+    def lines(self) -> go.Figure:
+        """The selected token's trace as lines."""
+        side, at = self.view.selected or [0, None]
+        trace, name = self.view.traces[side], self.view.colour
+        figure = figures.token_lines(trace["tokens"], trace["values"], name, SCALES[name]["title"], at)
+        return figure.update_layout(title_text=f"The {trace['title']} under both prompts", margin={"t": 60})
+
+    def _draw_lines(self, change: Any = None) -> None:
+        if self.view.selected:
+            self.plot.draw(self.lines())
+
+    def static(self) -> list[Any]:
+        """The chosen question's rollouts, the two traces and the lines, as HTML and a plotly figure."""
+        names = [c for c in self.rollouts.columns if c["kind"] != "text"]
+        cells = [
+            figures._row([_shown(row[c["name"]], c["digits"]) for c in names]) for row in self.rollouts.rows
+        ]
+        table = figures._table([html.escape(c["label"]) for c in names], cells)
+        view = token_html(self.pair(), self.settings, self.view.colour)
+        return [HTML(f"{self._heading()}{table}{view}"), self.lines()]
+
+
+def _shown(value: Any, digits: int) -> str:
+    """A table's cell as HTML."""
+    if value is None or isinstance(value, bool):
+        return {None: "–", True: "yes", False: "no"}[value]
+    text = f"{value:.{digits}f}".replace("-", "−") if isinstance(value, (int, float)) else str(value)
+    return html.escape(text)
+
+
+# --- mixing ratio
+
+# key of tokens.summarise -> (label, digits, factor)
+_SUMMARY = {
+    "clipped_share": ("tokens held back by the clip, %", 1, 100),
+    "effective_sample_size": ("effective traces, (ΣW)² / ΣW²", 1, 1),
+    "effective_sample_share": ("… of all, %", 1, 100),
+    "ratio_low": ("least ratio p′/h", 3, 1),
+    "ratio_high": ("largest ratio p′/h", 3, 1),
+    "kl": ("KL(p′‖p), nats a token", 4, 1),
+    "reward": ("expected reward", 2, 1),
+    "reward_prior": ("… of prior traces", 2, 1),
+    "reward_posterior": ("… of posterior traces", 2, 1),
+    "pull_prior": ("pull on log p, a token", 4, 1),
+    "pull_posterior": ("pull on log q, a token", 4, 1),
+    "pull_prior_share": ("share of the pull that reaches the prior, %", 1, 100),
+}
+
+
+class _Side:
+    """One setting of the mixing panel: its sliders and its plot."""
+
+    def __init__(self, name: str, settings: tokens.Settings):
+        self.name = name
+        wide = {"style": {"description_width": "60px"}, "layout": {"width": "95%"}}
+
+        def slider(label: str, value: float, low: float, high: float, step: float) -> widgets.FloatSlider:
+            return widgets.FloatSlider(
+                value=value, min=low, max=max(high, value), step=step, description=label, **wide
+            )
+
+        self.alpha = slider("α", settings.alpha, 0.0, 1.0, 0.01)
+        self.composite_weight = slider("w", settings.composite_weight, 0.0, 1.0, 0.01)
+        self.clip_range = slider("clip ±", settings.clip_range, 0.01, 1.0, 0.01)
+        self.clip = widgets.Dropdown(
+            options=[("PPO", "ppo"), ("soft (tanh)", "soft"), ("none", "none")],
+            value=settings.clip,
+            description="clip",
+            **wide,
+        )
+        self.controls = [self.alpha, self.composite_weight, self.clip_range, self.clip]
+        self.plot = Plot(layout={"min_height": "650px"})
+        title = widgets.HTML(f"<b>setting {name}</b>")
+        self.widget = widgets.VBox(
+            [title, *self.controls, self.plot], layout={"flex": "1 1 380px", "min_width": "0"}
+        )
+
+    @property
+    def settings(self) -> tokens.Settings:
+        return tokens.Settings(
+            self.alpha.value, self.composite_weight.value, self.clip.value, self.clip_range.value
+        )
+
+    def __str__(self) -> str:
+        s = self.settings
+        clip = "no clip" if s.clip == "none" else f"{s.clip} clip ±{s.clip_range:g}"
+        return f"α {s.alpha:g}, w {s.composite_weight:g}, {clip}"
+
+
+class MixingRatio(_Panel):
+    """What other mixtures would make of a step's stored traces: two settings side by side, without a model.
+
+    run: a ``Run`` or its folder; step: whose traces (default: the last). Traces are weighed by source so
+    that the prior's make up alpha of them; log-probabilities and advantages are the stored ones. Setting A
+    starts as the run's own; B with another alpha. ``summary`` maps "A" and "B" to ``tokens.summarise``.
+    """
+
+    def __init__(self, run: Run | str | Path, step: int | None = None):
+        self.run = run if isinstance(run, Run) else load_run(run)
+        if not self.run.steps:
+            raise ConfigError(f"{self.run.path} has no traces yet; train a step first")
+        own = tokens.Settings.of(self.run.config)
+        other = 0.25 if own.alpha >= 0.5 else 0.75
+        self.sides = [
+            _Side("A", own),
+            _Side("B", tokens.Settings(other, own.composite_weight, own.clip, own.clip_range)),
+        ]
+        self.step = widgets.Dropdown(
+            options=[(f"step {s}", s) for s in self.run.steps],
+            value=self.run.steps[-1] if step is None else step,
+            layout={"width": "120px"},
+        )
+        self.table, self.summary = widgets.HTML(), {}
+        self._parts: dict[str, tuple] = {}
+        self.note = widgets.HTML()
+        self.step.observe(self._load, names="value")
+        for side in self.sides:
+            for control in side.controls:
+                control.observe(lambda change, side=side: self._update([side]), names="value")
+        settings = widgets.HBox(
+            [side.widget for side in self.sides], layout={"flex_flow": "row wrap", "grid_gap": "16px"}
+        )
+        top = widgets.HBox([self.step, self.note])
+        self.widget = widgets.VBox([top, self.table, settings])
+        self._load()
+
+    def _load(self, change: Any = None) -> None:
+        frame = self.run.traces(self.step.value)
+        self.traces = tokens.Traces.of(frame)
+        share = self.traces.from_prior.mean()
+        drawn = f"{len(frame)} traces, {self.traces.mask.sum():,} tokens, {share:.0%} drawn from the prior"
+        if self.traces.logq is None:
+            drawn += "; <b>not scored under the posterior prompt, so there is nothing to mix</b>"
+        self.note.value = drawn
+        self._update(self.sides)
+
+    def _update(self, sides: Sequence[_Side]) -> None:
+        for side in sides:
+            settings = side.settings
+            values = tokens.quantities(self.traces, settings)
+            self.summary[side.name] = tokens.summarise(self.traces, settings, values)
+            densities = tokens.densities(self.traces, settings, values)
+            bounds = None if settings.clip == "none" else settings.clip_bounds
+            self._parts[side.name] = (densities, bounds, tokens.pulls(self.traces, settings, values))
+            side.plot.draw(self._figure([side]))
+        self.table.value = self.html()
+
+    def _figure(self, sides: Sequence[_Side]) -> go.Figure:
+        densities, bounds, pulls = zip(*(self._parts[side.name] for side in sides), strict=True)
+        return figures.mixing({side.name: str(side) for side in sides}, densities, bounds, pulls)
+
+    def html(self) -> str:
+        """The numbers of both settings as plain HTML."""
+        a, b = (self.summary[side.name] for side in self.sides)
+        rows = [
+            figures._row(
+                [label, *(_shown(_known(x, factor), digits) for x in (a[key], b[key], b[key] - a[key]))]
+            )
+            for key, (label, digits, factor) in _SUMMARY.items()
+        ]
+        return figures._table(["", *(f"{side.name}: {side}" for side in self.sides), "B − A"], rows)
+
+    def static(self) -> list[Any]:
+        """Numbers and plots of both settings, as HTML and a plotly figure."""
+        return [
+            HTML(f"<p>step {self.step.value}: {self.note.value}</p>{self.html()}"),
+            self._figure(self.sides),
+        ]
+
+
+def _known(value: float, factor: float) -> float | None:
+    return None if math.isnan(value) else value * factor
+
+
+# --- estimators
 
 # name -> (label, least, largest, step)
 _SLIDERS = {

@@ -245,3 +245,54 @@ def summarise(
         **pulls,
         "pull_prior_share": pulls["pull_prior"] / total if total else nothing,
     }
+
+
+def densities(
+    traces: Traces, settings: Settings, values: Mapping[str, np.ndarray] | None = None
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Histograms over tokens: name -> (left edges of equal bins, share of all tokens in each).
+
+    "log p", "log q", "log h" in nats; "ratio prior" and "ratio posterior" in log p'/h, by the source that
+    drew the trace. Bins are the same for all settings, and what lies outside is counted in the outermost.
+    Traces are weighed by ``trace_mass``. Empty without log q.
+    """
+    values = quantities(traces, settings) if values is None else values
+    if traces.logq is None:
+        return {}
+    mask, prior = traces.mask, traces.from_prior[:, None]
+    weight = np.broadcast_to(trace_mass(traces, settings.alpha)[:, None], mask.shape)
+    weight = weight / weight[mask].sum()
+    known = mask & np.isfinite(values["log_gap"])
+
+    def histogram(x: np.ndarray, keep: np.ndarray, low: float, high: float, bins: int) -> Any:
+        edges = np.linspace(low, high, bins + 1)
+        place = ((np.clip(x[keep], low, high) - low) * (bins / (high - low))).astype(int)
+        return edges[:-1], np.bincount(np.minimum(place, bins - 1), weight[keep], bins)
+
+    found = {
+        label: histogram(values[name], known, -12, 0, 48)
+        for label, name in (("log p", "logp"), ("log q", "logq"), ("log h", "log_hybrid"))
+    }
+    log_ratio = np.log(values["ratio"])
+    for source, keep in (("prior", prior), ("posterior", ~prior)):
+        # An odd number, so that a ratio of exactly 1 stands in the middle of a bin.
+        found[f"ratio {source}"] = histogram(log_ratio, known & keep, -1.61, 1.61, 47)
+    return found
+
+
+def pulls(
+    traces: Traces, settings: Settings, values: Mapping[str, np.ndarray] | None = None
+) -> dict[tuple[str, str], float]:
+    """(moved, drawn from) -> its part of ``summarise``'s pull on log p ("prior") or log q ("posterior")."""
+    values = quantities(traces, settings) if values is None else values
+    if "pull_prior" not in values:
+        return {}
+    mask = traces.mask
+    weight = trace_mass(traces, settings.alpha)[:, None] * mask
+    return {
+        (moved, source): float(
+            (weight * np.where(mask, np.abs(values[f"pull_{moved}"]), 0.0))[rows].sum() / weight.sum()
+        )
+        for moved in ("prior", "posterior")
+        for source, rows in (("prior", traces.from_prior), ("posterior", ~traces.from_prior))
+    }

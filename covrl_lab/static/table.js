@@ -1,0 +1,109 @@
+// A table to sort and to pick rows from. Every text is set as text, never as HTML.
+
+const SIGNS = { true: "yes", false: "no", null: "–" };
+
+function shown(value, digits) {
+  if (value === undefined || value === null || typeof value === "boolean") return SIGNS[value ?? null];
+  if (typeof value === "number") return value.toFixed(digits ?? 0).replace("-", "−");
+  return value;
+}
+
+function render({ model, el }) {
+  el.classList.add("covrl-table");
+  const scroll = document.createElement("div");
+  const note = document.createElement("div");
+  const table = document.createElement("table");
+  scroll.className = "scroll";
+  note.className = "note";
+  note.setAttribute("role", "status");
+  table.setAttribute("role", "grid");
+  scroll.append(table);
+  el.append(scroll, note);
+
+  function header() {
+    const [by, descending] = model.get("sort");
+    const row = document.createElement("tr");
+    for (const column of model.get("columns")) {
+      const cell = document.createElement("th");
+      const button = document.createElement("button");
+      const sorted = column.name === by;
+      button.textContent = column.label + (sorted ? (descending ? " ▾" : " ▴") : "");
+      button.title = column.about || column.label;
+      button.addEventListener("click", () => {
+        model.set("sort", [column.name, sorted ? !descending : column.kind === "number"]);
+        model.save_changes();
+      });
+      cell.scope = "col";
+      cell.className = column.kind;
+      cell.setAttribute("aria-sort", sorted ? (descending ? "descending" : "ascending") : "none");
+      cell.append(button);
+      row.append(cell);
+    }
+    const head = document.createElement("thead");
+    head.append(row);
+    return head;
+  }
+
+  function draw() {
+    const body = document.createElement("tbody");
+    for (const values of model.get("rows")) {
+      const row = document.createElement("tr");
+      row.dataset.id = values.id;
+      for (const column of model.get("columns")) {
+        const cell = document.createElement("td");
+        cell.className = column.kind + (column.kind === "source" ? ` covrl-${values[column.name]}` : "");
+        cell.textContent = shown(values[column.name], column.digits);
+        if (column.kind === "text") cell.title = cell.textContent;
+        row.append(cell);
+      }
+      body.append(row);
+    }
+    table.replaceChildren(header(), body);
+    table.setAttribute("aria-label", model.get("label"));
+    note.textContent = model.get("note");
+    mark();
+  }
+
+  function mark() {
+    const marked = model.get("marked");
+    const rows = [...table.tBodies[0].rows];
+    rows.forEach((row) => {
+      row.setAttribute("aria-selected", marked.includes(row.dataset.id));
+      row.tabIndex = -1;
+    });
+    const entry = rows.find((row) => row.dataset.id === model.get("picked")) ?? rows[0];
+    if (entry) entry.tabIndex = 0;
+  }
+
+  function pick(row) {
+    if (!row) return;
+    model.set("picked", row.dataset.id);
+    model.save_changes();
+    row.focus({ preventScroll: true });
+    row.scrollIntoView({ block: "nearest" });
+  }
+
+  scroll.addEventListener("click", (event) => pick(event.target.closest("tbody tr")));
+  scroll.addEventListener("keydown", (event) => {
+    const row = event.target.closest("tbody tr");
+    if (!row) return;
+    const rows = row.parentElement.rows;
+    const moves = {
+      ArrowDown: row.nextElementSibling,
+      ArrowUp: row.previousElementSibling,
+      Home: rows[0],
+      End: rows[rows.length - 1],
+      Enter: row,
+      " ": row,
+    };
+    if (!(event.key in moves)) return;
+    event.preventDefault();
+    event.stopPropagation(); // JupyterLab's own shortcuts
+    pick(moves[event.key]);
+  });
+  model.on("change:rows change:columns change:sort change:note", draw);
+  model.on("change:marked change:picked", mark);
+  draw();
+}
+
+export default { render };
