@@ -281,8 +281,9 @@ def performance(
     rows = []
     for label in frame["method"].unique():
         tables = _tables(frame, label)
-        parts = {"all tasks": tables} | {task: {task: table} for task, table in tables.items()}
-        for name, part in parts.items() if len(tables) > 1 else [(*tables, tables)]:
+        parts = {"all tasks": tables} if len(tables) > 1 else {}
+        parts |= {task: {task: table} for task, table in tables.items()}
+        for name, part in parts.items():
             steps = frame[(frame["method"] == label) & frame["task"].isin(list(part))]["step"]
             runs = np.concatenate(_observed(part))
             questions = sum(table.shape[1] for table in part.values())
@@ -299,7 +300,7 @@ def performance(
                 low, high = _bounds(statistic(drawn), confidence)
                 if over == "seeds" and max(len(table) for table in part.values()) == 1:
                     low = high = float("nan")
-                elif over != "seeds" and value in (0, 1):
+                elif over != "seeds" and runs.mean() in (0, 1):
                     _, low, high = share_interval(value * questions, questions, confidence)
                 row |= {column: value, f"{column}_low": low, f"{column}_high": high}
             rows.append(row | {"lowest": float(runs.min()), "highest": float(runs.max())})
@@ -336,7 +337,9 @@ def paired_differences(
 
     All pairs, or each method against ``reference``. Columns: method, minus, difference (mean over tasks of
     the mean over pairs), low, high, seeds (pairs of runs), questions, by_seed (list; the mean over tasks).
-    ConfigError where two methods share no seed, or were asked different held-out questions.
+    The bounds are NaN over a single pair of seeds; where no answer differs, they are the largest share of
+    answers that could (Wilson's for none), to either side. ConfigError where two methods share no seed, or
+    were asked different held-out questions.
     """
     rows = []
     for x, y in _pairs(frame, reference):
@@ -357,6 +360,9 @@ def paired_differences(
         low, high = _bounds(_mean(_resampled(gain, over, resamples, seed)), confidence)
         if over == "seeds" and max(len(table) for table in gain.values()) == 1:
             low = high = float("nan")
+        elif over != "seeds" and not any(table.to_numpy().any() for table in gain.values()):
+            high = share_interval(0, sum(table.shape[1] for table in gain.values()), confidence)[2]
+            low = -high
         by_seed = pd.concat([table.mean(axis=1) for table in gain.values()], axis=1).mean(axis=1)
         rows.append(
             {

@@ -135,6 +135,17 @@ def test_nothing_to_resample_is_not_certainty():
     assert row[["iqm_low", "iqm_high", "mean_low", "mean_high"]].isna().all(axis=None)
     assert "(–)" in compare.readable(row)["mean"][0]
 
+    frame = table_of({"x": [[1, 0, 0, 1]], "y": [[1, 0, 0, 1]]})
+    row = compare.paired_differences(frame).iloc[0]
+    high = share_interval(0, 4)[2]
+    assert (row["difference"], row["low"], row["high"]) == (0, -high, high)
+    assert compare.paired_differences(frame, over="seeds")[["low", "high"]].isna().all(axis=None)
+
+    rare = np.zeros((8, 10))
+    rare[0, 0] = 1  # the interquartile mean is 0, but not all answers are wrong
+    row = compare.performance(table_of({"m": rare}), resamples=500).iloc[0]
+    assert row["iqm"] == row["iqm_low"] == 0 and row["iqm_high"] < share_interval(0, 10)[2]
+
 
 # Scores of 4 runs on 2 tasks, and (value, low, high) of rliable 1.2.0 over 50 000 and 20 000 resamples.
 RLIABLE = {
