@@ -514,7 +514,7 @@ def interval_figure(table: pd.DataFrame, value: str) -> go.Figure:
     figure.update_yaxes(
         tickvals=places,
         ticktext=labels,
-        range=[len(places) - 0.5, -0.5],
+        range=[max(1, len(places)) - 0.5, -0.5],
         zeroline=False,
         showgrid=False,
         ticklabelstandoff=6,
