@@ -163,6 +163,8 @@ def _ours(channel, settings: dict[str, Any], fixed: bool) -> None:
         trainer = Trainer(config, progress=False).setup()
         if fixed:
             trainer.prompter.ends = lambda ids, end: False
+            trainer.policy.tokenizer.eos_token_id = None
+            trainer.policy.causal_lm.generation_config.eos_token_id = None
         loaded, drawn, draw = resident(), [], trainer.sample
 
         def sample(step: int):
@@ -180,8 +182,8 @@ def _ours(channel, settings: dict[str, Any], fixed: bool) -> None:
             own = [prompts[i // batch.group_size] for i in range(rows)]
             contexts = [p.prior if q else p.posterior for p, q in zip(own, batch.from_prior, strict=True)]
             generated, answers = int(batch.mask.sum()), sum(len(p.answer) for p in own)
-            if fixed and generated < 0.95 * rows * config.max_trace_tokens:
-                raise AssertionError(f"only {generated} tokens were generated")
+            if fixed and generated != rows * config.max_trace_tokens:
+                raise AssertionError(f"{generated} tokens were generated: a trace has ended early")
             both = config.composite_weight < 1 or config.alpha < 1
             channel.send(
                 clock.read(record.seconds)
@@ -193,7 +195,6 @@ def _ours(channel, settings: dict[str, Any], fixed: bool) -> None:
                     "prompt_tokens_as_rows": sum(map(len, contexts)),
                     "update_tokens": record.packed_tokens,
                     "update_tokens_as_rows": record.padded_tokens,
-                    "sequences": rows * (2 + both),
                     "loaded_gib": loaded,
                     "peak_gib": record.peak_memory_gib,
                 }
@@ -317,7 +318,6 @@ def _trl(channel, settings: dict[str, Any], steps: int) -> None:
                         "update_tokens_needed": count_nodes(
                             [p + t for p, t in zip(ids, traces, strict=True)]
                         ),
-                        "sequences": rows,
                         "loaded_gib": loaded,
                         "peak_gib": peak_memory_gib(model.device),
                     }
@@ -457,7 +457,9 @@ def random_model(folder: str, like: str, **changes: Any) -> None:
     config = load_config(like)
     for name, value in changes.items():
         setattr(config, name, value)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     load_tokenizer(like).save_pretrained(folder)
 
@@ -606,7 +608,7 @@ def limit_seconds(step: pd.Series, limits: dict[str, Any], config: RunConfig) ->
         prompts=int(step["prompt_tokens"]),
         nodes=int(step["update_tokens"]),
         scored=int(step["scored"]),
-        context=int(step["update_tokens_as_rows"] / step["sequences"]),
+        context=round(step["prompt_tokens_as_rows"] / rows),
     )
     device = Device("this machine", 0, limits["rate"], limits["bandwidth"], runtime=0, share=1)
     return step_seconds(config, shape_of(config.model), tokens, device, ideal=True)

@@ -3,27 +3,29 @@
 ``python -m covrl_lab.plan --model Qwen/Qwen2.5-7B --device rtx4090`` prints the table; every field of
 ``RunConfig`` is a flag. Without ``--device`` this machine is measured, which takes a few seconds.
 
-A step has N = questions x rollouts traces of T tokens. Its scoring tree has n nodes, its prompts m, and s
-tokens are scored. P are the parameters of the L layers' matrices (in x out each), V the vocabulary, h the
-hidden size, H, K heads and key-value heads of size d, I the intermediate size, r the LoRA rank, e the bytes
-of ``dtype``, and c = min(n, max_packed_tokens) the nodes of one forward.
+A step has N = questions x rollouts traces of T tokens in contexts of w tokens. Its scoring tree has n nodes,
+its prompts m, and s tokens are scored. P are the parameters of the L layers' matrices (in x out each), V the
+vocabulary, h the hidden size, H and K heads and key-value heads of size d, I the intermediate size, r the
+LoRA rank, e the bytes of ``dtype``, and c = min(n, max_packed_tokens) the nodes of one forward.
 
 Memory in bytes is the larger of the two phases, on top of what always stays:
 
-    weights      P (1/2 + 1/64 + 1/4096) in NF4, double quantised, or P e;  + e V h (twice if untied) + norms
-    adapter      16 r sum(in + out): float32 parameters, gradients and AdamW's two moments
+    weights      P (1/2 + 1/64 + 1/4096) in NF4, double quantised, or P e;  + e V h (twice if untied) + norms;
+                 a CPU keeps NF4 matrices below 2 GiB unpacked as well: + P e
+    adapter      16 r L sum(in + out): float32 parameters, gradients and AdamW's two moments
     runtime      what the interpreter and its libraries, or a CUDA context, take
-    sampling     keys and values 2 e L K d (m + N T)  +  logits 28 N V
-    update       activations  +  attention masks 3 c^2  +  head chunk
-    activations  c (L a), a = 32 h + 12 H d + 10 I bytes of one layer and token in bfloat16 with its adapters;
-                 with gradient checkpointing c (L e h + a)
+    sampling     keys and values 2 e L K d (m + N (w + T));  logits 20 N V
+    update       activations;  attention masks c e (H / K) (w + T + 128);  head 1.5 x 32 MiB + 2 s e h
+    activations  c (L + 1/2) a, or c (L e h + a) with gradient checkpointing, where one token takes in one
+                 layer a = 8 h + e (2 h + 3 H d + 2 K d (1 + (w + T) / 128) + 4 I + 7 r)
 
 Seconds: a product costs the larger of FLOPs / (share x rate) and bytes / bandwidth.
 
-    sampling     the prompts' forward, 2 P m FLOPs, then T steps of 2 N (P + V h) FLOPs that read all weights
-    update       n nodes x 2 P x (forward + backward, + 1 with gradient checkpointing, + 1 when the tree is
-                 cut), + 6 s V h for the head, + 4 n c H d L a pass for attention
-    dequantise   NF4 reads 1/2 and writes and reads e bytes a parameter and pass, on top of the products
+    prompts      2 P m FLOPs
+    decoding     T times 2 N (P + V h) FLOPs, which read all weights, and the keys and values
+    update       2 P n (1 forward + 1 backward, + 1 with gradient checkpointing, + 1 when n > c) + 4 s V h for
+                 the head and its gradient; attention adds 4 (w + T + 128) H d L to each 2 P
+    dequantise   where weights are unpacked at every use: (1/2 + 2 e) P bytes a pass, besides the products
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ from .config import RunConfig
 from .types import ConfigError, did_you_mean
 
 GIB = 2**30
+# As in tree.py, scoring.py and lora.py, which need torch; tests/test_plan.py holds them equal.
+BLOCK, LOGITS_BYTES, DENSE_BYTES = 128, 32 * 2**20, 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,9 @@ class Shape:
     intermediate: int
     vocabulary: int
     tied: bool  # input and output embeddings are one matrix
-    vectors: int  # parameters of a layer outside its matrices: norms and biases
+    norms: int = 2  # of the hidden states, in a layer
+    head_norms: bool = False  # each head's queries and keys are normalised, too
+    biases: bool = False  # q, k and v have one
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape:
@@ -66,9 +72,7 @@ class Shape:
             h, heads = config["hidden_size"], config["num_attention_heads"]
             kv_heads = config.get("num_key_value_heads") or heads
             d = config.get("head_dim") or h // heads
-            gemma, own_norms = kind.startswith("gemma"), kind.startswith(("qwen3", "gemma3"))
-            vectors = h * (4 if gemma else 2) + (2 * d if own_norms else 0)
-            vectors += (heads + 2 * kv_heads) * d if kind == "qwen2" else 0
+            gemma = kind.startswith("gemma")
             return cls(
                 hidden=h,
                 layers=config["num_hidden_layers"],
@@ -78,7 +82,9 @@ class Shape:
                 intermediate=config["intermediate_size"],
                 vocabulary=config["vocab_size"],
                 tied=bool(config.get("tie_word_embeddings", gemma)),
-                vectors=vectors,
+                norms=4 if gemma else 2,
+                head_norms=kind.startswith(("qwen3", "gemma3")),
+                biases=kind == "qwen2",
             )
         except KeyError as error:
             raise ConfigError(f"a plan needs {error} in the model's config.json") from error
@@ -89,6 +95,12 @@ class Shape:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         h, i = self.hidden, self.intermediate
         return [(h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)]
+
+    @property
+    def vectors(self) -> int:
+        """Parameters of a layer outside its matrices."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return self.norms * self.hidden + 2 * self.head_dim * self.head_norms + (q + 2 * kv) * self.biases
 
     @property
     def parameters(self) -> int:
@@ -151,7 +163,7 @@ class Device:
     """Where a run would be: ``memory`` in bytes, ``rate`` in FLOP/s, ``bandwidth`` in bytes/s.
 
     runtime is the memory in bytes that is gone before any tensor; share is the part of ``rate`` that a whole
-    step's products reach.
+    step's products reach; unpacks says whether NF4 matrices are unpacked at every use.
     """
 
     name: str
@@ -160,6 +172,7 @@ class Device:
     bandwidth: float
     runtime: float
     share: float
+    unpacks: bool = True
 
 
 # Measured with ``covrl_lab.benchmark`` (see notebooks/07_speed.ipynb): on CPUs the share of the machine's own
@@ -214,15 +227,14 @@ def measure(seconds: float = 1.0) -> Device:
         return Device(torch.cuda.get_device_name(), memory, rate, bandwidth, GPU_RUNTIME, GPU_SHARE)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     name = f"CPU, {torch.get_num_threads()} threads"
-    return Device(name, memory, rate, bandwidth, CPU_RUNTIME, CPU_SHARE)
+    return Device(name, memory, rate, bandwidth, CPU_RUNTIME, CPU_SHARE, unpacks=False)
 
 
 @dataclass(frozen=True)
 class Tokens:
     """How many tokens a step has, as a tree of shared prefixes.
 
-    prompts m, nodes n, scored s; rows N decode for ``length`` T steps each; context is the tokens of one
-    sequence.
+    prompts m, nodes n, scored s; rows N decode for ``length`` T steps each after ``context`` w tokens.
     """
 
     rows: int
@@ -248,7 +260,7 @@ class Tokens:
         scored = rows * (contexts * length + answer)
         # Seam and answer follow each trace under the prior prompt.
         nodes = prompts + scored + 2 * rows
-        return cls(rows, length, prompts, nodes, scored, shared + question + length)
+        return cls(rows, length, prompts, nodes, scored, shared + question)
 
 
 @dataclass(frozen=True)
@@ -265,7 +277,7 @@ class Plan:
     seconds: dict[str, float]
 
     STAYS = ("weights", "adapter", "runtime")
-    PHASES = {"sampling": ("keys and values", "logits"), "update": ("activations", "masks", "head chunk")}
+    PHASES = {"sampling": ("keys and values", "logits"), "update": ("activations", "masks", "head")}
 
     @property
     def peak(self) -> float:
@@ -344,29 +356,28 @@ def pick_device(device: str | Device) -> Device:
     return DEVICES[device]
 
 
-def memory_parts(config: RunConfig, shape: Shape, tokens: Tokens, runtime: float) -> dict[str, float]:
+def memory_parts(config: RunConfig, shape: Shape, tokens: Tokens, device: Device) -> dict[str, float]:
     """Bytes by part; the formula is the module's docstring."""
-    width = 2 if config.dtype == "bfloat16" else 4
-    c = min(tokens.nodes, config.max_packed_tokens)
-    q = shape.heads * shape.head_dim
-    layer = 32 * shape.hidden + 12 * q + 10 * shape.intermediate
-    if width == 4:  # casts to the adapters' float32 copy nothing, but what was 2 bytes is 4
-        layer = 16 * shape.hidden + 16 * q + 16 * shape.intermediate
-    kept = shape.layers * width * shape.hidden + layer
+    e = 2 if config.dtype == "bfloat16" else 4
+    h, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    c, length = min(tokens.nodes, config.max_packed_tokens), tokens.context + tokens.length
+    weights = shape.weight_bytes(config.quantization, e)
+    if config.quantization == "nf4" and not device.unpacks and 2 * shape.parameters <= DENSE_BYTES:
+        weights += e * shape.parameters
+    layer = 4 * shape.norms * h + 4 * (q + kv) * shape.head_norms
+    layer += e * (2 * h + 3 * q + 2 * kv * (1 + length / BLOCK) + 4 * shape.intermediate)
+    layer += e * 7 * config.lora_rank
+    kept = shape.layers * e * h + layer if config.gradient_checkpointing else (shape.layers + 0.5) * layer
+    stored = tokens.prompts + tokens.rows * length
     return {
-        "weights": shape.weight_bytes(config.quantization, width),
+        "weights": weights,
         "adapter": 16 * shape.adapter_parameters(config.lora_rank),
-        "runtime": runtime,
-        "keys and values": 2
-        * width
-        * shape.layers
-        * shape.kv_heads
-        * shape.head_dim
-        * (tokens.prompts + tokens.rows * tokens.length),
-        "logits": 28 * tokens.rows * shape.vocabulary,
-        "activations": c * (kept if config.gradient_checkpointing else shape.layers * layer),
-        "masks": 3 * c**2,
-        "head chunk": 16 * min(tokens.scored, 512) * shape.vocabulary,
+        "runtime": device.runtime,
+        "keys and values": 2 * e * shape.layers * kv * stored,
+        "logits": 20 * tokens.rows * shape.vocabulary,
+        "activations": c * kept,
+        "masks": c * e * (shape.heads // shape.kv_heads) * (length + BLOCK),
+        "head": 1.5 * min(LOGITS_BYTES, 4 * tokens.scored * shape.vocabulary) + 2 * tokens.scored * e * h,
     }
 
 
@@ -375,36 +386,34 @@ def step_seconds(
 ) -> dict[str, float]:
     """Seconds by part; the formula is the module's docstring.
 
-    ``ideal`` leaves out what is done beyond the step's own arithmetic: dequantisation, the head's
-    recomputation, and attention to masked tokens. With ``device.share`` 1 that is the machine's limit.
+    ``ideal`` leaves out what is done beyond the step's own arithmetic: unpacking, attention to masked tokens,
+    and a copy of shared keys and values for every row. With ``device.share`` 1 that is the machine's limit.
     """
-    width = 2 if config.dtype == "bfloat16" else 4
+    e = 2 if config.dtype == "bfloat16" else 4
     p, head = shape.parameters, shape.embedding
-    n, part = tokens.nodes, min(tokens.nodes, config.max_packed_tokens)
-    passes = 2 + config.gradient_checkpointing + (n > config.max_packed_tokens)
+    n, part, length = tokens.nodes, config.max_packed_tokens, tokens.context + tokens.length
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    passes = 2 + config.gradient_checkpointing + (n > part)
 
     def product(flops: float, read: float) -> float:
         return max(flops / (device.share * device.rate), read / device.bandwidth)
 
-    def attention(queries: int, keys: int) -> float:
-        keys = min(keys, tokens.context) if ideal else keys
-        return 4 * queries * keys * shape.heads * shape.head_dim * shape.layers
+    def forward(nodes: int, keys: float) -> float:
+        return 2 * p * nodes + 4 * nodes * keys * q * shape.layers
 
-    def forward(nodes: int, keys: int) -> float:
-        return 2 * p * nodes + attention(nodes, keys)
-
-    stored = width * (p + head)
-    decoding = forward(tokens.rows, tokens.prompts + tokens.rows * tokens.length // 2)
+    stored, block = e * (p + head), 0 if ideal else BLOCK
+    mean = tokens.context + tokens.length / 2
+    cached = tokens.prompts + tokens.rows * tokens.length / 2 if ideal else tokens.rows * mean
+    decoding = forward(tokens.rows, mean) + 2 * tokens.rows * head
     seconds = {
-        "prompts": product(forward(tokens.prompts, tokens.prompts), stored),
-        "decoding": tokens.length * product(decoding + 2 * tokens.rows * head, stored),
-        "update": product(
-            passes * forward(n, part) + (4 if ideal else 6) * tokens.scored * head, passes * stored
-        ),
+        "prompts": product(forward(tokens.prompts, tokens.context + block), stored),
+        "decoding": tokens.length * product(decoding, stored + 2 * e * shape.layers * kv * cached),
+        "update": product(passes * forward(n, length + block) + 4 * tokens.scored * head, passes * stored),
     }
-    if config.quantization == "nf4" and not ideal:
+    dense = not device.unpacks and 2 * p <= DENSE_BYTES
+    if config.quantization == "nf4" and not ideal and not dense:
         times = 1 + tokens.length + passes * math.ceil(n / part)
-        seconds["dequantise"] = times * (0.5 + 2 * width) * p / device.bandwidth
+        seconds["dequantise"] = times * (0.5 + 2 * e) * p / device.bandwidth
     return seconds
 
 
@@ -427,7 +436,7 @@ def plan(
     config = config or RunConfig(**settings)
     device, shape = pick_device(device), shape_of(config.model)
     tokens = Tokens.of(config, prompt_tokens, question_tokens, answer_tokens, trace_tokens)
-    memory = memory_parts(config, shape, tokens, device.runtime)
+    memory = memory_parts(config, shape, tokens, device)
     return Plan(config, device, memory, step_seconds(config, shape, tokens, device))
 
 

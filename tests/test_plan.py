@@ -7,11 +7,26 @@ import sys
 import pytest
 import torch
 
-from covrl_lab import ConfigError, RunConfig
+from covrl_lab import ConfigError, RunConfig, lora, scoring, tree
 from covrl_lab.models import load_config, load_policy
-from covrl_lab.plan import CONFIGS, DEVICES, GIB, Device, Plan, Shape, Tokens, memory_parts, plan, shape_of
+from covrl_lab.plan import (
+    BLOCK,
+    CONFIGS,
+    DENSE_BYTES,
+    DEVICES,
+    GIB,
+    LOGITS_BYTES,
+    Device,
+    Plan,
+    Shape,
+    Tokens,
+    memory_parts,
+    plan,
+    shape_of,
+)
+from covrl_lab.sampling import PackedRows
 from covrl_lab.scoring import packed_tokens
-from covrl_lab.tree import TreeCache, build_tree, count_nodes, run_tree
+from covrl_lab.tree import count_nodes
 from covrl_lab.types import Prompt, TraceBatch
 
 TINY = ["tiny", "tiny-qwen3", "tiny-gemma3"]
@@ -44,18 +59,25 @@ def test_weights_adapter_and_optimiser_take_what_the_plan_says(model, quantizati
     actual = storage(*parameters, *(p.grad for p in parameters), *moments)
     config = RunConfig(model=model, quantization=quantization, dtype=dtype, lora_rank=3)
     tokens = Tokens.of(config, 10, 5, 3)
-    assert memory_parts(config, shape, tokens, 0)["adapter"] == actual
+    assert memory_parts(config, shape, tokens, HERE)["adapter"] == actual
 
 
 @pytest.mark.parametrize("model", TINY)
 def test_keys_and_values_take_what_the_plan_says(model):
     policy = load_policy(model, quantization="none", lora_rank=0, device="cpu")
-    config = RunConfig(model=model, questions_per_step=2, rollouts_per_question=3, max_trace_tokens=7)
+    config = RunConfig(
+        model=model, quantization="none", questions_per_step=2, rollouts_per_question=3, max_trace_tokens=7
+    )
     tokens = Tokens.of(config, shared=10, question=5, answer=3)
-    cache = TreeCache(tokens.prompts + tokens.rows * tokens.length)
-    run_tree(policy, build_tree([range(4, 8)]), cache)
-    actual = storage(*(t for layer in cache._layers for t in layer))
-    assert memory_parts(config, shape_of(model), tokens, 0)["keys and values"] == actual
+    rows = PackedRows(policy, [[*range(9, 24)]] * tokens.rows, max_tokens=7)
+    actual = storage(*(t for layer in rows.layers for t in layer))
+    e, shape = 2, shape_of(model)
+    prompts = 2 * e * shape.layers * shape.kv_heads * shape.head_dim * tokens.prompts  # gone by then
+    assert memory_parts(config, shape, tokens, HERE)["keys and values"] - prompts == actual
+
+
+def test_the_sizes_of_the_torch_modules_are_known():
+    assert (tree.BLOCK, scoring.LOGITS_BYTES, lora.DENSE_BYTES) == (BLOCK, LOGITS_BYTES, DENSE_BYTES)
 
 
 @pytest.mark.parametrize("prior_only", [False, True])
@@ -109,7 +131,7 @@ def test_a_shape_reads_what_transformers_writes():
 
 def test_the_larger_phase_counts():
     parts = {"weights": 1.0, "adapter": 2.0, "runtime": 3.0, "keys and values": 10.0, "logits": 20.0}
-    parts |= {"activations": 4.0, "masks": 5.0, "head chunk": 6.0}
+    parts |= {"activations": 4.0, "masks": 5.0, "head": 6.0}
     made = Plan(RunConfig(), HERE, parts, {"decoding": 90.0, "update": 30.0})
     assert made.peak == 6 + 30 and made.minutes == 2.0
     assert dataclasses.replace(made, memory=parts | {"activations": 40.0}).peak == 6 + 51
@@ -152,7 +174,7 @@ def test_every_lever_moves_memory_and_time_the_right_way():
 
 
 def test_the_decoding_time_by_hand():
-    """One question, one rollout, no attention to speak of: reading the weights once a token is the limit."""
+    """One question, one rollout: reading the weights, keys and values once a token is the limit."""
     config = RunConfig(
         questions_per_step=1, rollouts_per_question=1, quantization="none", max_trace_tokens=10
     )
@@ -160,6 +182,8 @@ def test_the_decoding_time_by_hand():
     made = plan(config, device=device, prompt_tokens=1, question_tokens=1)
     # SmolLM2-135M: 30 layers of 3538944 parameters, embedding 49152 x 576, two bytes each.
     read = 2 * (30 * 3_538_944 + 49_152 * 576)
+    # Before the trace 2 tokens, on average 5 more: 30 layers of 3 key heads of size 64, and as many values.
+    read += 7 * 30 * 2 * 3 * 64 * 2
     assert made.seconds["decoding"] == pytest.approx(10 * read / 1e9)
     assert "dequantise" not in made.seconds
 
