@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +9,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from .figures import GREY, SOURCE_COLOURS, TEMPLATE, _label, visible
+
+SHOWN_BEFORE = 12  # tokens that the hover box shows up to its own
 
 
 def coherence_curve(frame: pd.DataFrame, chosen: Sequence[int] | None = None) -> go.Figure:
@@ -24,72 +25,73 @@ def coherence_curve(frame: pd.DataFrame, chosen: Sequence[int] | None = None) ->
         return figure.update_layout(title_text="no traces")
     if chosen is None:
         last = frame["coherence"].map(lambda values: values[-1])
-        chosen = [last[frame["source"] == s].idxmax() for s in frame["source"].unique()]
-    longest = max(len(tokens) for tokens in frame["tokens"])
-    for label, row in frame.sort_values("source", kind="stable", ascending=False).iterrows():
-        bold, colour = label in chosen, SOURCE_COLOURS[row["source"]]
-        read = [
-            "no trace yet",
-            *(_label("".join(row["tokens"][max(0, t - 11) : t + 1])) for t in range(len(row["tokens"]))),
-        ]
+        chosen = [own.idxmax() for _, own in last.groupby(frame["source"], sort=False)]
+    longest = int(frame["tokens"].map(len).max())
+    # source -> (axis, where it stands, width: where two lines coincide both show)
+    drawn = {"prior": ("x2", "above", 6), "posterior": ("x", "below", 2.5)}
+    for label, row in frame.sort_values("source", ascending=False, kind="stable").iterrows():
+        bold, (_, side, width) = label in chosen, drawn[row["source"]]
+        tokens = list(row["tokens"])
+        parts = [tokens[max(0, t - SHOWN_BEFORE) : t] for t in range(1, len(tokens) + 1)]
         figure.add_scatter(
-            x=list(range(len(read))),
+            x=list(range(len(tokens) + 1)),
             y=list(row["coherence"]),
             mode="lines+markers" if bold else "lines",
-            name=f"{row['source']}, tokens on the axis" if bold else row["source"],
-            legendgroup=f"{row['source']} {bold}",
+            name=f"{row['source']} trace, its tokens {side}",
             showlegend=bold,
             opacity=1 if bold else 0.4,
-            line={"color": colour, "width": 3 if bold else 1.2},
-            marker={"size": 6},
-            customdata=read,
+            line={"color": SOURCE_COLOURS[row["source"]], "width": width if bold else 1.2},
+            marker={"size": width + 3},
+            customdata=["no token yet", *(_label("".join(part)) for part in parts)],
             hovertemplate="%{customdata}<br><b>%{y:.2f} nats</b> after %{x} tokens"
             f"<extra>{row['source']}</extra>",
         )
-    shared = {"range": [-0.4, longest + 0.4], "showgrid": False, "zeroline": False, "tickangle": -90}
-    axes = {"posterior": "xaxis", "prior": "xaxis2"}
     for label in chosen:
         row = frame.loc[label]
-        axis = {
-            "tickvals": list(range(len(row["tokens"]) + 1)),
-            "ticktext": ["–", *(_label(token, spaces=True) for token in row["tokens"])],
+        axis, side, _ = drawn[row["source"]]
+        tokens = [visible(token, spaces=True) for token in row["tokens"]]
+        fits = len(tokens) * max(map(len, tokens)) <= 90
+        # An axis is drawn only where a trace lies on it.
+        figure.add_scatter(x=[None], y=[None], xaxis=axis, showlegend=False, hoverinfo="skip")
+        figure.layout["xaxis2" if axis == "x2" else "xaxis"] = {
+            "range": [-0.4, longest + 0.4],
+            "showgrid": False,
+            "zeroline": False,
+            "tickvals": list(range(len(tokens) + 1)),
+            "ticktext": ["–", *(_label(token) for token in tokens)],
+            "tickangle": 0 if fits else -90,
             "tickfont": {
                 "family": "monospace",
-                "size": 12 if longest <= 64 else 9,
+                "size": 13 if longest <= 64 else 9,
                 "color": SOURCE_COLOURS[row["source"]],
             },
-            "title": {"text": f"last token read of the bold {row['source']} trace (· space, ↵ end of line)"},
+            "side": "top" if side == "above" else "bottom",
+            "overlaying": "x" if axis == "x2" else None,
         }
-        figure.update_layout({axes[row["source"]]: shared | axis})
-    figure.update_layout(xaxis2={"side": "top", "overlaying": "x"} | shared)
-    if any(frame.loc[label, "source"] == "prior" for label in chosen):
-        # An axis is drawn only where a trace lies on it.
-        figure.add_scatter(x=[None], y=[None], xaxis="x2", showlegend=False, hoverinfo="skip")
+    figure.update_layout(xaxis_title_text="last token read (· space, ↵ end of line, – none yet)")
     figure.update_yaxes(title_text="log p(y | x, z up to here), nats")
     return figure.update_layout(
-        height=470,
-        margin={"t": 110, "b": 100},
+        height=430,
+        margin={"t": 90},
         width=None if longest <= 90 else 11 * longest,
-        legend={"y": 0, "yanchor": "bottom", "x": 1},
+        legend={"x": 0, "xanchor": "left", "y": 1.12},
     )
 
 
 def sparkline(values: Sequence[float | None], colour: str = GREY, width: int = 130, height: int = 22) -> str:
     """An SVG line of the values that are there, scaled to their range; empty below two of them."""
-    y = np.asarray(pd.Series(values, dtype=float))
-    x = np.linspace(3, width - 3, len(y)) if len(y) > 1 else np.zeros(len(y))
-    there = np.isfinite(y)
+    y = np.array(values, dtype=float)
+    x, there = np.linspace(3, width - 3, len(y)), np.isfinite(y)
     if there.sum() < 2:
         return ""
-    low, high = y[there].min(), y[there].max()
-    scaled = height / 2 if high == low else height - 3 - (y - low) / ((high - low) or 1) * (height - 6)
-    points = [
-        f"{a:.1f},{b:.1f}" for a, b in zip(x[there], np.broadcast_to(scaled, y.shape)[there], strict=True)
-    ]
-    end_x, end_y = points[-1].split(",")
-    title = html.escape(visible(f"from {low:.4g} to {high:.4g}"))
+    x, y = x[there], y[there]
+    low, high = y.min(), y.max()
+    place = (y - low) / (high - low) if high > low else np.full(len(y), 0.5)
+    points = [f"{a:.1f},{b:.1f}" for a, b in zip(x, height - 3 - place * (height - 6), strict=True)]
+    last_x, last_y = points[-1].split(",")
+    title = f"from {low:.4g} to {high:.4g}"
     return (
         f'<svg width="{width}" height="{height}" role="img" aria-label="{title}"><title>{title}</title>'
         f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-        f'<circle cx="{end_x}" cy="{end_y}" r="2.5" fill="{colour}"/></svg>'
+        f'<circle cx="{last_x}" cy="{last_y}" r="2.5" fill="{colour}"/></svg>'
     )

@@ -286,8 +286,8 @@ class PromptBench:
         self.cancel = widgets.Button(description="Cancel", icon="stop", disabled=True)
         self.bar = widgets.IntProgress(max=100, layout={"width": "260px"})
         self.message = widgets.HTML()
-        self.summary, self.curve = widgets.HTML(), widgets.Output(layout={"min_height": "470px"})
-        self.weights = widgets.ToggleButtons(description="weights", **label)
+        self.summary, self.curve = widgets.HTML(), widgets.Output(layout={"min_height": "430px"})
+        self.weights = widgets.ToggleButtons()
         self.traces = {
             source: widgets.Dropdown(description=f"{source} trace", **wide)
             for source in ("prior", "posterior")

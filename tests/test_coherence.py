@@ -1,11 +1,13 @@
 """The coherence curve equals one plain forward for each prefix."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from covrl_lab import scoring
 from covrl_lab.coherence import coherence
+from covrl_lab.curves import coherence_curve
 from covrl_lab.prompts import Prompter
 from covrl_lab.scoring import score
 from covrl_lab.types import Demonstration, Example, TraceBatch
@@ -92,3 +94,32 @@ def test_the_last_value_is_the_scored_answer_of_every_rollout(tiny_policy):
     answers = score(tiny_policy, [prompt, other], batch).answer.sum(1)
     assert [len(curve) for curve in curves] == [len(trace) + 1, 6]
     np.testing.assert_allclose([curve[-1] for curve in curves], answers.detach(), atol=TOLERANCE)
+
+
+def test_the_figure_has_a_line_a_trace_and_the_best_traces_tokens_on_its_axes():
+    hostile = "<script>alert(1)</script>$x$"
+    rows = [("prior", [-3.0, -2.0, -9.0]), ("prior", [-3.0, -2.5, -1.0]), ("posterior", [-3.0, -4.0, -0.5])]
+    frame = pd.DataFrame(
+        [
+            {
+                "source": source,
+                "tokens": [f" {i}", hostile if i == 2 else "\n"],
+                "coherence": np.array(values),
+            }
+            for i, (source, values) in enumerate(rows)
+        ],
+        index=[10, 11, 12],
+    )
+    figure = coherence_curve(frame)
+    lines = [line for line in figure.data if line.y[0] is not None]
+    assert sorted(list(line.y) for line in lines) == sorted(values for _, values in rows)
+    assert [list(line.x) for line in lines] == [[0, 1, 2]] * 3
+    bold = [list(line.y) for line in lines if line.showlegend]
+    assert bold == [rows[1][1], rows[2][1]], "the traces that end best"
+    assert figure.layout.xaxis2.ticktext == ("–", "·1", "↵")
+    assert figure.layout.xaxis.ticktext[1] == "·2"
+    assert "<script" not in str(figure) and "$x$" not in str(figure) and "&lt;script&gt;" in str(figure)
+    other = coherence_curve(frame, chosen=[10, 12])
+    assert other.layout.xaxis2.ticktext == ("–", "·0", "↵")
+    alone = coherence_curve(frame[frame["source"] == "posterior"])
+    assert "xaxis2" not in alone.layout and len(coherence_curve(frame.head(0)).data) == 0

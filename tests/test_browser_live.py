@@ -1,0 +1,130 @@
+"""The run monitor and the prompt bench in a real JupyterLab."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from browser import ROOT, jupyterlab
+
+from covrl_lab import load_run
+from covrl_lab.live import find_source, open_source, probe
+
+SMALL = (
+    "--model tiny --quantization none --dtype float32 --demonstrations 1 --questions_per_step 2 "
+    "--rollouts_per_question 2 --max_trace_tokens 6 --eval_questions 4 --eval_every 0 --steps 5000"
+).split()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    with jupyterlab(tmp_path_factory.mktemp("lab"), height=1600) as lab:
+        yield lab
+
+
+@pytest.fixture
+def running(lab):
+    """A run that another process writes into the served folder."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "covrl_lab", *SMALL, "--run_dir", str(lab.folder / "run")]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    yield process
+    process.kill()
+    process.wait(30)
+
+
+def has_text(lab, selector, text, seconds=120):
+    lab.page.wait_for_function(
+        "([selector, text]) => (document.querySelector(selector)?.innerText || '').includes(text)",
+        arg=[selector, text],
+        timeout=1000 * seconds,
+    )
+
+
+def test_the_monitor_follows_and_stops_a_run(lab, running):
+    lab.write("monitor.ipynb", "from covrl_lab.monitor import RunMonitor\nRunMonitor('run', every=0.2)")
+    lab.open("monitor.ipynb")
+    lab.run_all()
+    page = lab.page
+    has_text(lab, ".covrl-monitor", "running: ")
+    page.wait_for_selector(".covrl-monitor .js-plotly-plot .main-svg")
+    assert page.locator('[data-jp-kernel-status="busy"]').count() == 0
+    page.locator(".covrl-monitor button", has_text="Stop after this step").click()
+    assert running.wait(120) == 0
+    has_text(lab, ".covrl-monitor", "stopped after step ")
+
+    run = load_run(lab.folder / "run")
+    last = run.metrics.iloc[-1]
+    assert (run.path / "STOP").exists() and 1 <= last["step"] < 5000
+    assert f"stopped after step {last['step']:.0f} of 5000" in page.locator(".covrl-monitor").inner_text()
+    for column in ("reward_prior", "reward_posterior", "kl", "trace_tokens_prior", "gradient_norm"):
+        shown = page.locator(f'.covrl-monitor [data-column="{column}"]').inner_text()
+        assert shown == f"{last[column]:.4g}".replace("-", "−"), column
+    accuracy = page.locator('.covrl-monitor [data-column="accuracy"]').inner_text()
+    assert accuracy == f"{run.evaluations['accuracy'].iloc[-1]:.1%}"
+    drawn = page.evaluate(
+        "() => { const plot = document.querySelector('.covrl-monitor .js-plotly-plot');"
+        " return plot.calcdata[plot.data.findIndex(d => d.name === 'prior')].map(p => p.y); }"
+    )
+    assert len(drawn) == len(run.metrics) and drawn[-1] == pytest.approx(last["reward_prior"])
+
+    # A restarted kernel shows the same, and the button lets the run go on.
+    page.get_by_role("menuitem", name="Kernel", exact=True).click()
+    page.get_by_text("Restart Kernel and Run All Cells…", exact=True).click()
+    page.get_by_role("button", name="Restart").click()
+    page.wait_for_function("!document.querySelector('.covrl-monitor')")
+    has_text(lab, ".covrl-monitor", f"stopped after step {last['step']:.0f} of 5000")
+    page.locator(".covrl-monitor button", has_text="Let it go on").click()
+    page.wait_for_selector(".covrl-monitor button:has-text('Stop after this step')")
+    assert not (run.path / "STOP").exists()
+    assert lab.errors == [] and lab.requests == [] and lab.cell_errors() == []
+
+
+def test_the_bench_samples_and_shows_what_the_files_and_the_model_give(lab, running):
+    run = lab.folder / "run"
+    while not (run / "metrics.jsonl").exists():  # at once after the test above; alone it takes seconds
+        lab.page.wait_for_timeout(100)
+    (run / "STOP").touch()
+    assert running.wait(120) == 0
+    lab.write(
+        "bench.ipynb",
+        "from covrl_lab.live import PromptBench\nPromptBench(checkpoint='run', k=2, max_tokens=6)",
+    )
+    lab.open("bench.ipynb")
+    lab.run_all()
+    page = lab.page
+    question, answer = "What is 3 < 4 & <img src=x onerror=alert(1)>?", "yes"
+    page.locator(".covrl-bench textarea").fill(question)
+    page.get_by_label("answer y").fill(answer)
+    page.get_by_role("button", name="Generate").click()
+    has_text(lab, ".covrl-bench", "done")
+    page.wait_for_selector(".covrl-bench .js-plotly-plot .main-svg")
+
+    policy, prompter = open_source(find_source(run))
+    frame = probe(policy, prompter, question, answer, 2, max_tokens=6)
+    for source, own in frame.groupby("source"):
+        cell = page.locator(f'.covrl-bench [data-cell="after training/{source}"]')
+        assert cell.inner_text() == f"{own['reward'].mean():.2f}"
+    shown = page.locator(".covrl-bench [role=listbox]")
+    assert shown.count() == 2
+    best = [frame.loc[own["reward"].idxmax()] for _, own in frame.groupby("source", sort=False)]
+    for box, row in zip(shown.all(), best, strict=True):
+        assert box.locator("[role=option]").count() == len(row["tokens"])
+
+    # A click on a token gives its numbers and what each prompt would rather have written.
+    shown.first.locator("[role=option]").first.click()
+    has_text(lab, ".covrl-bench .covrl-detail", "prior prompt's first choices")
+    numbers = page.locator(".covrl-bench .covrl-detail").inner_text()
+    first = best[0]["alternatives"][0]["posterior"][0][1]
+    assert f"{best[0]['logp'][0]:.3f}".replace("-", "−") in numbers.replace("-", "−")
+    assert f"{first:.3f}".replace("-", "−") in numbers.replace("-", "−")
+
+    before = shown.first.inner_text()
+    page.get_by_role("button", name="before training").click()
+    page.wait_for_function(
+        "text => document.querySelector('.covrl-bench [role=listbox]').innerText !== text", arg=before
+    )
+    page.locator(".covrl-bench textarea").fill(" ")
+    page.get_by_role("button", name="Generate").click()
+    has_text(lab, ".covrl-bench", "has an empty question")
+    assert lab.errors == [] and lab.requests == [] and lab.dialogs == [] and lab.cell_errors() == []
