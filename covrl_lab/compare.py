@@ -29,7 +29,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from . import figures
-from .config import METHOD_DEFAULTS, RunConfig
+from .config import RunConfig
 from .intervals import interquartile_mean, share_interval
 from .traces import Run, load_run, step_file, steps_in
 from .types import ConfigError, did_you_mean
@@ -123,29 +123,35 @@ def _varying(runs: list[Run]) -> list[str]:
     return [name for name in configs[0].to_dict() if name in different]
 
 
-def _labels(runs: list[Run]) -> list[str]:
-    """One label a run: the fewest varying settings that tell the methods apart, "…" if there are more.
+def _distinct(settings: list[dict[str, Any]], names: list[str]) -> int:
+    return len({tuple(s[name] for name in names) for s in settings})
 
-    Settings that are every run's method's own default go without saying. "all runs" where nothing differs.
+
+def _labels(runs: list[Run]) -> list[str]:
+    """One label a run: its method and the fewest settings that tell that method's runs apart.
+
+    "…" stands for others that differ between the runs and are not the method's own default. "all runs" where
+    nothing differs.
     """
     settings = [_settings(run) for run in runs]
     varying = [name for name in _varying(runs) if name not in WITHIN]
-    varying.sort(key=lambda name: name != "method")  # the method first
-    varying = [
-        name
-        for name in varying
-        if name == "method" or any(s[name] != METHOD_DEFAULTS[s["method"]].get(name) for s in settings)
-    ]
-
-    def parts(names: list[str]) -> list[tuple[str, ...]]:
-        return [tuple(str(s[n]) if n == "method" else f"{n} {s[n]}" for n in names) for s in settings]
-
-    chosen: list[str] = []
-    for name in varying:
-        if len(set(parts([*chosen, name]))) > len(set(parts(chosen))):
-            chosen.append(name)
-    more = ", …" if len(chosen) < len(varying) else ""
-    return [(", ".join(part) or "all runs") + more for part in parts(chosen)]
+    usual = {s["method"]: RunConfig(method=s["method"]).to_dict() for s in settings}
+    shown: dict[str, list[str]] = {}
+    for method in usual:
+        own = [s for s in settings if s["method"] == method]
+        shown[method] = names = []
+        for name in varying:
+            if _distinct(own, [*names, name]) > _distinct(own, names):
+                names.append(name)
+    labels = []
+    for s in settings:
+        method, names = s["method"], shown[s["method"]]
+        parts = [method] if "method" in varying else []
+        parts += [f"{name} {s[name]}" for name in names]
+        hidden = set(varying) - {"method", *names}
+        parts += ["…"] if any(s[name] != usual[method][name] for name in hidden) else []
+        labels.append(", ".join(parts) or "all runs")
+    return labels
 
 
 def differences(methods: Methods) -> pd.DataFrame:
