@@ -27,7 +27,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -40,16 +39,16 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from tqdm.auto import tqdm
 
 from .config import RunConfig
-from .plan import GIB, Device, Tokens, fastest, measure, plan, shape_of, step_seconds
+from .plan import GIB, Device, fastest, measure, plan, shape_of
+from .speed import FOLDER, report
 from .types import ConfigError, did_you_mean
 
-FOLDER = Path(__file__).resolve().parents[1] / "notebooks" / "results" / "speed"
 PRIOR_ONLY = {"alpha": 1.0, "composite_weight": 1.0, "kl_weight": 0.0}
-STEP = {"task": "arithmetic", "questions_per_step": 8, "rollouts_per_question": 4, "max_trace_tokens": 28}
+STEP = {"task": "arithmetic", "prompt_style": "few_shot", "demonstrations": 3}
+STEP |= {"questions_per_step": 8, "rollouts_per_question": 4, "max_trace_tokens": 28}
 # name -> what it changes; "fixed" holds every trace to max_trace_tokens
 VARIANTS: dict[str, dict[str, Any]] = {
     "covrl": {"fixed": True},
@@ -62,8 +61,12 @@ GROWTH: dict[str, list[dict[str, Any]]] = {
     "trace tokens": [{"max_trace_tokens": t} for t in (28, 64, 128, 256)],
     "demonstrations": [{"demonstrations": k} for k in (0, 2, 4, 8)],
 }
-VOCABULARIES = (8_192, 32_768, 152_064)
-MEMORY_ROLLOUTS = (16, 32, 64)
+VOCABULARIES = [8_192, 32_768, 152_064]
+MEMORY_ROLLOUTS = [16, 32, 64]
+ROWS = [32, 512, 2048]  # of the bare matrix products: decoding, prompts, update
+# What the larger of the two models that plans are checked on changes of the first.
+LARGER = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 20}
+LARGER |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
 
 
 # --- storing
@@ -401,7 +404,7 @@ def _limits(settings: dict[str, Any]) -> dict[str, Any]:
     ]
     head = torch.randn(shape.vocabulary, shape.hidden, dtype=dtype, device=place)
     products = {}
-    for rows in tqdm((32, 256, 2048), desc="limits: matrix products", leave=False):
+    for rows in tqdm(settings["rows"], desc="limits: matrix products", leave=False):
         inputs = {n: torch.randn(rows, n, dtype=dtype, device=place) for n in {w.shape[1] for w in layers}}
 
         # One after the other, as in a forward: none is in cache. Few rows are decoding, which needs the head.
@@ -424,14 +427,18 @@ def growth_part(results: Results) -> None:
             step()
             return step() | {"value": next(iter(change.values()))}
 
-    points = [(f"{name}: {i}", change) for name, all in GROWTH.items() for i, change in enumerate(all)]
+    points = [
+        (f"{name}: {i}", change)
+        for name, all in results.settings["points"].items()
+        for i, change in enumerate(all)
+    ]
     for key, change in tqdm(points, desc="growth"):
         results.get(key, lambda change=change: point(change))
 
 
 def memory_part(results: Results) -> None:
     """Bytes of scoring and its backward at equal hidden size."""
-    points = [(v, r) for v in VOCABULARIES for r in MEMORY_ROLLOUTS]
+    points = [(v, r) for r in results.settings["rollouts"] for v in results.settings["vocabularies"]]
     for vocabulary, rollouts in tqdm(points, desc="memory"):
         results.get(f"{vocabulary}, {rollouts}", lambda v=vocabulary, r=rollouts: apart(_memory, v, r))
 
@@ -510,10 +517,8 @@ def peak_bytes(function: Callable[[], None]) -> int:
 def plan_part(results: Results) -> None:
     """Predicted against measured, on this machine: the embedded model, and a larger one of random weights."""
     config, threads = results.settings["config"], results.settings["threads"]
-    larger = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 20}
-    larger |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
     device = Device(**apart(_measure, threads))
-    for name, changes in tqdm({"embedded": None, "random 0.3B": larger}.items(), desc="plan"):
+    for name, changes in tqdm({"embedded": None, "random 0.3B": LARGER}.items(), desc="plan"):
 
         def compare(changes=changes) -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as folder:
@@ -548,101 +553,6 @@ def apart(function: Callable, *args: Any, **kwargs: Any) -> Any:
         return pool.submit(function, *args, **kwargs).result()
 
 
-# --- reading
-
-
-def load(folder: str | Path = FOLDER) -> dict[str, dict[str, Any]]:
-    """The stored parts by name: dictionaries of settings, machine and results."""
-    return {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(Path(folder).glob("*.json"))}
-
-
-def step_frame(part: dict[str, Any]) -> pd.DataFrame:
-    """A row for each repetition and variant: seconds by phase, tokens, memory in GiB."""
-    rows = [
-        {"repetition": int(r), "trainer": name, **measured}
-        for r, variants in part["results"].items()
-        for name, measured in variants.items()
-    ]
-    return pd.DataFrame(rows).assign(
-        seconds_per_100_tokens=lambda frame: 100 * frame["seconds"] / frame["generated"]
-    )
-
-
-def ratio_frame(frame: pd.DataFrame, pairs: list[tuple[str, str]], phase: str = "seconds") -> pd.DataFrame:
-    """Median, lowest and highest ratio of two trainers' seconds within one repetition; one row a pair."""
-    wide = frame.pivot(index="repetition", columns="trainer", values=phase)
-    rows = []
-    for one, other in pairs:
-        if one in wide and other in wide:
-            ratio = wide[one] / wide[other]
-            rows.append([f"{one} / {other}", ratio.median(), ratio.min(), ratio.max(), len(ratio)])
-    return pd.DataFrame(rows, columns=["ratio", "median", "lowest", "highest", "repetitions"])
-
-
-PAIRS = [("covrl", "trl"), ("covrl", "prior only"), ("prior only", "trl"), ("covrl, own ends", "trl")]
-
-
-def plan_frame(part: dict[str, Any]) -> pd.DataFrame:
-    """Predicted and measured memory in GiB and seconds a step, one row a model."""
-    rows = {
-        name: {
-            f"{what}, {unit}": both[what][unit]
-            for unit in ("gib", "seconds")
-            for what in ("predicted", "measured")
-        }
-        for name, both in part["results"].items()
-    }
-    return pd.DataFrame(rows).T
-
-
-def limit_seconds(step: pd.Series, limits: dict[str, Any], config: RunConfig) -> dict[str, float]:
-    """The least seconds this machine's measured rate and bandwidth allow for one measured step of ours.
-
-    Arithmetic that a step cannot do without: every distinct token once, forward and the gradient of its
-    activations, the head at decoded and scored tokens, and one reading of the weights a token step.
-    """
-    rows = int(step["rows"])
-    tokens = Tokens(
-        rows=rows,
-        length=math.ceil(step["generated"] / rows),
-        prompts=int(step["prompt_tokens"]),
-        nodes=int(step["update_tokens"]),
-        scored=int(step["scored"]),
-        context=round(step["prompt_tokens_as_rows"] / rows),
-    )
-    device = Device("this machine", 0, limits["rate"], limits["bandwidth"], runtime=0, share=1)
-    return step_seconds(config, shape_of(config.model), tokens, device, ideal=True)
-
-
-def report(folder: Path) -> str:
-    """What the stored parts say, as text."""
-    parts, lines = load(folder), []
-    if "step" in parts:
-        frame = step_frame(parts["step"])
-        medians = frame.groupby("trainer", sort=False).median(numeric_only=True)
-        columns = ["seconds", "sampling", "scoring", "update", "generated", "peak_gib"]
-        lines += [medians[columns].round(2).to_string(), ""]
-        lines += [ratio_frame(frame, PAIRS).round(3).to_string(index=False), ""]
-    if {"step", "limits"} <= set(parts):
-        limits = parts["limits"]["results"]["machine limits"]
-        config = RunConfig(**parts["step"]["settings"]["config"])
-        least = sum(limit_seconds(medians.loc["covrl"], limits, config).values())
-        rates = f"{limits['rate'] / 1e9:.0f} GFLOP/s, {limits['bandwidth'] / 1e9:.1f} GB/s"
-        times = medians.loc["covrl", "seconds"] / least
-        lines += [
-            f"limit of this machine ({rates}): {least:.2f} s; our step takes {times:.2f} times that",
-            "",
-        ]
-    if "memory" in parts:
-        frame = pd.DataFrame(parts["memory"]["results"].values())
-        frame["MiB"] = frame["bytes"] / 2**20
-        table = frame.pivot(index="packed_tokens", columns="vocabulary", values="MiB")
-        lines += ["MiB allocated by scoring, by packed tokens and vocabulary", table.round(1).to_string(), ""]
-    if "plan" in parts:
-        lines += ["plan, predicted and measured", plan_frame(parts["plan"]).round(2).to_string()]
-    return "\n".join(lines)
-
-
 # --- the command
 
 PARTS = ("limits", "step", "growth", "memory", "plan")
@@ -664,14 +574,22 @@ def main() -> None:
     for part in chosen:
         if part not in PARTS:
             parser.exit(2, f"{parser.prog}: unknown part {part!r}{did_you_mean(part, PARTS)}\n")
-    variants = list(VARIANTS)
+    trainers = list(VARIANTS)
     if importlib.util.find_spec("trl") is None:
         print('TRL is not installed (pip install -e ".[bench]"): only our own trainers are measured')
-        variants.remove("trl")
-    settings = {"config": STEP | {"model": arguments.model}, "threads": arguments.threads}
-    own = {"step": {"repeats": arguments.repeats, "trainers": variants}}
+        trainers.remove("trl")
+    config = STEP | {"model": arguments.model}
+    settings = {
+        "limits": {"config": config, "rows": ROWS},
+        "step": {"config": config, "repeats": arguments.repeats, "trainers": trainers},
+        "growth": {"config": config, "points": GROWTH},
+        "memory": {"vocabularies": VOCABULARIES, "rollouts": MEMORY_ROLLOUTS},
+        "plan": {"config": config, "larger": LARGER},
+    }
     for part in chosen:
-        results = Results(arguments.folder, part, settings | own.get(part, {}), arguments.again)
+        results = Results(
+            arguments.folder, part, {"threads": arguments.threads, **settings[part]}, arguments.again
+        )
         globals()[f"{part}_part"](results)
     print(report(arguments.folder))
 

@@ -4,21 +4,17 @@ import importlib.util
 import json
 from contextlib import contextmanager
 
-import pandas as pd
 import pytest
 import torch
 
-from covrl_lab import ConfigError, RunConfig, benchmark
+from covrl_lab import ConfigError, benchmark, speed
 from covrl_lab.benchmark import (
     Clock,
     Results,
-    limit_seconds,
     peak_bytes,
     random_model,
-    ratio_frame,
     scoring_run,
     serving,
-    step_frame,
 )
 from covrl_lab.models import load_policy
 
@@ -160,32 +156,87 @@ def test_a_stored_part_names_no_machine(tmp_path):
 def test_ratios_are_taken_within_a_repetition():
     part = {
         "results": {
-            str(r): {"a": {"seconds": a, "generated": 50}, "b": {"seconds": b, "generated": 100}}
+            str(r): {"covrl": {"seconds": a}, "prior only": {"seconds": b}}
             for r, (a, b) in enumerate([(1.0, 2.0), (30.0, 40.0), (9.0, 10.0)])
         }
     }
-    frame = step_frame(part)
-    assert frame["seconds_per_100_tokens"].tolist() == [2.0, 2.0, 60.0, 40.0, 18.0, 10.0]
-    (row,) = ratio_frame(frame, [("a", "b"), ("a", "missing")]).itertuples()
+    (row,) = speed.ratio_frame(speed.step_frame(part)).itertuples()
     # 1/2, 3/4, 9/10; the ratio of the medians would be 0.9
-    assert (row.ratio, row.median, row.lowest, row.highest, row.repetitions) == ("a / b", 0.75, 0.5, 0.9, 3)
+    assert row.ratio == "CoVRL / prior only" and row.target == 1.4
+    assert (row.median, row.lowest, row.highest, row.repetitions) == (0.75, 0.5, 0.9, 3)
+
+
+STORED = {
+    "limits": {"results": {"machine limits": {"rate": 1e9, "bandwidth": 1e30}}},
+    "step": {
+        "settings": {"config": {"model": "smollm2-135m"}},
+        "results": {"0": {}},
+    },
+}
+STORED["limits"]["results"]["machine limits"]["products"] = {"32": 0.1, "512": 0.6, "2048": 2.0}
+STORED["step"]["results"]["0"]["covrl"] = {
+    "seconds": 9.0,
+    "sampling": 4.0,
+    "scoring": 2.0,
+    "update": 3.0,
+    "rows": 32,
+    "generated": 32 * 28,
+    "scored": 1952,
+    "prompt_tokens": 600,
+    "prompt_tokens_as_rows": 32 * 130,
+    "update_tokens": 2400,
+    "update_tokens_as_rows": 15000,
+}
 
 
 def test_the_limit_by_hand():
     """SmolLM2-135M where bandwidth costs nothing: FLOPs of one step, divided by the rate."""
-    step = pd.Series(
-        {"rows": 32, "generated": 32 * 28, "prompt_tokens": 600, "prompt_tokens_as_rows": 32 * 130}
-    )
-    step = pd.concat([step, pd.Series({"update_tokens": 2400, "scored": 1952})])
-    limits = {"rate": 1e9, "bandwidth": 1e30}
     p, head, width, layers = 30 * 3_538_944, 49_152 * 576, 576, 30
     prompts = 600 * (2 * p + 4 * 130 * width * layers)
     decoding = 28 * 32 * (2 * (p + head) + 4 * 144 * width * layers)
     update = 2 * 2400 * (2 * p + 4 * 158 * width * layers) + 4 * 1952 * head
-    least = limit_seconds(step, limits, RunConfig())
-    assert least == pytest.approx(
-        {"prompts": prompts / 1e9, "decoding": decoding / 1e9, "update": update / 1e9}
-    )
+    times = speed.limit_frame(STORED)
+    assert times["limit"].tolist() == pytest.approx([(prompts + decoding) / 1e9, update / 1e9])
+    assert times["measured"].tolist() == [4.0, 5.0]
+    head_seconds = 4 * 1952 * head / 1e9
+    products = [0.6 * 600 / 512 + 28 * 0.1, 2 * 2.0 * 2400 / 2048 + head_seconds]
+    assert times["matrix products"].tolist() == pytest.approx(products)
+
+
+def test_distinct_tokens_of_other_trainers_are_their_own():
+    step = STORED["step"]["results"]["0"]["covrl"]
+    both = {"covrl": step, "trl": step | {"update_tokens": 5000, "update_tokens_needed": 1300}}
+    table = speed.token_frame(speed.step_frame({"results": {"0": both}}))
+    assert table.loc["covrl", ["update", "distinct"]].tolist() == [2400, 2400]
+    assert table.loc["trl", ["update", "distinct"]].tolist() == [5000, 1300]
+
+
+def test_figures_show_the_stored_numbers():
+    frame = speed.step_frame(STORED["step"])
+    assert [bar.x[0] for bar in speed.phase_figure(frame).data] == [4.0, 2.0, 3.0, 9.0]
+    assert [bar.x[0] for bar in speed.token_figure(speed.token_frame(frame)).data] == [2400, 2400, 15000]
+    limits = speed.limit_figure(speed.limit_frame(STORED))
+    assert [bar.x[2] for bar in limits.data] == [4.0, 5.0]  # measured
+    memory = {
+        "results": {
+            k: {"vocabulary": v, "packed_tokens": 10, "bytes": 3 * 2**20} for k, v in enumerate([8, 9])
+        }
+    }
+    assert [line.y[0] for line in speed.memory_figure(speed.memory_frame(memory)).data] == [3.0, 3.0]
+    plans = {
+        "results": {"m": {k: {"gib": 1.0, "seconds": s} for k, s in (("predicted", 2), ("measured", 3))}}
+    }
+    assert [bar.y[0] for bar in speed.plan_figure(speed.plan_frame(plans)).data] == [1.0, 1.0, 2, 3]
+    step = STORED["step"]["results"]["0"]["covrl"] | {"loaded_gib": 1.0, "peak_gib": 3.5, "value": 4}
+    growth = speed.growth_frame({"results": {"rollouts: 0": step}})
+    assert [line.y[0] for line in speed.growth_figure(growth).data] == [4.0, 2.0, 3.0, 2.5]
+
+
+def test_plans_for_gpus_name_each_device():
+    plans = speed.gpu_plans(["Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-14B"], max_trace_tokens=256)
+    table = speed.plans_table(plans)
+    assert len(table) == 8 and set(table["GiB there"]) == {16, 24, 40, 80}
+    assert table.loc[("Qwen/Qwen2.5-7B", "H100 SXM, 80 GB"), "verdict"] == "fits"
 
 
 def test_the_command_measures_prints_and_refuses(tmp_path, capsys, monkeypatch):
@@ -196,7 +247,7 @@ def test_the_command_measures_prints_and_refuses(tmp_path, capsys, monkeypatch):
         def step():
             asked.append((name, settings.get("rollouts_per_question")))
             taken = {"seconds": len(asked), "sampling": 1.0, "scoring": 1.0, "update": 1.0}
-            return taken | {"generated": 100, "peak_gib": 1.0}
+            return STORED["step"]["results"]["0"]["covrl"] | taken | {"loaded_gib": 0.5, "peak_gib": 1.0}
 
         yield step
 
@@ -208,18 +259,18 @@ def test_the_command_measures_prints_and_refuses(tmp_path, capsys, monkeypatch):
     benchmark.main()
     # One step each that is not counted, then in turn; growth: one more, and one that counts.
     assert asked == [("covrl", 4), ("prior only", 4)] * 3 + [("covrl", 9)] * 2
-    stored = benchmark.load(tmp_path)
+    stored = speed.load(tmp_path)
     assert stored["growth"]["results"]["rollouts: 0"]["seconds"] == 8
     # Seconds 3, 4 and 5, 6 by turn: the ratios are 3/4 and 5/6.
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "covrl / prior only" in line]
-    assert [float(x) for x in line.split()[-4:]] == [0.792, 0.75, 0.833, 2]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "CoVRL / prior only" in line]
+    assert [float(x) for x in line.split()[-5:-1]] == [0.792, 0.75, 0.833, 2]
 
     def broken(*args):
         raise AssertionError("measured again")
 
     monkeypatch.setattr(benchmark, "serving", broken)
     benchmark.main()
-    assert "covrl / prior only" in capsys.readouterr().out
+    assert "CoVRL / prior only" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", [*flags, "--parts", "stepp"])
     with pytest.raises(SystemExit) as exit:
         benchmark.main()
