@@ -302,10 +302,10 @@ def mixing(
     bounds: least and largest ratio inside the clip, or None.
     """
     columns, wide = len(densities), len(densities) > 1
-    layout: dict[str, Any] = {"template": TEMPLATE, "height": 640, "barmode": "stack", "bargap": 0.4}
+    layout: dict[str, Any] = {"template": TEMPLATE, "height": 560, "barmode": "stack", "bargap": 0.4}
     layout |= {
-        "margin": {"t": 70, "l": 70, "r": 30, "b": 50},
-        "legend": {"y": 1.05, "x": 0, "xanchor": "left"},
+        "margin": {"t": 60, "l": 70, "r": 30, "b": 45},
+        "legend": {"y": 1.03, "x": 0, "xanchor": "left", "traceorder": "normal"},
     }
     data: list[dict[str, Any]] = []
     annotations, shapes = [], []
@@ -323,7 +323,7 @@ def mixing(
             layout[f"yaxis{axes[row]}"] = {"domain": [bottom, top], "anchor": f"x{axes[row]}"}
         if wide:
             text = f"<b>{_label(title[0])}</b>  {_label(title[1])}"
-            place = {"x": left, "y": 1.1, "xref": "paper", "yref": "paper", "xanchor": "left"}
+            place = {"x": left, "y": 1.13, "xref": "paper", "yref": "paper", "xanchor": "left"}
             annotations.append({"text": text, "showarrow": False, **place})
         first = column == 0
         for name, colour, dash in (
@@ -347,7 +347,11 @@ def mixing(
             edges, share = density.get(f"ratio {source}", ([], []))
             data.append(
                 _steps(np.exp(edges), share, axes[1], f"{source} traces", colour, first)
-                | {"fill": "tozeroy", "line": {"shape": "hv", "color": colour, "width": 1.5}}
+                | {
+                    "fill": "tozeroy",
+                    "fillcolor": _faint(colour),
+                    "line": {"shape": "hv", "color": colour, "width": 1.5},
+                }
             )
         if bound is not None:
             box = {"type": "rect", "xref": f"x{axes[1]}", "yref": f"y{axes[1]} domain", "y0": 0, "y1": 1}
@@ -370,7 +374,7 @@ def mixing(
                     "hovertemplate": f"%{{x:.3f}} %{{y}} from {source} traces<extra></extra>",
                 }
             )
-        log = {"type": "log", "range": [-4, 0], "dtick": 1, "tickformat": ".2~%"}
+        log = {"type": "log", "range": [-4, 0], "dtick": 1, "tickformat": ".2~%", "ticklabelstandoff": 4}
         layout[f"xaxis{axes[0]}"] |= {"title": {"text": "nats a token"}, "range": [-12, 0]}
         layout[f"yaxis{axes[0]}"] |= log | {"title": {"text": "tokens" if first else ""}}
         layout[f"xaxis{axes[1]}"] |= {
@@ -394,13 +398,20 @@ def mixing(
     return go.Figure({"data": data, "layout": layout | {"annotations": annotations, "shapes": shapes}})
 
 
+def _faint(colour: str) -> str:
+    """A colour as "#1f77b4", a quarter opaque."""
+    r, g, b = (int(colour[k : k + 2], 16) for k in (1, 3, 5))
+    return f"rgba({r}, {g}, {b}, 0.25)"
+
+
 def _steps(x: Any, share: Any, axis: str, name: str, colour: str, legend: bool) -> dict[str, Any]:
     """A histogram as one stepped line, which draws faster than its bars."""
+    share = np.append(share, share[-1:])  # the last bin's right edge
     return {
         "type": "scatter",
         "mode": "lines",
         "x": x,
-        "y": np.where(np.asarray(share) > 0, share, 1e-5),  # below the axis: a logarithm has no zero
+        "y": np.where(share > 0, share, 1e-5),  # below the axis: a logarithm has no zero
         "xaxis": f"x{axis}",
         "yaxis": f"y{axis}",
         "name": name,

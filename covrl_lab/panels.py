@@ -227,14 +227,12 @@ class TraceExplorer(_Panel):
         self.colour.observe(self._recolour, names="value")
         self.view.observe(self._draw_lines, names="selected")
 
-        controls = widgets.HBox([self.step, self.search, self.source], layout={"flex_flow": "row wrap"})
-        left = widgets.VBox(
-            [controls, self.questions, self.rollouts], layout={"flex": "2 1 400px", "min_width": "0"}
-        )
-        right = widgets.VBox(
-            [self.heading, self.colour, self.view, self.plot], layout={"flex": "3 1 480px", "min_width": "0"}
-        )
-        self.widget = widgets.HBox([left, right], layout={"flex_flow": "row wrap", "grid_gap": "16px"})
+        row = {"flex_flow": "row wrap", "grid_gap": "10px"}
+        controls = widgets.HBox([self.step, self.search, self.source, self.colour], layout=row)
+        self.questions.layout = {"flex": "2 1 330px", "min_width": "0"}
+        self.rollouts.layout = {"flex": "3 1 480px", "min_width": "0"}
+        tables = widgets.HBox([self.questions, self.rollouts], layout=row)
+        self.widget = widgets.VBox([controls, tables, self.heading, self.view, self.plot])
         self._list_questions()
         if self.questions.rows:
             self.questions.picked = self.questions.rows[0]["id"]
@@ -399,14 +397,14 @@ class _Side:
         self.clip = widgets.Dropdown(
             options=[("PPO", "ppo"), ("soft (tanh)", "soft"), ("none", "none")],
             value=settings.clip,
-            description="clip",
-            **wide,
         )
         self.controls = [self.alpha, self.composite_weight, self.clip_range, self.clip]
-        self.plot = Plot(layout={"min_height": "650px"})
-        title = widgets.HTML(f"<b>setting {name}</b>")
+        self.plot = Plot(layout={"min_height": "570px"})
+        self.clip.layout, self.clip_range.layout = {"width": "150px"}, {"flex": "1 1 200px"}
+        clips = widgets.HBox([self.clip_range, self.clip], layout={"width": "95%"})
         self.widget = widgets.VBox(
-            [title, *self.controls, self.plot], layout={"flex": "1 1 380px", "min_width": "0"}
+            [widgets.HTML(f"<b>setting {name}</b>"), self.alpha, self.composite_weight, clips, self.plot],
+            layout={"flex": "1 1 380px", "min_width": "0"},
         )
 
     @property
@@ -454,7 +452,7 @@ class MixingRatio(_Panel):
         settings = widgets.HBox(
             [side.widget for side in self.sides], layout={"flex_flow": "row wrap", "grid_gap": "16px"}
         )
-        top = widgets.HBox([self.step, self.note])
+        top = widgets.HBox([self.step, self.note], layout={"grid_gap": "10px"})
         self.widget = widgets.VBox([top, self.table, settings])
         self._load()
 
@@ -492,7 +490,8 @@ class MixingRatio(_Panel):
             )
             for key, (label, digits, factor) in _SUMMARY.items()
         ]
-        return figures._table(["", *(f"{side.name}: {side}" for side in self.sides), "B − A"], rows)
+        table = figures._table(["", *(f"{side.name}: {side}" for side in self.sides), "B − A"], rows)
+        return f'<div style="line-height: 1.25; font-variant-numeric: tabular-nums">{table}</div>'
 
     def static(self) -> list[Any]:
         """Numbers and plots of both settings, as HTML and a plotly figure."""

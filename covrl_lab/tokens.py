@@ -250,7 +250,7 @@ def summarise(
 def densities(
     traces: Traces, settings: Settings, values: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Histograms over tokens: name -> (left edges of equal bins, share of all tokens in each).
+    """Histograms over tokens: name -> (edges of equal bins, share of all tokens in each).
 
     "log p", "log q", "log h" in nats; "ratio prior" and "ratio posterior" in log p'/h, by the source that
     drew the trace. Bins are the same for all settings, and what lies outside is counted in the outermost.
@@ -267,10 +267,10 @@ def densities(
     def histogram(x: np.ndarray, keep: np.ndarray, low: float, high: float, bins: int) -> Any:
         edges = np.linspace(low, high, bins + 1)
         place = ((np.clip(x[keep], low, high) - low) * (bins / (high - low))).astype(int)
-        return edges[:-1], np.bincount(np.minimum(place, bins - 1), weight[keep], bins)
+        return edges, np.bincount(np.minimum(place, bins - 1), weight[keep], bins)
 
     found = {
-        label: histogram(values[name], known, -12, 0, 48)
+        label: histogram(values[name], known, -12, 0, 24)
         for label, name in (("log p", "logp"), ("log q", "logq"), ("log h", "log_hybrid"))
     }
     log_ratio = np.log(values["ratio"])
