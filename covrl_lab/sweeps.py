@@ -7,9 +7,10 @@ folder/
     lock               held by the process that executes the run; says where that is
     done.json, failed.json, cancelled.json   how it ended; absent while it waits or runs
 
-A run is executed by a process of its own, which holds the operating system's lock on ``lock`` as long as it
-lives. So a killed run frees its lock, two sweeps on one folder never execute a run twice at once, and every
-process that sees the folder sees the same table. A run that was interrupted goes on from its checkpoint.
+A run is executed by a process of its own. That process, its kernel and whoever watches it share the operating
+system's lock on ``lock``, which is free when the last of them is gone. So nothing is left locked by a crash,
+two sweeps on one folder never execute a run at the same time, and every process that sees the folder sees the
+same table. A run that was interrupted goes on from its checkpoint.
 
 ``python -m covrl_lab.sweeps FOLDER --grid alpha=0,0.5,1 --grid seed=0,1 --steps 20`` does the same.
 """
@@ -21,6 +22,7 @@ import ctypes
 import fcntl
 import itertools
 import json
+import math
 import os
 import signal
 import socket
@@ -34,7 +36,7 @@ from concurrent.futures import BrokenExecutor, Future
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pandas as pd
 
@@ -44,7 +46,6 @@ from .types import ConfigError
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "03_train.ipynb"
 ENDS = ("done", "cancelled", "failed")  # markers a run folder can hold, the first one present counts
-BUSY = 75  # exit status of a process that found the run's lock taken
 POLL_SECONDS = 0.3
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
@@ -64,8 +65,11 @@ def _end(folder: Path, how: str, reason: str = "", **more: Any) -> None:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[bool]:
-    """Try to hold the run; yields whether it worked. The system frees the lock of a process that dies."""
+def _lock(folder: Path) -> Iterator[TextIO | None]:
+    """Try to hold the run; yields the locked file, or None where others hold it.
+
+    The lock is shared by the processes that inherit the file, and free when all of them have closed it or died.
+    """
     with open(folder / "lock", "a", encoding="utf-8") as file:
         for _ in range(20):  # a process that only looks holds the lock for an instant
             try:
@@ -74,12 +78,9 @@ def _lock(folder: Path) -> Iterator[bool]:
             except OSError:
                 time.sleep(0.05)
         else:
-            yield False
+            yield None
             return
-        file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-        file.flush()
-        yield True
+        yield file
 
 
 def _locked(folder: Path) -> bool:
@@ -131,10 +132,10 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if value != defaults[name]}
 
 
-def execute(folder: str | Path, notebook: str | Path = NOTEBOOK) -> int:
-    """Execute a run in this process unless it has ended or another process holds it; an exit status.
+def execute(folder: Path, notebook: Path, lock: int) -> None:
+    """Execute a run in this process, and write down how it ended; raises what the notebook raised.
 
-    The kernel dies with this process, so that nothing trains in a run folder whose lock is free.
+    lock: file descriptor of the run's lock, which the kernel inherits. The kernel dies with this process.
     """
     import papermill
     from jupyter_client.manager import AsyncKernelManager
@@ -146,18 +147,13 @@ def execute(folder: str | Path, notebook: str | Path = NOTEBOOK) -> int:
             super().__init__(transport="ipc", ip=f"{sockets}/kernel", **kwargs)
 
         async def start_kernel(self, **kwargs: Any) -> None:
-            await super().start_kernel(preexec_fn=_die_with_parent, **kwargs)
+            await super().start_kernel(preexec_fn=_die_with_parent, pass_fds=(lock,), **kwargs)
 
-    folder = Path(folder)
-    with _lock(folder) as held, tempfile.TemporaryDirectory(prefix="covrl") as sockets:
-        if not held:
-            return BUSY
-        if status(folder)[0] in ENDS:
-            return 0
-        config = RunConfig.load(folder / "config.json")
-        started = time.time()
-        print(f"--- started at step {_steps_done(folder)} of {config.steps}", flush=True)
-        try:
+    config = RunConfig.load(folder / "config.json")
+    started, first = time.time(), _steps_done(folder)
+    print(f"--- started after step {first} of {config.steps}", flush=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix="covrl") as sockets:
             papermill.execute_notebook(
                 notebook,
                 folder / "notebook.ipynb",
@@ -170,19 +166,18 @@ def execute(folder: str | Path, notebook: str | Path = NOTEBOOK) -> int:
                 kernel_manager_class=Kernel,
                 store_widget_state=False,
             )
-        except papermill.PapermillExecutionError as error:
-            _end(folder, "failed", _sentence(f"{error.ename}: {error.evalue}"))
-            raise
-        except Exception as error:
-            _end(folder, "failed", _sentence(f"{type(error).__name__}: {error}"))
-            raise
-        steps = _steps_done(folder)
-        if steps < config.steps:
-            _end(folder, "cancelled", f"stopped after step {steps} of {config.steps} by a file STOP")
-        else:
-            _end(folder, "done", seconds=round(time.time() - started, 1))
-            print("--- done", flush=True)
-    return 0
+    except papermill.PapermillExecutionError as error:
+        _end(folder, "failed", _sentence(f"{error.ename}: {error.evalue}"))
+        raise
+    except Exception as error:
+        _end(folder, "failed", _sentence(f"{type(error).__name__}: {error}"))
+        raise
+    steps = _steps_done(folder)
+    if steps < config.steps:
+        _end(folder, "cancelled", f"stopped after step {steps} of {config.steps} by a file STOP")
+    else:
+        _end(folder, "done", seconds=round(time.time() - started, 1), first_step=first)
+        print("--- done", flush=True)
 
 
 # --- what an executor calls
@@ -197,19 +192,27 @@ def supervise(
 ) -> str:
     """Execute one run in a process of its own and watch it; returns the run's status.
 
-    threads: of the run's numerical libraries; None leaves the environment's. The process is killed when the
-    run is cancelled, after ``timeout_minutes``, or when ``stop`` is set, which leaves the run queued.
+    Does nothing for a run that has ended or is at work elsewhere. threads: of the run's numerical libraries;
+    None leaves the environment's. The process is killed when the run is cancelled, after ``timeout_minutes``,
+    or when ``stop`` is set, which leaves the run queued.
     """
     path = Path(folder)
-    if status(path)[0] in ENDS:
-        return status(path)[0]
+    with _lock(path) as lock:
+        if lock is not None and status(path)[0] not in ENDS:
+            why = _watch(path, _start(path, notebook, threads, lock), timeout_minutes, stop)
+            if why is not None and status(path)[0] not in ENDS:
+                _end(path, "failed", why)
+    return status(path)[0]
+
+
+def _start(path: Path, notebook: str, threads: int | None, lock: TextIO) -> subprocess.Popen:
+    """The process that executes a run."""
     environment = dict(os.environ, JUPYTER_PREFER_ENV_PATH="1", COVRL_LAB_PARENT=str(os.getpid()))
     if threads is None and "SLURM_CPUS_PER_TASK" in os.environ:
         threads = int(os.environ["SLURM_CPUS_PER_TASK"])
     if threads is not None:
         environment |= {name: str(threads) for name in _THREAD_VARIABLES}
-    command = [sys.executable, "-m", "covrl_lab.sweeps", "--execute", folder, notebook]
-    started, why = time.monotonic(), None
+    command = [sys.executable, "-m", "covrl_lab.sweeps", "--execute", str(path), notebook, str(lock.fileno())]
     with open(path / "log.txt", "ab") as log:
         child = subprocess.Popen(
             command,
@@ -217,30 +220,34 @@ def supervise(
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
+            pass_fds=(lock.fileno(),),
             start_new_session=True,  # Ctrl-C reaches the driver only, which ends its runs itself
         )
-        try:
-            while child.poll() is None:
-                if stop is not None and stop.is_set():
-                    why = "stopped"
-                elif (path / "cancelled.json").exists():
-                    why = "cancelled"
-                elif timeout_minutes is not None and time.monotonic() - started > 60 * timeout_minutes:
-                    why = f"ran for longer than {timeout_minutes:g} minutes"
-                if why:
-                    break
-                time.sleep(POLL_SECONDS)
-        finally:
-            child.kill()
-            code = child.wait()
-    how = status(path)[0]
-    if how in ENDS or why == "stopped" or code == BUSY:
-        return how
-    if why is None:
-        killed = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        why = f"{killed} after step {_steps_done(path)}; log.txt has what it wrote"
-    _end(path, "failed", why)
-    return "failed"
+    lock.truncate(0)
+    lock.write(json.dumps({"host": socket.gethostname(), "pid": child.pid}))
+    lock.flush()
+    return child
+
+
+def _watch(
+    path: Path, child: subprocess.Popen, timeout_minutes: float | None, stop: threading.Event | None
+) -> str | None:
+    """Wait for the process, or kill it; why the run counts as failed, if it has not written an end itself."""
+    deadline = math.inf if timeout_minutes is None else time.monotonic() + 60 * timeout_minutes
+    try:
+        while child.poll() is None:
+            if stop is not None and stop.is_set():
+                return None
+            if (path / "cancelled.json").exists():
+                return None
+            if time.monotonic() > deadline:
+                return f"ran for longer than {timeout_minutes:g} minutes"
+            time.sleep(POLL_SECONDS)
+    finally:
+        child.kill()
+        code = child.wait()
+    killed = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    return f"{killed} after step {_steps_done(path)}; log.txt has what it wrote"
 
 
 class LocalExecutor:
@@ -552,7 +559,9 @@ def main() -> None:
         _die_with_parent()
         if os.getppid() != int(os.environ["COVRL_LAB_PARENT"]):
             sys.exit("the process that supervises this run has gone")
-        sys.exit(execute(*sys.argv[2:]))
+        folder, notebook, lock = sys.argv[2:]
+        execute(Path(folder), Path(notebook), int(lock))
+        return
     parser = argparse.ArgumentParser(prog="python -m covrl_lab.sweeps", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     parser.add_argument("folder", help="holds the runs; without further settings, they go on")

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from covrl_lab import ConfigError, RunConfig
-from covrl_lab.sweeps import LocalExecutor, Sweep, execute, status
+from covrl_lab.sweeps import LocalExecutor, Sweep, status, supervise
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -61,6 +61,16 @@ def numbers(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [{name: value for name, value in line.items() if name not in NOISE} for line in lines]
     return steps, (folder / "evaluations.jsonl").read_text()
+
+
+@pytest.fixture
+def lean(tmp_path):
+    """The train notebook without what it draws, to save time."""
+    notebook = nbformat.read(ROOT / "notebooks" / "03_train.ipynb", as_version=4)
+    last = next(i for i, cell in enumerate(notebook.cells) if "for record in trainer" in cell.source)
+    notebook.cells = notebook.cells[: last + 1]
+    nbformat.write(notebook, tmp_path / "lean.ipynb")
+    return tmp_path / "lean.ipynb"
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +178,9 @@ def test_killed_driver_and_killed_worker(reference, tmp_path):
         assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns), "done twice"
 
 
-def test_dask_cluster_with_a_killed_worker(reference, tmp_path):
+def test_dask_cluster_with_a_killed_worker(reference, lean, tmp_path):
     distributed = pytest.importorskip("distributed", reason="needs the dask extra")
-    sweep = Sweep(tmp_path / "sweep", SMALL, GRID)
+    sweep = Sweep(tmp_path / "sweep", SMALL, GRID, notebook=lean)
     cluster = distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, resources={"GPU": 1}, dashboard_address=None
     )
@@ -190,11 +200,11 @@ def _identity():
     return {"pid": os.getpid()}
 
 
-def test_submitit_local_executor(reference, tmp_path):
+def test_submitit_local_executor(reference, lean, tmp_path):
     submitit = pytest.importorskip("submitit", reason="needs the slurm extra")
     executor = submitit.AutoExecutor(tmp_path / "jobs", cluster="local")
     executor.update_parameters(timeout_min=10)
-    sweep = Sweep(tmp_path / "sweep", SMALL, GRID, threads=1)
+    sweep = Sweep(tmp_path / "sweep", SMALL, GRID, notebook=lean, threads=1)
     table = sweep.run(executor, workers=2, progress=False)
     assert list(table["status"]) == ["done"] * 12
     assert_finished_once(sweep, reference)
@@ -301,7 +311,7 @@ def test_a_held_run_is_left_to_its_holder(toy):
     (run_id,) = sweep.runs
     sweep.submit()
     until(lambda: holder(sweep.path(run_id)), "the run has started")
-    assert execute(sweep.path(run_id), sweep.notebook) == 75
+    assert supervise(str(sweep.path(run_id)), str(sweep.notebook)) == "running"
     second = toy(3).submit()
     time.sleep(1)
     assert second.driven and second.statuses == {run_id: "running"}
