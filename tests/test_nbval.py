@@ -34,6 +34,7 @@ ESTIMATORS = {"alpha": 0.7, "composite_weight": 0.25, "distance": 1.5, "temperat
 # Parameters of a run that takes seconds; {}: as committed, from the files in notebooks/results.
 SMOKE = {
     "01_quickstart": SMALL | {"model": "tiny-qwen3"},
+    "02_traces": {},
     "03_train": SMALL | {"model": "tiny-gemma3"},
     "05_compare": {},
     "06_estimators": ESTIMATORS | {"seed": 3},

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 OWN_NAMES = {
     "progress": "bool",  # show progress bars
+    "step": "int",  # step whose traces to look at first
     "results": "str",  # where finished runs lie
     "runs": "str",  # patterns of run folders to compare
     "reference": "str",  # label of the method that others are compared with
