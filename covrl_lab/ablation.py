@@ -184,9 +184,8 @@ HEADER = ["run", "method", "α", "seed", "status", "accuracy", "seconds"]
 def table(sweep: Sweep) -> str:
     """HTML table of the runs as their files say now."""
     rows = [_cells(row, sweep.runs[row["id"]]) for row in sweep.table().to_dict("records")]
-    return figures._table(
-        HEADER, [figures._row([html.escape(figures.visible(c)) for c in row]) for row in rows]
-    )
+    texts = [[html.escape(figures.visible(cell)) for cell in row] for row in rows]
+    return figures._table(HEADER, [figures._row(row) for row in texts])
 
 
 # --- cost

@@ -68,7 +68,7 @@ def _end(folder: Path, how: str, reason: str = "", **more: Any) -> None:
 def _lock(folder: Path) -> Iterator[TextIO | None]:
     """Try to hold the run; yields the locked file, or None where others hold it.
 
-    The lock is shared by the processes that inherit the file, and free when all of them have closed it or died.
+    Processes that inherit the file share the lock; it is free when all of them have closed it or died.
     """
     with open(folder / "lock", "a", encoding="utf-8") as file:
         for _ in range(20):  # a process that only looks holds the lock for an instant
