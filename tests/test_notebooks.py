@@ -27,6 +27,7 @@ OWN_NAMES = {
     "over": "str",  # what intervals draw anew
     "export_dir": "str",  # where tables go
     "cell_minutes": "float",  # time limit of a cell
+    "step": "int",  # step to look at
     "distance": "float",  # of an enumerable world's posterior logits from its prior's
     "samples": "int",  # random draws for each point
 }
