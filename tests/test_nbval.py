@@ -36,6 +36,7 @@ SMOKE = {
     "01_quickstart": SMALL | {"model": "tiny-qwen3"},
     "02_traces": {},
     "03_train": SMALL | {"model": "tiny-gemma3"},
+    "04_mixing_ratio": SMALL | {"alphas": "0.3, 0.7", "seeds": "0", "eval_every": 1, "launch": True},
     "05_compare": {},
     "06_estimators": ESTIMATORS | {"seed": 3},
     "08_results": {},
@@ -113,6 +114,10 @@ def train(notebook, folder):
     assert "2 of 2 steps" in printed(notebook) and len(plots(notebook)) >= 1
 
 
+def mixing_ratio(notebook, folder):
+    assert len(list(folder.glob("runs/mixing_ratio/**/metrics.jsonl"))) == 2 and len(plots(notebook)) >= 2
+
+
 def compare(notebook, folder):
     assert len(plots(notebook)) == 4
     assert "| CoVRL | arithmetic | 3 | 200 |" in (folder / "runs/compare/final_accuracy.md").read_text(
@@ -137,6 +142,7 @@ def estimators(notebook, folder):
 CHECKS = {
     "01_quickstart": quickstart,
     "03_train": train,
+    "04_mixing_ratio": mixing_ratio,
     "05_compare": compare,
     "06_estimators": estimators,
 }

@@ -21,13 +21,18 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 OWN_NAMES = {
     "progress": "bool",  # show progress bars
     "step": "int",  # step whose traces to look at first
+    "alphas": "str",  # a grid's values, separated by commas; likewise:
+    "methods": "str",
+    "seeds": "str",
+    "sweep_dir": "str",  # holds the grid's run folders
+    "workers": "int",  # runs at once
+    "launch": "bool",  # run the grid without a click
     "results": "str",  # where finished runs lie
     "runs": "str",  # patterns of run folders to compare
     "reference": "str",  # label of the method that others are compared with
     "over": "str",  # what intervals draw anew
     "export_dir": "str",  # where tables go
     "cell_minutes": "float",  # time limit of a cell
-    "step": "int",  # step to look at
     "distance": "float",  # of an enumerable world's posterior logits from its prior's
     "samples": "int",  # random draws for each point
 }
