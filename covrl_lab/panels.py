@@ -114,6 +114,17 @@ class _Copy(anywidget.AnyWidget):
     outputs = traitlets.Int().tag(sync=True)
 
 
+def _opened(run: Run | str | Path, step: int | None) -> tuple[Run, int]:
+    """A run and the step to start with, its last unless given. ConfigError without traces of it."""
+    run = run if isinstance(run, Run) else load_run(run)
+    steps = run.steps
+    if not steps:
+        raise ConfigError(f"{run.path} has no traces yet; train a step first")
+    if step is not None and step not in steps:
+        raise ConfigError(f"{run.path} has no traces of step {step}; it has {steps}")
+    return run, steps[-1] if step is None else step
+
+
 class _Panel:
     """A widget with a copy of itself that needs no kernel."""
 
@@ -181,11 +192,7 @@ class TraceExplorer(_Panel):
     """
 
     def __init__(self, run: Run | str | Path, step: int | None = None):
-        self.run = run if isinstance(run, Run) else load_run(run)
-        if not self.run.steps:
-            raise ConfigError(f"{self.run.path} has no traces yet; train a step first")
-        if step is not None and step not in self.run.steps:
-            raise ConfigError(f"{self.run.path} has no traces of step {step}; it has {self.run.steps}")
+        self.run, step = _opened(run, step)
         self.config = self.run.config
         self.settings = tokens.Settings.of(self.config)
         self.index = trace_index(self.run)
@@ -195,7 +202,7 @@ class TraceExplorer(_Panel):
 
         self.step = widgets.Dropdown(
             options=[("all steps", 0), *((f"step {s}", s) for s in self.run.steps)],
-            value=self.run.steps[-1] if step is None else step,
+            value=step,
             layout={"width": "110px"},
         )
         self.search = widgets.Text(
@@ -428,9 +435,7 @@ class MixingRatio(_Panel):
     """
 
     def __init__(self, run: Run | str | Path, step: int | None = None):
-        self.run = run if isinstance(run, Run) else load_run(run)
-        if not self.run.steps:
-            raise ConfigError(f"{self.run.path} has no traces yet; train a step first")
+        self.run, step = _opened(run, step)
         own = tokens.Settings.of(self.run.config)
         other = 0.25 if own.alpha >= 0.5 else 0.75
         self.sides = [
@@ -439,7 +444,7 @@ class MixingRatio(_Panel):
         ]
         self.step = widgets.Dropdown(
             options=[(f"step {s}", s) for s in self.run.steps],
-            value=self.run.steps[-1] if step is None else step,
+            value=step,
             layout={"width": "120px"},
         )
         self.table, self.summary = widgets.HTML(), {}

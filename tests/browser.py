@@ -53,7 +53,7 @@ def browser():
 
 @contextmanager
 def jupyterlab(folder, *notebooks, width=1400, height=1000):
-    """Serve ``folder`` with copies, without outputs, of ``notebooks`` (in notebooks/), and yield a ``Lab``."""
+    """Serve ``folder`` with copies, without outputs, of ``notebooks`` (in notebooks/); yields a ``Lab``."""
     for name in notebooks:
         notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
         for cell in notebook.cells:
