@@ -376,10 +376,9 @@ def step_part(results: Results) -> None:
         return
     with ExitStack() as stack:
         steps = {
-            name: stack.enter_context(serving(name, settings, threads, len(missing) + 1))
-            for name in tqdm(variants, desc="step: load and first step")
+            name: stack.enter_context(serving(name, settings, threads, len(missing) + 1)) for name in variants
         }
-        for step in steps.values():
+        for step in tqdm(steps.values(), desc="step: models, first steps"):
             step()
         for r in tqdm(missing, desc="step: repetitions"):
             results.get(r, lambda: {name: step() for name, step in steps.items()})

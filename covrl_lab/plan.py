@@ -15,7 +15,7 @@ Memory in bytes is the larger of the two phases, on top of what always stays:
     adapter      16 r L sum(in + out): float32 parameters, gradients and AdamW's two moments
     runtime      what the interpreter and its libraries, or a CUDA context, take
     sampling     keys and values 2 e L K d (m + N (w + T));  logits 20 N V
-    update       activations;  attention masks c e (H / K) (w + T + 128);  head 1.5 x 32 MiB + 2 s e h
+    update       activations;  attention masks c e (H / K) (w + T + 128);  head 1.5 x 32 MiB + 2 e h min(s, c)
     activations  c (L + 1/2) a, or c (L e h + a) with gradient checkpointing, where one token takes in one
                  layer a = 8 h + e (2 h + 3 H d + 2 K d (1 + (w + T) / 128) + 4 I + 7 r)
 
@@ -361,6 +361,7 @@ def memory_parts(config: RunConfig, shape: Shape, tokens: Tokens, device: Device
     e = 2 if config.dtype == "bfloat16" else 4
     h, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     c, length = min(tokens.nodes, config.max_packed_tokens), tokens.context + tokens.length
+    scored = min(tokens.scored, c)
     weights = shape.weight_bytes(config.quantization, e)
     if config.quantization == "nf4" and not device.unpacks and 2 * shape.parameters <= DENSE_BYTES:
         weights += e * shape.parameters
@@ -377,7 +378,7 @@ def memory_parts(config: RunConfig, shape: Shape, tokens: Tokens, device: Device
         "logits": 20 * tokens.rows * shape.vocabulary,
         "activations": c * kept,
         "masks": c * e * (shape.heads // shape.kv_heads) * (length + BLOCK),
-        "head": 1.5 * min(LOGITS_BYTES, 4 * tokens.scored * shape.vocabulary) + 2 * tokens.scored * e * h,
+        "head": 1.5 * min(LOGITS_BYTES, 4 * scored * shape.vocabulary) + 2 * scored * e * h,
     }
 
 
