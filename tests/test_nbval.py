@@ -39,6 +39,7 @@ SMOKE = {
     "04_mixing_ratio": SMALL | {"alphas": "0.3, 0.7", "seeds": "0", "eval_every": 1, "launch": True},
     "05_compare": {},
     "06_estimators": ESTIMATORS | {"seed": 3},
+    "07_speed": {},
     "08_results": {},
 }
 STRICT = {"05_compare", "06_estimators", "08_results"}
