@@ -58,8 +58,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 GROWTH: dict[str, list[dict[str, Any]]] = {
     "rollouts": [{"rollouts_per_question": g} for g in (1, 2, 4, 8)],
-    "trace tokens": [{"max_trace_tokens": t} for t in (28, 64, 128, 256)],
     "demonstrations": [{"demonstrations": k} for k in (0, 2, 4, 8)],
+    "trace tokens": [{"max_trace_tokens": t, "rollouts_per_question": 2} for t in (28, 64, 128, 256)],
 }
 VOCABULARIES = [8_192, 32_768, 152_064]
 MEMORY_ROLLOUTS = [16, 32, 64]
@@ -122,11 +122,12 @@ class Results:
 
 
 class Clock:
-    """Seconds spent inside some methods of an object since the last ``read``."""
+    """Seconds inside some methods of an object, and CPU seconds of the process, since the last ``read``."""
 
     def __init__(self, target: Any, **names: str) -> None:
         """``sampling="sample"`` adds the time of ``target.sample`` under "sampling"."""
         self.seconds = dict.fromkeys(names, 0.0)
+        self.cpu = time.process_time()
         for label, name in names.items():
             setattr(target, name, self._timed(label, getattr(target, name)))
 
@@ -142,9 +143,10 @@ class Clock:
 
     def read(self, total: float) -> dict[str, float]:
         """The parts, with what is left of ``total`` as "update"; starts again at zero."""
-        parts = dict(self.seconds)
-        self.seconds = dict.fromkeys(parts, 0.0)
-        return {"seconds": total, **parts, "update": total - sum(parts.values())}
+        parts, before = dict(self.seconds), self.cpu
+        self.seconds, self.cpu = dict.fromkeys(parts, 0.0), time.process_time()
+        cpu = self.cpu - before
+        return {"seconds": total, **parts, "update": total - sum(parts.values()), "cpu_seconds": cpu}
 
 
 def resident() -> float:

@@ -58,9 +58,12 @@ def medians(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.drop(columns="repetition").groupby("trainer", sort=False).median()
 
 
-def ratio_frame(frame: pd.DataFrame) -> pd.DataFrame:
-    """Median, lowest and highest ratio of two trainers' seconds within one repetition; one row a pair."""
-    wide = frame.pivot(index="repetition", columns="trainer", values="seconds")
+def ratio_frame(frame: pd.DataFrame, of: str = "seconds") -> pd.DataFrame:
+    """Median, lowest and highest ratio of two trainers' seconds within one repetition; one row a pair.
+
+    ``of="cpu_seconds"`` compares processor time, which other processes on the machine disturb less.
+    """
+    wide = frame.pivot(index="repetition", columns="trainer", values=of)
     rows = []
     for one, other in PAIRS:
         if one in wide and other in wide:
@@ -161,9 +164,10 @@ def report(folder: str | Path) -> str:
     parts, lines = load(folder), []
     if "step" in parts:
         frame = step_frame(parts["step"])
-        columns = ["seconds", *PHASES, "generated", "peak_gib"]
+        columns = ["seconds", *PHASES, "cpu_seconds", "generated", "peak_gib"]
         lines += [machine_line(parts["step"]), "", medians(frame)[columns].round(2).to_string(), ""]
-        lines += [ratio_frame(frame).round(3).to_string(index=False), ""]
+        for of in ("seconds", "cpu_seconds"):
+            lines += [f"ratios of {of}", ratio_frame(frame, of).round(3).to_string(index=False), ""]
         lines += ["tokens a step", token_frame(frame).to_string(), ""]
     if {"step", "limits"} <= set(parts):
         times = limit_frame(parts)
