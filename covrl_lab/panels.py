@@ -2,14 +2,13 @@
 
 Need the ``notebooks`` extra (ipywidgets, anywidget, plotly). Every panel also displays a copy of itself
 that needs no kernel, for stored notebooks, web pages and batch runs; where the panel is alive, its copy
-steps aside. Plots are drawn by JupyterLab's own plotly: a ``FigureWidget`` would send 5 MB of plotly with
-every figure and store it in executed notebooks.
+steps aside. Plots are redrawn by the plotly.js that is in the page already: a ``FigureWidget`` would send
+5 MB with every figure and store them in executed notebooks, and an ``Output`` draws each figure from nothing.
 """
 
 from __future__ import annotations
 
 import html
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import traitlets
 from IPython.display import HTML, display
+from plotly.offline import get_plotlyjs
 
 from . import figures, tokens
 from .token_view import SCALES, TokenView, colours, token_html
@@ -38,13 +38,23 @@ _STATIC = Path(__file__).parent / "static"
 # --- parts
 
 
-class Plot(widgets.Output):
-    """A plotly figure that can be drawn anew."""
+class Plot(anywidget.AnyWidget):
+    """A plotly figure that is redrawn in place; ``figure`` is its JSON."""
+
+    _esm = (_STATIC / "plot.js").read_text(encoding="utf-8")
+    figure = traitlets.Unicode().tag(sync=True)
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.on_msg(self._send_plotly)
 
     def draw(self, figure: go.Figure) -> None:
         """Put ``figure`` in place of what is shown."""
-        bundle = {"application/vnd.plotly.v1+json": json.loads(figure.to_json())}
-        self.outputs = ({"output_type": "display_data", "data": bundle, "metadata": {}},)
+        self.figure = figure.to_json()
+
+    def _send_plotly(self, widget: Any, content: Any, buffers: Any) -> None:
+        """For a page without a plotly of its own."""
+        self.send({"source": get_plotlyjs()})
 
 
 class Table(anywidget.AnyWidget):

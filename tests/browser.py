@@ -123,11 +123,20 @@ class Lab:
         own = "Could not restore the debugger state"
         page.on(
             "console",
-            lambda m: self.errors.append(m.text) if m.type == "error" and own not in m.text else None,
+            lambda m: (
+                self.errors.append(m.text + " " + " ".join(str(a) for a in m.args[1:]))
+                if m.type == "error" and own not in m.text
+                else None
+            ),
         )
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("dialog", self._answer)
         page.on("request", lambda r: self.requests.append(r.url) if self._outside(r.url) else None)
+
+    def _log(self, message):
+        # JupyterLab's own complaint when a page is left whose kernel is gone is not the notebook's.
+        if message.type == "error" and "Could not restore the debugger state" not in message.text:
+            self.errors.append(" ".join([message.text, *map(str, message.args[1:])]))
 
     def _answer(self, dialog):
         if dialog.type == "beforeunload":  # leaving a changed notebook
@@ -165,18 +174,16 @@ class Lab:
     def run_all(self, seconds=180):
         """Run > Run All Cells, and wait until every code cell has its number."""
         deadline = time.monotonic() + seconds
-        # A kernel that has just started may drop the order, or a slow server have the page ask for a kernel.
-        while set(self._prompts()) <= {"[ ]:"}:
+        while not all(prompt[1:-2].isdigit() for prompt in (prompts := self._prompts())):
+            assert time.monotonic() < deadline, f"still running: {prompts}"
+            # A kernel that has just started may drop the order, and a slow server have the page ask for one.
             dialog = self.page.locator("dialog.jp-Dialog")
             if dialog.filter(has_text="Select Kernel").count():
                 dialog.locator("button.jp-mod-accept").click()
-                self.page.wait_for_timeout(2000)
-            assert not dialog.count() and time.monotonic() < deadline, dialog.all_inner_texts()
-            self.page.get_by_role("menuitem", name="Run", exact=True).click()
-            self.page.get_by_text("Run All Cells", exact=True).click()
-            self.page.wait_for_timeout(2000)
-        while not all(prompt[1:-2].isdigit() for prompt in self._prompts()):
-            assert time.monotonic() < deadline, f"still running: {self._prompts()}"
+            elif "[*]:" not in prompts:
+                self.page.get_by_role("menuitem", name="Run", exact=True).click()
+                self.page.get_by_text("Run All Cells", exact=True).click()
+                self.page.wait_for_timeout(1500)
             self.page.wait_for_timeout(200)
 
     def _prompts(self):

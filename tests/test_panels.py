@@ -134,14 +134,14 @@ def test_one_step_is_read_at_a_time(example, monkeypatch):
 def test_the_selected_token_moves_the_lines(example):
     explorer = panels.TraceExplorer(example, 1)
     explorer.view.selected = [1, 2]
-    drawn = explorer.plot.outputs[0]["data"]["application/vnd.plotly.v1+json"]
+    drawn = json.loads(explorer.plot.figure)
     assert {shape["x0"] for shape in drawn["layout"]["shapes"]} == {2}
     assert [trace["name"] for trace in drawn["data"]] == ["log p", "log q", SCALES["log_gap"]["title"]]
     row = explorer.pair().iloc[1]
     np.testing.assert_allclose(drawn["data"][2]["y"], np.subtract(row["logq"], row["logp"]), atol=1e-6)
     explorer.colour.value = "kl"
     assert explorer.view.colour == "kl"
-    drawn = explorer.plot.outputs[0]["data"]["application/vnd.plotly.v1+json"]
+    drawn = json.loads(explorer.plot.figure)
     assert drawn["data"][2]["name"] == SCALES["kl"]["title"]
 
 

@@ -1,0 +1,271 @@
+"""The panels in JupyterLab itself: what a reader clicks, drags and sees, against the run folder's numbers."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import jupyterlab
+from hostile import BAIT, HOSTILE, hostile_run
+from test_tokens import EXAMPLE
+
+from covrl_lab import figures, load_run
+
+TOKEN = ".covrl-list [role=option]"
+SELECTED = f"{TOKEN}[aria-selected=true]"
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(EXAMPLE, folder / "results" / "example_run")
+    with jupyterlab(folder, "02_traces.ipynb", height=1300) as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def traces(lab):
+    """Notebook 02, run."""
+    lab.open("02_traces.ipynb")
+    lab.run_all()
+    lab.page.wait_for_selector(".covrl-plot.js-plotly-plot")
+    return lab.page
+
+
+def number(text):
+    return float(text.split()[0].replace("−", "-"))
+
+
+def detail(page, name):
+    """A number of the selected token, as the explorer shows it."""
+    return number(page.locator(f".covrl-detail [data-name={name}]").inner_text())
+
+
+def wait_until(page, check, seconds=20):
+    """Repeat ``check`` until it holds; what the kernel computes comes a moment after the click."""
+    for _ in range(10 * seconds):
+        if check():
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError("did not happen")
+
+
+def row_of(lab, question, source, place=0):
+    """The ``place``-th likeliest trace of a question at step 1, from the file."""
+    frame = load_run(lab.folder / "results" / "example_run").traces(1)
+    own = frame[(frame["question"] == question) & (frame["source"] == source)]
+    order = own["answer_logp"].map(np.sum).sort_values(ascending=False, kind="stable").index
+    return own.loc[order[place]]
+
+
+def test_copies_step_aside_for_live_panels(traces):
+    assert traces.locator(".covrl-table:visible").count() == 2
+    plots = traces.locator(".js-plotly-plot:visible")
+    wait_until(traces, lambda: plots.count() == 3)  # the explorer's and the two settings'
+
+
+def test_choosing_a_question_and_clicking_a_token_shows_its_numbers(lab, traces):
+    rows = traces.locator(".covrl-table").first.locator("tbody tr")
+    row = rows.nth(4)
+    question = row.locator("td").nth(1).inner_text()
+    row.click()
+    prior, posterior = (row_of(lab, question, source) for source in ("prior", "posterior"))
+    shown = [figures.visible(t, spaces=True) for t in [*prior["tokens"], *posterior["tokens"]]]
+    wait_until(traces, lambda: traces.locator(TOKEN).all_inner_texts() == shown)
+
+    at = 5
+    traces.locator(".covrl-list").nth(1).locator("[role=option]").nth(at).click()
+    p, q = posterior["logp"][at], posterior["logq"][at]
+    assert detail(traces, "logp") == pytest.approx(p, abs=6e-4)
+    assert detail(traces, "logq") == pytest.approx(q, abs=6e-4)
+    assert detail(traces, "log_gap") == pytest.approx(q - p, abs=6e-4)
+    rho = np.exp(p) / (np.exp(p) + np.exp(q))
+    assert detail(traces, "responsibility") == pytest.approx(rho, abs=6e-4)
+    assert detail(traces, "ratio") == 1  # alpha = w
+    assert detail(traces, "gradient_weight") == pytest.approx(posterior["advantage"], abs=6e-4)
+    marker = "document.querySelector('.covrl-plot.js-plotly-plot').layout.shapes[0].x0"
+    wait_until(traces, lambda: traces.evaluate(marker) == at)
+    drawn = traces.evaluate("document.querySelector('.covrl-plot.js-plotly-plot').data[0].y")
+    np.testing.assert_allclose(
+        list(drawn.values()) if isinstance(drawn, dict) else drawn, posterior["logp"], atol=1e-5
+    )
+    assert not lab.errors
+
+
+def test_the_keyboard_moves_the_selection(lab, traces):
+    first = traces.locator(".covrl-list").first
+    first.locator("[role=option]").first.click()
+    traces.keyboard.press("ArrowRight")
+    traces.keyboard.press("ArrowRight")
+    selected = traces.locator(SELECTED)
+    assert selected.count() == 1 and selected.get_attribute("data-token") == "2"
+    assert traces.evaluate("document.activeElement.getAttribute('aria-selected')") == "true"
+    assert "log p" in selected.get_attribute("aria-label")
+    traces.keyboard.press("End")
+    last = first.locator("[role=option]").count() - 1
+    assert traces.locator(SELECTED).get_attribute("data-token") == str(last)
+    traces.keyboard.press("Home")
+    assert traces.locator(SELECTED).get_attribute("data-token") == "0"
+    assert first.locator("[tabindex='0']").count() == 1
+
+    table = traces.locator(".covrl-table").first
+    table.locator("tbody tr").nth(1).click()
+    before = traces.locator(TOKEN).all_inner_texts()
+    traces.keyboard.press("ArrowDown")
+    question = table.locator("tbody tr").nth(2).locator("td").nth(1).inner_text()
+    prior = row_of(lab, question, "prior")
+    shown = [figures.visible(t, spaces=True) for t in prior["tokens"]]
+    wait_until(
+        traces,
+        lambda: traces.locator(".covrl-list").first.locator("[role=option]").all_inner_texts() == shown,
+    )
+    assert traces.locator(TOKEN).all_inner_texts() != before
+
+
+def test_search_sort_and_colour(lab, traces):
+    table = traces.locator(".covrl-table").first
+    box = traces.get_by_placeholder("search questions, answers, traces")
+    question = table.locator("tbody tr").last.locator("td").nth(1).inner_text()
+    box.fill(question)
+    wait_until(traces, lambda: table.locator("tbody tr").count() == 1)
+    box.fill("")
+    wait_until(traces, lambda: table.locator("tbody tr").count() == 8)
+    table.get_by_role("button", name="posterior").click()
+    cells = table.locator("tbody tr td:nth-child(5)")
+    wait_until(traces, lambda: (v := [number(x) for x in cells.all_inner_texts()]) == sorted(v, reverse=True))
+
+    tokens = traces.locator(".covrl-list").nth(1).locator("[role=option]")
+    colours = "found => found.map(span => span.style.backgroundColor)"
+    before = tokens.evaluate_all(colours)
+    traces.locator(".widget-dropdown select").nth(2).select_option("responsibility ρ of the prior")
+    wait_until(traces, lambda: tokens.evaluate_all(colours) != before)
+    assert traces.locator(".covrl-legend:visible").first.inner_text().startswith("responsibility")
+    assert not lab.errors
+
+
+def mixing_table(page):
+    """label -> the numbers of A, B and their difference, from the live panel."""
+    rows = page.locator(".widget-html table tbody tr").evaluate_all(
+        "rows => rows.map(row => [...row.cells].map(cell => cell.innerText))"
+    )
+    return {label: values for label, *values in rows}
+
+
+def expected_at(frame, alpha):
+    """Effective traces, and expected reward, at w = 1/2: written out token by token."""
+    weights, reward = [], []
+    prior = frame["source"] == "prior"
+    mass = np.where(prior, alpha / prior.sum(), (1 - alpha) / (~prior).sum())
+    for row in frame.itertuples():
+        p, q = np.exp(row.logp), np.exp(row.logq)
+        weights.append(np.prod((p + q) / 2 / (alpha * p + (1 - alpha) * q)))
+        reward.append(row.reward)
+    share = np.dot(mass, weights) ** 2 / np.dot(mass, np.square(weights))
+    return len(frame) * share, np.dot(mass, reward)
+
+
+def test_dragging_alpha_shows_what_the_files_say(lab, traces, capsys):
+    frame = load_run(lab.folder / "results" / "example_run").traces(1)
+    panel = traces.locator(".widget-vbox").filter(has_text="setting B").last
+    readout = panel.locator(".widget-readout").first
+    panel.scroll_into_view_if_needed()
+    before = mixing_table(traces)
+    assert [number(readout.inner_text())] == [0.25]
+    lab.drag(panel.locator(".noUi-handle").first, 120)
+    wait_until(traces, lambda: mixing_table(traces) != before)
+    traces.wait_for_timeout(1500)
+    alpha = number(readout.inner_text())
+    assert alpha > 0.3
+    found = mixing_table(traces)
+    size, reward = expected_at(frame, alpha)
+    assert number(found["effective traces, (ΣW)² / ΣW²"][1]) == pytest.approx(size, abs=0.06)
+    assert number(found["expected reward"][1]) == pytest.approx(reward, abs=0.006)
+    size, reward = expected_at(frame, 0.5)
+    assert number(found["expected reward"][0]) == pytest.approx(reward, abs=0.006)
+    assert number(found["effective traces, (ΣW)² / ΣW²"][0]) == pytest.approx(size, abs=0.06)
+    assert not lab.errors and not lab.cell_errors()
+
+
+def test_hostile_text_stays_text(lab, capsys):
+    hostile_run(lab.folder / "hostile")
+    lab.write(
+        "hostile.ipynb",
+        "from IPython.display import HTML, display\n"
+        "from covrl_lab import panels, load_run\n"
+        "from covrl_lab.token_view import token_html\n"
+        "run = load_run('hostile')\n"
+        "explorer = panels.TraceExplorer(run)\n"
+        "for copy in explorer.static():\n    display(copy)",
+        "display(HTML(token_html(run.traces(1))))",
+        "explorer",
+        "panels.MixingRatio(run)",
+    )
+    lab.open("hostile.ipynb")
+    lab.run_all()
+    page = lab.page
+    page.wait_for_selector(".covrl-plot.js-plotly-plot")
+    shown = page.locator(".covrl-list").first.locator("[role=option]").all_inner_texts()
+    # Runs of spaces inside a line are drawn as signs, so the text is the same as what figures.visible says.
+    assert [text.replace("\n", "") for text in shown] == [figures.visible(t, spaces=True) for t in HOSTILE]
+    questions = page.locator(".covrl-table").first.locator("tbody tr td:nth-child(2)").all_inner_texts()
+    assert questions == [figures.visible(t) for t in HOSTILE[:8]]
+    for k in (0, 1, 3, 10, 11):  # hover boxes of the widget and of plotly
+        page.locator(".covrl-list").first.locator("[role=option]").nth(k).hover()
+        assert page.locator(".covrl-tip strong:visible").inner_text() == figures.visible(
+            HOSTILE[k], spaces=True
+        )
+        page.locator(".covrl-list").first.locator("[role=option]").nth(k).click()
+        page.wait_for_timeout(300)
+    plot = page.locator(".covrl-plot.js-plotly-plot").first
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    for k in range(12):
+        page.mouse.move(box["x"] + box["width"] * (0.1 + 0.07 * k), box["y"] + 100)
+        page.wait_for_timeout(100)
+    assert page.locator(".js-plotly-plot .hoverlayer a, .js-plotly-plot .xtick a").count() == 0
+    assert page.evaluate("window.__pwned === undefined")
+    assert page.locator(".jp-OutputArea script, .jp-OutputArea iframe, .jp-OutputArea object").count() == 0
+    assert not lab.dialogs and not [r for r in lab.requests if BAIT in r], lab.requests
+    assert not lab.errors and not lab.cell_errors()
+
+
+def test_a_slider_move_redraws_soon(lab, capsys):
+    """Printed, not asserted: from the slider's change to the new plot, 64 traces of 256 tokens."""
+    lab.write(
+        "speed.ipynb",
+        "from pathlib import Path\n"
+        "from test_panels import made_up_run\n"
+        "from covrl_lab import panels\n"
+        "run = made_up_run(Path('speed'), steps=1, questions=16, rollouts=4, length=256)\n"
+        "mixing = panels.MixingRatio(run)",
+        "mixing",
+    )
+    for name in ("test_panels.py", "test_tokens.py", "hostile.py"):
+        shutil.copy(Path(__file__).parent / name, lab.folder / name)
+    shutil.rmtree(lab.folder / "speed", ignore_errors=True)
+    lab.open("speed.ipynb")
+    lab.run_all()
+    page = lab.page
+    page.wait_for_selector(".covrl-plot.js-plotly-plot")
+    handle = page.locator(".noUi-handle").first
+    handle.focus()
+    times = []
+    for _ in range(12):
+        times.append(
+            page.evaluate(
+                """() => new Promise(done => {
+                    const plot = document.querySelector('.covrl-plot');
+                    const started = performance.now();
+                    plot.once('plotly_afterplot', () => requestAnimationFrame(
+                        () => done(performance.now() - started)));
+                    document.querySelector('.noUi-handle').dispatchEvent(
+                        new KeyboardEvent('keydown', { key: 'ArrowLeft', bubbles: true }));
+                })"""
+            )
+        )
+        page.wait_for_timeout(400)
+    with capsys.disabled():
+        print(
+            f"\nslider to new plot in the browser: median {np.median(times):.0f} ms, most {max(times):.0f} ms"
+        )
+    assert len(times) == 12 and not lab.errors
