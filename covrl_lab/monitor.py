@@ -94,8 +94,9 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
     if step >= steps and (step or len(evaluations)):
         status, message = "finished", f"finished: {step} of {steps} steps"
     elif (run.path / "STOP").exists():
-        saved = steps_in(run.path / "checkpoints")
-        heard = newest >= _written(run.path / "STOP") and bool(saved) and saved[-1] == step
+        # What a run writes last: the checkpoint of its last step, or before any step an evaluation.
+        last = step in steps_in(run.path / "checkpoints") if step else len(evaluations) > 0
+        heard = newest >= _written(run.path / "STOP") and last
         if heard or silent:
             status = "stopped"
             message = f"stopped after step {step} of {steps}; let it go on, then start it again as before"

@@ -153,6 +153,21 @@ def test_a_stop_is_heard_once_the_step_and_its_checkpoint_are_written(folder):
     assert snapshot(folder).status == "stopped"
 
 
+def test_a_stop_before_the_first_step_is_heard_after_the_evaluation(folder):
+    evaluation = (folder / "evaluations.jsonl").read_text()
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        (folder / name).unlink()
+    age(folder, 10)
+    (folder / "STOP").touch()
+    os.utime(folder / "STOP", (time.time() - 5,) * 2)
+    assert snapshot(folder).status == "stopping"
+    (folder / "evaluations.jsonl").write_text(evaluation)
+    assert snapshot(folder).status == "stopped"
+    os.utime(folder / "STOP")
+    os.utime(folder / "evaluations.jsonl", (time.time() - 8,) * 2)
+    assert snapshot(folder).status == "stopping", "asked during the first step"
+
+
 def test_a_finished_run_needs_no_thread_and_no_button(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"steps": 5}))
