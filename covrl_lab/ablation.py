@@ -238,8 +238,9 @@ def cost(sweep: Sweep, workers: int, step_seconds: float | None = None) -> str:
 # --- the panel
 
 _STYLE = """<style>
-.covrl-run { display: grid; grid-template-columns: 5.5em 5em 3em 3em minmax(13em, 1fr) 6em 4.5em 4.5em;
-  column-gap: 10px; align-items: center; line-height: 1.35; font-variant-numeric: tabular-nums; }
+.covrl-run { display: grid; grid-template-columns: 5.5em 5em 3em 3em minmax(12em, 1fr) 6em 5.5em 5.5em;
+  column-gap: 10px; padding-right: 10px; align-items: center; line-height: 1.35;
+  font-variant-numeric: tabular-nums; }
 .covrl-run > * { overflow-wrap: anywhere; } .covrl-run code { background: none; padding: 0; }
 .covrl-run progress { width: 100%; } .covrl-run .n { text-align: right; }
 .covrl-head { font-weight: 600; }
@@ -372,6 +373,7 @@ class Ablation(_Panel):
                 self.traces,
             ]
         )
+        self.widget.add_class("covrl-ablation")
         self.sweep: Sweep | None = None
         for field in fields.values():
             field.observe(lambda _: self._choose(), names="value")

@@ -295,6 +295,7 @@ class Sweep:
         timeout_minutes: float | None = None,
     ) -> None:
         self.folder, self.notebook = Path(folder), Path(notebook or NOTEBOOK)
+        self.base = dict(base or {})
         self.threads, self.timeout_minutes = threads, timeout_minutes
         if not self.notebook.is_file():
             raise ConfigError(f"there is no notebook {str(self.notebook)!r}; give notebook= its path")
@@ -308,7 +309,7 @@ class Sweep:
                 raise ConfigError(f"{str(self.folder)!r} holds no runs of a sweep; give base and grid")
         else:
             for point in _points(grid or {}):
-                self._add(dict(base or {}) | point)
+                self._add(self.base | point)
         self.error: str | None = None  # why the driver takes no more runs, if it does not
         self._flying: dict[str, Any] = {}  # id -> future
         self._stop = threading.Event()

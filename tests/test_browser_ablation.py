@@ -1,0 +1,96 @@
+"""The ablation panel of 04_mixing_ratio in a real JupyterLab: choose, launch, watch, cancel, retry, read."""
+
+import pytest
+from browser import jupyterlab
+
+from covrl_lab import RunConfig, load_run
+from covrl_lab.sweeps import status
+
+PATIENCE = 180_000  # milliseconds
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    with jupyterlab(tmp_path_factory.mktemp("lab"), "04_mixing_ratio.ipynb", height=1600) as lab:
+        yield lab
+
+
+def fill(page, label, value):
+    box = page.locator(".covrl-ablation").get_by_label(label, exact=True)
+    box.fill(value)
+    box.press("Enter")
+    box.press("Tab")
+
+
+def test_choose_launch_watch_cancel_and_retry(lab):
+    lab.open("04_mixing_ratio.ipynb")
+    lab.run_all()
+    page = lab.page
+    panel = page.locator(".covrl-ablation")
+    rows = panel.locator(".covrl-run-row")
+
+    # The grid in the fields: a wrong value is refused in words, three alphas make three rows.
+    fill(page, "seeds", "0")
+    fill(page, "steps", "3")
+    fill(page, "α", "0.3, 1.5")
+    panel.get_by_text("alpha must be between 0 and 1").wait_for()
+    assert rows.count() == 0 and panel.get_by_role("button", name="Launch").is_disabled()
+    fill(page, "α", "0.3, 0.5, 0.7")
+    panel.get_by_text("3 runs, 3 to do with 9 steps in all").wait_for()
+    assert rows.count() == 3
+    assert not list(lab.folder.glob("runs/mixing_ratio/*")), "nothing starts before Launch"
+
+    # The kernel stays free while runs work; one is cancelled on its way.
+    panel.get_by_role("button", name="Launch").click()
+    first, second, third = (rows.nth(i) for i in range(3))
+    first.locator('[data-status="running"]').wait_for(timeout=PATIENCE)
+    first.get_by_role("button", name="Cancel").click()
+    first.locator('[data-status="cancelled"]').wait_for(timeout=PATIENCE)
+    assert page.locator('[data-jp-kernel-status="busy"]').count() == 0
+    for row in (second, third):
+        row.locator('[data-status="done"]').wait_for(timeout=PATIENCE)
+    first.get_by_role("button", name="Retry").click()
+    first.locator('[data-status="done"]').wait_for(timeout=PATIENCE)
+
+    # What the table and the figure show is what the run folders hold.
+    panel.get_by_text("3 runs, 0 to do").wait_for()
+    found = {}
+    for path in lab.folder.glob("runs/mixing_ratio/*"):
+        run = load_run(path)
+        assert status(path) == ("done", "") and len(run.metrics) == 3
+        assert RunConfig.load(path / "config.json").run_id() == path.name
+        found[run.config["alpha"]] = run
+    assert set(found) == {0.3, 0.5, 0.7}
+    for row, run in zip((first, second, third), [found[alpha] for alpha in (0.3, 0.5, 0.7)], strict=True):
+        cells = row.locator(".covrl-run > *").all_inner_texts()
+        accuracy, seconds = run.evaluations["accuracy"].iloc[-1], run.metrics["seconds"].sum()
+        expected = ["covrl", f"{run.config['alpha']:g}", "0", "✓ done"]
+        assert [cells[0], *cells[1:5], *cells[6:]] == [
+            run.path.name,
+            *expected,
+            f"{accuracy:.1%}",
+            f"{seconds:.1f}",
+        ]
+    series = """() => {
+        const plot = document.querySelector('.covrl-ablation .js-plotly-plot');
+        return (plot?._fullData || []).filter(d => d.mode === 'lines+markers')
+            .map(d => [d.name, Array.from(d.x), Array.from(d.y)]);
+    }"""
+    page.wait_for_function(f"({series})().some(([name, x]) => name === 'covrl' && x.length === 3)")
+    drawn = page.evaluate(series)
+    shown = {name: dict(zip(x, y, strict=True)) for name, x, y in drawn}
+    for alpha, run in found.items():
+        assert shown["covrl"][alpha] == pytest.approx(run.evaluations["accuracy"].iloc[-1])
+        for source in ("prior", "posterior"):
+            reward = run.metrics[f"reward_{source}"].iloc[-1]  # a fifth of three steps: the last one
+            assert shown[f"covrl, {source} traces"][alpha] == pytest.approx(reward)
+
+    # The traces of a run are a click away, and the same grid launched again has nothing to do.
+    second.get_by_role("button", name="Traces").click()
+    panel.get_by_text(f"Traces of run {found[0.5].path.name}").wait_for(timeout=PATIENCE)
+    panel.locator(".covrl-explorer").first.wait_for(timeout=PATIENCE)
+    started = [(run.path / "log.txt").read_text() for run in found.values()]
+    panel.get_by_role("button", name="Launch").click()
+    panel.locator("button:not([disabled])", has_text="Launch").wait_for(timeout=PATIENCE)
+    assert [(run.path / "log.txt").read_text() for run in found.values()] == started
+    assert lab.errors == [] and lab.requests == [] and lab.cell_errors() == []
