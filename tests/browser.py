@@ -174,8 +174,7 @@ class Lab:
     def run_all(self, seconds=180):
         """Run > Run All Cells, and wait until every code cell has its number."""
         deadline = time.monotonic() + seconds
-        while not all(prompt[1:-2].isdigit() for prompt in self._prompts()):
-            prompts = self._prompts()
+        while not (prompts := self._prompts()) or not all(prompt[1:-2].isdigit() for prompt in prompts):
             assert time.monotonic() < deadline, f"still running: {prompts}"
             # A kernel that has just started may drop the order, and a slow server have the page ask for one.
             dialog = self.page.locator("dialog.jp-Dialog")
