@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .scoring import _score_packed, _score_rows, _Segment
+from .scoring import Segment, score_segments
 from .types import Prompt
 
 
@@ -46,6 +46,6 @@ def coherence(
         shared, each = 0, max(map(len, contexts)) + len(prompt.answer)
     at_once, values = max(1, (max_packed_tokens - shared) // each), []
     for i in range(0, len(contexts), at_once):
-        segments = [_Segment([*c, *prompt.answer], len(c), 1.0) for c in contexts[i : i + at_once]]
-        values += (_score_packed if policy.packs else _score_rows)(policy, segments)
+        segments = [Segment([*c, *prompt.answer], len(c), 1.0) for c in contexts[i : i + at_once]]
+        values += score_segments(policy, segments)
     return torch.stack(values).sum(1).cpu().numpy()

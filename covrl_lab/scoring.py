@@ -22,8 +22,8 @@ LOGITS_BYTES = 32 * 2**20  # float32 logits that exist at once
 
 
 @dataclass(frozen=True)
-class _Segment:
-    """Tokens ``start:`` of ``ids`` are scored, with logits divided by ``temperature``."""
+class Segment:
+    """A sequence of which the tokens ``start:`` are scored, with logits divided by ``temperature``."""
 
     ids: list[int]
     start: int
@@ -76,13 +76,21 @@ def token_logprobs(policy, hidden: Tensor, targets: Tensor, temperature: Tensor)
     return _HeadLogprobs.apply(hidden, targets, temperature, policy)
 
 
-def _score_packed(policy, segments: Sequence[_Segment]) -> list[Tensor]:
+def score_segments(policy, segments: Sequence[Segment], packed: bool = True) -> list[Tensor]:
+    """Each segment's (scored tokens,) log-probabilities, all in one forward.
+
+    ``packed=False``, or a model that cannot run a tree: one padded row a segment.
+    """
+    return (_score_packed if packed and policy.packs else _score_rows)(policy, segments)
+
+
+def _score_packed(policy, segments: Sequence[Segment]) -> list[Tensor]:
     tree = build_tree([s.ids for s in segments])
     before = torch.cat([path[s.start - 1 : -1] for s, path in zip(segments, tree.paths, strict=True)])
     return _scored(policy, segments, run_tree(policy, tree), before)
 
 
-def _score_rows(policy, segments: Sequence[_Segment]) -> list[Tensor]:
+def _score_rows(policy, segments: Sequence[Segment]) -> list[Tensor]:
     """The same numbers from right-padded rows, as every trainer computes them; the tests' reference."""
     device = policy.device
     rows = [torch.tensor(s.ids) for s in segments]
@@ -94,7 +102,7 @@ def _score_rows(policy, segments: Sequence[_Segment]) -> list[Tensor]:
     return _scored(policy, segments, hidden.flatten(0, 1), torch.cat(before))
 
 
-def _scored(policy, segments: Sequence[_Segment], hidden: Tensor, before: Tensor) -> list[Tensor]:
+def _scored(policy, segments: Sequence[Segment], hidden: Tensor, before: Tensor) -> list[Tensor]:
     """hidden (n, size); before (k,) is its row that predicts each of the segments' scored tokens."""
     lengths = [len(s.ids) - s.start for s in segments]
     targets = torch.tensor([t for s in segments for t in s.ids[s.start :]])
@@ -114,18 +122,16 @@ def _scored(policy, segments: Sequence[_Segment], hidden: Tensor, before: Tensor
 
 def _segments(
     prompts: Sequence[Prompt], batch: TraceBatch, temperature: float, posterior: bool, answers: bool = True
-) -> dict[str, list[_Segment]]:
-    out: dict[str, list[_Segment]] = {"prior": []}
+) -> dict[str, list[Segment]]:
+    out: dict[str, list[Segment]] = {"prior": []}
     for i in range(len(batch)):
         p, z = prompts[i // batch.group_size], batch.trace(i)
-        out["prior"].append(_Segment([*p.prior, *z], len(p.prior), temperature))
+        out["prior"].append(Segment([*p.prior, *z], len(p.prior), temperature))
         if posterior:
-            out.setdefault("posterior", []).append(
-                _Segment([*p.posterior, *z], len(p.posterior), temperature)
-            )
+            out.setdefault("posterior", []).append(Segment([*p.posterior, *z], len(p.posterior), temperature))
         if answers:  # an answer is a likelihood of the model itself: always at temperature 1
             context = [*p.prior, *z, *p.seam]
-            out.setdefault("answer", []).append(_Segment([*context, *p.answer], len(context), 1.0))
+            out.setdefault("answer", []).append(Segment([*context, *p.answer], len(context), 1.0))
     return out
 
 
@@ -152,7 +158,7 @@ def score(
     """
     groups = _segments(prompts, batch, temperature, posterior)
     flat = [s for segments in groups.values() for s in segments]
-    scores = iter((_score_packed if packed and policy.packs else _score_rows)(policy, flat))
+    scores = iter(score_segments(policy, flat, packed))
     rows = {name: [next(scores) for _ in segments] for name, segments in groups.items()}
     width = batch.mask.shape[1]
     answer = pad_sequence(rows["answer"], batch_first=True)
@@ -174,17 +180,15 @@ def reference(
     "ref_prior" (N, T): the traces under the prior prompt. "bare_answer" (N, A): the answers right after the
     prior prompt, without a trace.
     """
-    found, scored = {}, _score_packed if policy.packs else _score_rows
+    found = {}
     with policy.base():
         if "ref_prior" in needs:
             segments = _segments(prompts, batch, temperature, posterior=False, answers=False)["prior"]
-            found["ref_prior"] = _pad(scored(policy, segments), batch.mask.shape[1])
+            found["ref_prior"] = _pad(score_segments(policy, segments), batch.mask.shape[1])
         if "bare_answer" in needs:
             contexts = [[*p.prior, *p.seam] for p in prompts]
-            segments = [
-                _Segment([*c, *p.answer], len(c), 1.0) for c, p in zip(contexts, prompts, strict=True)
-            ]
-            rows = pad_sequence(scored(policy, segments), batch_first=True)
+            segments = [Segment([*c, *p.answer], len(c), 1.0) for c, p in zip(contexts, prompts, strict=True)]
+            rows = pad_sequence(score_segments(policy, segments), batch_first=True)
             found["bare_answer"] = rows.repeat_interleave(batch.group_size, dim=0)
     return found
 

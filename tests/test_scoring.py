@@ -351,7 +351,7 @@ def test_head_chunks_change_nothing(policies, prompts, batch, monkeypatch):
     monkeypatch.setattr(scoring, "LOGITS_BYTES", 3 * 4 * VOCABULARY)
     monkeypatch.setattr(policy.head, "forward", lambda x: sizes.append(len(x)) or head(x))
     rows = unpadded(score(policy, prompts, batch), batch)
-    # Each distinct (context, token) is scored once: the rollouts at 3 and 6 repeat others, that at 5 starts one.
+    # Each distinct (context, token) is scored once: rollouts 3 and 6 repeat others, 5 starts one.
     contexts = set()
     for i in range(len(batch)):
         p, z = prompts[i // 4], tuple(batch.trace(i))
