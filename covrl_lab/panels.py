@@ -162,15 +162,15 @@ _QUESTION_COLUMNS = [
 ]
 _ROLLOUT_COLUMNS = [
     _column("rollout", "#", "number", "number of the rollout in its step"),
-    _column("source", "drawn from", "source"),
+    _column("source", "source", "source", "the prompt that drew the trace"),
     _column(
         "total", "log p(y|x,z)", "number", "log-probability of the reference answer after the trace, nats", 1
     ),
     _column("reward", "reward", "number", "what the method made of it", 1),
-    _column("advantage", "advantage", "number", "reward against its group's", 2),
+    _column("advantage", "A", "number", "advantage: reward against its group's", 2),
     _column("answer_weight", "c_y", "number", "factor of the answer's log-likelihood in the loss", 1),
     _column("length", "tokens", "number", "trace length"),
-    _column("finished", "finished", "flag", "whether the trace ended in time and in form"),
+    _column("finished", "ended", "flag", "whether the trace ended in time and in form"),
     _column("correct", "correct", "flag", "the task's verdict on the model's own answer after the trace"),
     _column("trace", "trace", "text"),
 ]

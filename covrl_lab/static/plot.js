@@ -19,17 +19,24 @@ async function load(model) {
 async function render({ model, el }) {
   const plot = document.createElement("div");
   plot.className = "covrl-plot";
+  el.style.width = "100%";
   el.append(plot);
   window.covrlPlotly ??= load(model); // once a page
   const plotly = await window.covrlPlotly;
   const draw = () => {
     if (!model.get("figure")) return;
     const { data, layout } = JSON.parse(model.get("figure"));
-    plotly.react(plot, data, layout, { responsive: true });
+    plotly.react(plot, data, { ...layout, autosize: true });
   };
   model.on("change:figure", draw);
   draw();
-  return () => plotly.purge(plot);
+  // Its first width is a guess: widgets are drawn before they stand in the page.
+  const fit = new ResizeObserver(() => plot.offsetWidth && plot.layout && plotly.Plots.resize(plot));
+  fit.observe(el);
+  return () => {
+    fit.disconnect();
+    plotly.purge(plot);
+  };
 }
 
 export default { render };
