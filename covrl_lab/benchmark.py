@@ -394,6 +394,7 @@ def limits_part(results: Results) -> None:
 def _limits(settings: dict[str, Any]) -> dict[str, Any]:
     import torch
 
+    torch.set_num_threads(settings["threads"])
     config = RunConfig(**settings["config"])
     device, shape = measure(3.0), shape_of(config.model)
     place = "cuda" if torch.cuda.is_available() else "cpu"
@@ -415,7 +416,7 @@ def _limits(settings: dict[str, Any]) -> dict[str, Any]:
             for weight in weights:
                 inputs[weight.shape[1]] @ weight.T
 
-        products[str(rows)] = fastest(once, seconds=4.0)
+        products[str(rows)] = fastest(once, seconds=8.0)
     return {"rate": device.rate, "bandwidth": device.bandwidth, "products": products}
 
 

@@ -187,6 +187,12 @@ def report(folder: str | Path) -> str:
 
 # --- figures
 
+TALL = {"margin": {"t": 84}}  # the title stands above the legend
+
+
+def _title(text: str) -> dict[str, Any]:
+    return {"text": text, "yref": "container", "y": 1, "yanchor": "top", "pad": {"t": 14}}
+
 
 def ratio_figure(ratios: pd.DataFrame) -> go.Figure:
     """A point a pair of trainers: the median ratio of seconds, a bar from the lowest to the highest."""
@@ -212,7 +218,9 @@ def ratio_figure(ratios: pd.DataFrame) -> go.Figure:
         marker={"symbol": "line-ns-open", "size": 22, "color": POSTERIOR, "line": {"width": 2}},
         name="target",
     )
-    figure.update_layout(title="A step's seconds against another's", height=120 + 55 * len(ratios))
+    figure.update_layout(
+        title=_title("A step's seconds against another's"), **TALL, height=150 + 55 * len(ratios)
+    )
     figure.update_xaxes(title="ratio of seconds, within a repetition", rangemode="tozero")
     return figure.update_yaxes(autorange="reversed")
 
@@ -232,7 +240,7 @@ def phase_figure(frame: pd.DataFrame) -> go.Figure:
         name="each repetition",
         marker={"symbol": "circle-open", "color": GREY, "size": 7},
     )
-    figure.update_layout(title="Where a step's time goes", height=130 + 50 * len(names))
+    figure.update_layout(title=_title("Where a step's time goes"), **TALL, height=160 + 50 * len(names))
     figure.update_xaxes(title="seconds")
     return figure.update_yaxes(autorange="reversed")
 
@@ -257,7 +265,9 @@ def token_figure(tokens: pd.DataFrame) -> go.Figure:
             textposition="outside",
             cliponaxis=False,
         )
-    figure.update_layout(title="Tokens in the update's forward pass", height=130 + 75 * len(names))
+    figure.update_layout(
+        title=_title("Tokens in the update's forward pass"), **TALL, height=160 + 75 * len(names)
+    )
     figure.update_xaxes(title="tokens a step")
     return figure.update_yaxes(autorange="reversed")
 
@@ -280,7 +290,7 @@ def limit_figure(times: pd.DataFrame) -> go.Figure:
         )
     target = LIMIT_TARGET * times["limit"].sum()
     figure.add_vline(x=target, line={"dash": "dot", "color": GREY}, annotation_text=f"{LIMIT_TARGET} x limit")
-    figure.update_layout(title="A CoVRL step against the machine", height=290)
+    figure.update_layout(title=_title("A CoVRL step against the machine"), **TALL, height=310)
     figure.update_xaxes(title="seconds", rangemode="tozero")
     return figure.update_yaxes(autorange="reversed")
 
@@ -318,7 +328,7 @@ def growth_figure(growth: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(rangemode="tozero")
     figure.update_yaxes(title="seconds a step", row=1, col=1)
     figure.update_yaxes(title="GiB beyond the model", row=2, col=1)
-    return figure.update_layout(template=TEMPLATE, title="How a CoVRL step grows", height=520)
+    return figure.update_layout(template=TEMPLATE, title=_title("How a CoVRL step grows"), **TALL, height=520)
 
 
 def memory_figure(memory: pd.DataFrame) -> go.Figure:
@@ -332,7 +342,9 @@ def memory_figure(memory: pd.DataFrame) -> go.Figure:
             line={"dash": dash},
             mode="lines+markers",
         )
-    figure.update_layout(title="Memory of scoring and its backward, weights aside", height=360)
+    figure.update_layout(
+        title=_title("Memory of scoring and its backward, weights aside"), **TALL, height=380
+    )
     figure.update_xaxes(title="packed tokens", rangemode="tozero")
     return figure.update_yaxes(title="MiB", rangemode="tozero")
 
@@ -358,5 +370,9 @@ def plan_figure(plans: pd.DataFrame) -> go.Figure:
             )
         figure.update_yaxes(title=label, rangemode="tozero", row=1, col=column)
     return figure.update_layout(
-        template=TEMPLATE, barmode="group", title="What plan said, and what a step took", height=360
+        template=TEMPLATE,
+        barmode="group",
+        title=_title("What plan said, and what a step took"),
+        **TALL,
+        height=380,
     )
