@@ -375,12 +375,16 @@ def mixing(
                 }
             )
         log = {"type": "log", "range": [-4, 0], "dtick": 1, "tickformat": ".2~%", "ticklabelstandoff": 4}
-        layout[f"xaxis{axes[0]}"] |= {"title": {"text": "nats a token"}, "range": [-12, 0]}
+        layout[f"xaxis{axes[0]}"] |= {
+            "title": {"text": "nats a token"},
+            "range": [-12, 0],
+            "tickvals": [-10, -8, -6, -4, -2, 0],
+        }
         layout[f"yaxis{axes[0]}"] |= log | {"title": {"text": "tokens" if first else ""}}
         layout[f"xaxis{axes[1]}"] |= {
             "type": "log",
             "range": [np.log10(0.2), np.log10(5)],
-            "tickvals": [0.2, 0.5, 0.7, 1, 1.3, 2, 5],
+            "tickvals": [0.3, 0.5, 0.7, 1, 1.3, 2, 4],
             "title": {"text": "importance ratio p′/h (shaded: inside the clip)"},
         }
         layout[f"yaxis{axes[1]}"] |= log | {"title": {"text": "tokens" if first else ""}}
@@ -388,7 +392,7 @@ def mixing(
             "title": {"text": "mean |gradient weight| a token"},
             "rangemode": "tozero",
         }
-        layout[f"yaxis{axes[2]}"] |= {"autorange": "reversed"}
+        layout[f"yaxis{axes[2]}"] |= {"autorange": "reversed", "ticklabelstandoff": 4}
     pulled = [
         sum(v for (moved, _), v in pull.items() if moved == m) for pull in pulls for m in SOURCE_COLOURS
     ]
