@@ -62,7 +62,8 @@ def results(sweep: Sweep) -> pd.DataFrame:
             for name in ("reward_prior", "reward_posterior"):
                 row[name] = last[name].astype(float).mean()
             rows.append(row)
-    return pd.DataFrame(rows)
+    columns = ["id", "method", "alpha", "seed", "accuracy", "reward_prior", "reward_posterior"]
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
 
 
 def over_seeds(frame: pd.DataFrame, value: str) -> pd.DataFrame:
