@@ -177,7 +177,7 @@ class Device:
 
 # Measured with ``covrl_lab.benchmark`` (see notebooks/07_speed.ipynb): on CPUs the share of the machine's own
 # matrix rate. That of GPUs is an assumption: nothing here was measured on one.
-CPU_SHARE, GPU_SHARE = 0.35, 0.35
+CPU_SHARE, GPU_SHARE = 0.55, 0.35
 CPU_RUNTIME, GPU_RUNTIME = 0.75 * GIB, 0.75 * GIB
 
 
