@@ -495,7 +495,7 @@ class Sweep:
         """Leave runs out: a queued one does not start, a running one is killed within a second, anywhere."""
         for run_id in self._known(run_ids):
             if status(self.path(run_id))[0] in ("queued", "running"):
-                _end(self.path(run_id), "cancelled", f"cancelled after step {_steps_done(self.path(run_id))}")
+                _end(self.path(run_id), "cancelled", f"after step {_steps_done(self.path(run_id))}")
 
     def retry(self, *run_ids: str) -> list[str]:
         """Queue failed or cancelled runs again (without arguments all that failed); returns their ids.
