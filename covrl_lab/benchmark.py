@@ -14,8 +14,8 @@ on where it was.
 
 Equal work: every trainer gets the same questions under the same few-shot prior prompts (CoVRL half of them
 under posterior prompts), the same NF4 model and LoRA shape, and writes exactly ``max_trace_tokens`` tokens a
-trace: ends of traces are ignored in ours, and ``min_new_tokens`` holds TRL to it. "covrl, own ends" is our
-step as used, where traces may end earlier. TRL runs with what is fastest for it here: one batch of all
+trace: ends of traces are ignored in ours, and ``min_new_tokens`` holds TRL to it. "own ends" is our step
+as used, where traces may end earlier. TRL runs with what is fastest for it here: one batch of all
 rollouts, no gradient checkpointing, no reference model (beta 0), no logging, saving or evaluation, and a
 reward function that returns text lengths. It does less: one prompt a trace, and no answer to score.
 """
@@ -54,6 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "covrl": {"fixed": True},
     "prior only": {"fixed": True, **PRIOR_ONLY},
     "covrl, own ends": {"fixed": False},
+    "prior only, own ends": {"fixed": False, **PRIOR_ONLY},
     "trl": {},
 }
 GROWTH: dict[str, list[dict[str, Any]]] = {

@@ -20,10 +20,17 @@ LABELS = {
     "covrl": "CoVRL",
     "prior only": "prior only",
     "covrl, own ends": "CoVRL, own ends",
+    "prior only, own ends": "prior only, own ends",
     "trl": "TRL GRPOTrainer",
 }
-PAIRS = (("covrl", "trl"), ("prior only", "trl"), ("covrl, own ends", "trl"), ("covrl", "prior only"))
-TARGETS = {("covrl", "trl"): 0.2, ("covrl", "prior only"): 1.4}  # what the project set out to reach
+PAIRS = (
+    ("covrl", "trl"),
+    ("prior only", "trl"),
+    ("covrl, own ends", "trl"),
+    ("covrl", "prior only"),
+    ("covrl, own ends", "prior only, own ends"),
+)
+TARGETS = dict(zip(PAIRS, (0.2, math.nan, 0.2, 1.4, 1.4), strict=True))  # what the project set out to reach
 LIMIT_TARGET = 2.5  # times the machine's limit
 PHASES = {"sampling": PRIOR, "scoring": BOTH, "update": POSTERIOR}
 

