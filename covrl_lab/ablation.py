@@ -222,8 +222,10 @@ def cost(sweep: Sweep, workers: int, step_seconds: float | None = None) -> str:
     """
     frame = sweep.table()
     left = frame[~frame["status"].isin(ENDS)]
-    steps, at_once = int((left["steps"] - left["step"]).sum()), max(1, min(workers, len(left)))
+    steps, at_once = int((left["steps"] - left["step"]).sum()), min(workers, len(left))
     text = f"{len(frame)} runs, {len(left)} to do with {steps} steps in all"
+    if left.empty:
+        return text
     if seen := measured(sweep):
         step, around, count = seen
         source = f"{count} measured steps of {step:.2g} s (median), and {around:.0f} s around them a run"
