@@ -119,6 +119,12 @@ class Lab:
     def __init__(self, page, url, folder, settings):
         self.page, self.url, self.folder, self.settings = page, url, folder, settings
         self.errors, self.requests, self.dialogs = [], [], []
+        page.on("console", self._log)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("dialog", self._answer)
+        page.on("request", lambda r: self.requests.append(r.url) if self._outside(r.url) else None)
+
+    def _log(self, message):
         # JupyterLab's own trouble with a kernel that starts slowly or is gone is not the notebook's.
         own = ("Could not restore the debugger state", "/api/kernels/", "Failed to load resource")
         if message.type == "error" and not any(text in message.text for text in own):
