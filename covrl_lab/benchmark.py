@@ -11,6 +11,8 @@ on where it was.
     growth    seconds and memory of our step against rollouts, trace length and demonstrations
     memory    bytes that scoring allocates against vocabulary and packed tokens, counted, not sampled
     plan      what covrl_lab.plan says of two models, and what they took
+    layout    traces under posterior prompts with demonstrations of their own (as used) or those of the prior,
+              which both contexts would share
 
 Equal work: every trainer gets the same questions under the same few-shot prior prompts (CoVRL half of them
 under posterior prompts), the same NF4 model and LoRA shape, and writes exactly ``max_trace_tokens`` tokens a
@@ -542,6 +544,43 @@ def plan_part(results: Results) -> None:
         results.get(name, compare)
 
 
+def layout_part(results: Results) -> None:
+    """Answers after posterior traces, and packed tokens, with own and with shared demonstrations."""
+    for task in results.settings["tasks"]:
+        for layout in ("own", "shared"):
+            results.get(f"{task}, {layout}", lambda a=task, b=layout: apart(_layout, results.settings, a, b))
+
+
+def _layout(settings: dict[str, Any], task: str, layout: str) -> dict[str, float]:
+    import torch
+
+    from .scoring import packed_tokens
+    from .trainer import Trainer
+
+    torch.set_num_threads(settings["threads"])
+    with tempfile.TemporaryDirectory() as folder:
+        config = RunConfig(**settings["config"] | {"task": task, "questions_per_step": 16, "run_dir": folder})
+        trainer = Trainer(config, progress=False).setup()
+        if layout == "shared":
+            trainer.prompter._posterior_root = trainer.prompter._prior_root
+        answers, finished, packed = [], [], []
+        for step in range(settings["steps"]):
+            _, prompts, batch = trainer.sample(step)
+            with torch.no_grad():
+                logprobs = trainer.score(prompts, batch, torch.arange(len(batch)))
+            answers.append(logprobs.answer.sum(1)[~batch.from_prior])
+            finished.append(batch.finished[~batch.from_prior])
+            packed.append(packed_tokens(prompts, batch)[0])
+    answers, finished = torch.cat(answers), torch.cat(finished).float()
+    return {
+        "traces": len(answers),
+        "answer_logprob": float(answers.mean()),
+        "standard_error": float(answers.std() / len(answers) ** 0.5),
+        "finished_share": float(finished.mean()),
+        "packed_tokens": sum(packed) / len(packed),
+    }
+
+
 def _measure(threads: int) -> dict[str, Any]:
     import torch
 
@@ -558,7 +597,7 @@ def apart(function: Callable, *args: Any, **kwargs: Any) -> Any:
 
 # --- the command
 
-PARTS = ("limits", "step", "growth", "memory", "plan")
+PARTS = ("limits", "step", "growth", "memory", "plan", "layout")
 
 
 def main() -> None:
@@ -588,6 +627,7 @@ def main() -> None:
         "growth": {"config": config, "points": GROWTH},
         "memory": {"vocabularies": VOCABULARIES, "rollouts": MEMORY_ROLLOUTS},
         "plan": {"config": config, "larger": LARGER},
+        "layout": {"config": config, "tasks": ["arithmetic", "last_letters"], "steps": 4},
     }
     for part in chosen:
         results = Results(

@@ -189,6 +189,9 @@ def report(folder: str | Path) -> str:
         lines += [growth_frame(parts["growth"])[columns].round(2).to_string(index=False), ""]
     if "plan" in parts:
         lines += ["plan", plan_frame(parts["plan"]).round(2).to_string()]
+    if "layout" in parts:
+        lines += ["", "posterior traces, by whose demonstrations their prompt shows"]
+        lines += [pd.DataFrame(parts["layout"]["results"]).T.round(2).to_string()]
     return "\n".join(lines)
 
 
