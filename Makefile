@@ -6,6 +6,7 @@ DEMO := runs/quickstart
 export JUPYTER_PREFER_ENV_PATH := 1
 # As in covrl_lab/__init__.py, also where a notebook imports torch first.
 export OMP_WAIT_POLICY ?= passive
+export GOMP_SPINCOUNT ?= 2000
 
 .PHONY: demo test lint bench lab learning clean
 

@@ -16,11 +16,11 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -97,42 +97,50 @@ def count_nodes(sequences: Sequence[Sequence[int]]) -> int:
 # --- attention
 
 
-class _Block(NamedTuple):
-    """Queries start..stop attend to ``keys`` where the additive mask is 0.
-
-    mask (groups * (stop - start), keys): the same for each of the query heads that share a key head.
-    """
-
-    start: int
-    stop: int
-    keys: Tensor
-    mask: Tensor
-
-
 class TreeAttention:
-    """The blocks of a tree's attention, for one forward (all layers); masks are made once a window."""
+    """A tree's attention for one forward (all layers): b blocks of BLOCK queries with their m keys each.
+
+    keys (b, m) are node numbers, masks (b, 1, groups * BLOCK, m) additive; short blocks are padded. Masks are
+    made once for each sliding window and number of query heads that share a key head.
+    """
 
     def __init__(self, tree: TokenTree, device: torch.device, dtype: torch.dtype) -> None:
         self.tree, self.device, self.dtype = tree, device, dtype
-        self._blocks: dict[tuple[int | None, int], list[_Block]] = {}
+        starts = range(0, len(tree), BLOCK)
+        nodes = torch.arange(len(starts) * BLOCK).reshape(-1, BLOCK)
+        rows = [torch.cat([tree.path(start), block]) for start, block in zip(starts, nodes, strict=True)]
+        self._query, self._key = nodes, pad_sequence(rows, batch_first=True, padding_value=len(tree))
+        self.keys = self._key.clamp_max(len(tree) - 1).to(device)
+        self._masks: dict[tuple[int | None, int], Tensor] = {}
 
-    def blocks(self, window: int | None, groups: int) -> list[_Block]:
+    def mask(self, window: int | None, groups: int) -> Tensor:
         """For layers with this sliding window (tokens) and this many query heads a key head."""
-        if (window, groups) not in self._blocks:
-            self._blocks[window, groups] = list(self._make(window, groups))
-        return self._blocks[window, groups]
-
-    def _make(self, window: int | None, groups: int) -> Iterator[_Block]:
-        tree = self.tree
-        for start in range(0, len(tree), BLOCK):
-            stop = min(start + BLOCK, len(tree))
-            query = torch.arange(start, stop)[:, None]
-            keys = torch.cat([tree.path(start), torch.arange(start, stop)])
-            allowed = (keys <= query) & (query < tree.end[keys])
+        if (window, groups) not in self._masks:
+            tree, query, key = self.tree, self._query[:, :, None], self._key[:, None]
+            end, position = (pad(x, (0, 2 * BLOCK)) for x in (tree.end, tree.position))
+            allowed = (key <= query) & (query < end[key])
             if window:
-                allowed &= tree.position[query] - tree.position[keys] < window
-            mask = additive(allowed, self.dtype).repeat(groups, 1)
-            yield _Block(start, stop, keys.to(self.device), mask.to(self.device))
+                allowed &= position[query] - position[key] < window
+            mask = additive(allowed, self.dtype).repeat(1, groups, 1)[:, None]
+            self._masks[window, groups] = mask.to(self.device)
+        return self._masks[window, groups]
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """query (1, heads, n, size), key and value (1, key heads, n, size); (1, n, heads, size) out."""
+        _, heads, n, size = query.shape
+        groups = heads // key.shape[1]
+        rows = pad(query[0], (0, 0, 0, self._query.numel() - n)).unflatten(1, (-1, BLOCK)).transpose(0, 1)
+        out = scaled_dot_product_attention(
+            rows.reshape(len(rows), -1, groups * BLOCK, size),
+            key[0][:, self.keys].transpose(0, 1),
+            value[0][:, self.keys].transpose(0, 1),
+            attn_mask=self.mask(window, groups),
+            scale=scaling,
+        )
+        out = out.reshape(len(rows), heads, BLOCK, -1).transpose(1, 2)
+        return out.flatten(0, 1)[None, :n]
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,17 +157,6 @@ def attention_window(config, layer: int) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def _grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
-    """Attention where several query heads share a key head, without copying keys for each of them.
-
-    query (b, heads, n, size), key and value (b, key heads, m, size), mask (..., groups * n or 1, m).
-    """
-    b, heads, n, size = query.shape
-    rows = query.reshape(b, key.shape[1], -1, size)
-    out = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(b, heads, n, value.shape[3])
-
-
 def attend(module, query, key, value, attention_mask, scaling=None, tree=None, **kwargs):
     """transformers' attention interface: tree attention where a ``TreeAttention`` is passed, else plain.
 
@@ -169,13 +166,12 @@ def attend(module, query, key, value, attention_mask, scaling=None, tree=None, *
         raise NotImplementedError("capped attention scores")
     if tree is not None:
         window = attention_window(module.config, module.layer_idx)
-        parts = [
-            _grouped(query[:, :, b.start : b.stop], key[:, :, b.keys], value[:, :, b.keys], b.mask, scaling)
-            for b in tree.blocks(window, query.shape[1] // key.shape[1])
-        ]
-        return torch.cat(parts, dim=2).transpose(1, 2), None
+        return tree(query, key, value, scaling, window), None
     if query.shape[2] == 1 and attention_mask is not None:
-        return _grouped(query, key, value, attention_mask, scaling).transpose(1, 2), None
+        # One query token: heads that share a key head become its rows, so that keys are not copied for each.
+        rows = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+        out = scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
+        return out.reshape(len(query), 1, query.shape[1], -1), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 

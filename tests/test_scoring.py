@@ -205,9 +205,10 @@ def test_work_of_attention_grows_with_depth_and_not_with_the_tree():
     root = [draw.randrange(1000) for _ in range(100)]
     tree = build_tree([root + [draw.randrange(1000) for _ in range(20)] for _ in range(300)])
     assert len(tree) > 6000
-    blocks = TreeAttention(tree, torch.device("cpu"), torch.float32).blocks(None, 1)
-    assert max(len(b.keys) for b in blocks) <= BLOCK + 120
-    assert sum(b.mask.numel() for b in blocks) < len(tree) * (BLOCK + 120) < len(tree) ** 2 / 20
+    attention = TreeAttention(tree, torch.device("cpu"), torch.float32)
+    blocks, keys = attention.keys.shape
+    assert keys <= BLOCK + 120 and (blocks - 1) * BLOCK < len(tree) <= blocks * BLOCK
+    assert attention.mask(None, 1).numel() == blocks * BLOCK * keys < len(tree) ** 2 / 20
 
 
 class TestModelsThatCannotPack:
