@@ -55,6 +55,5 @@ clean:
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit("covrl_lab needs Python 3.11 or newer and $(PYTHON) is " + v + ": name another with make PYTHON=python3.11")'
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --upgrade "pip>=25"
 	.venv/bin/python -m pip install -c constraints.txt -e ".[notebooks,tests]"
 	touch $@
