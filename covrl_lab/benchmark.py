@@ -619,7 +619,7 @@ def main() -> None:
     trainers = list(VARIANTS)
     if importlib.util.find_spec("trl") is None:
         print('TRL is not installed (pip install -e ".[bench]"): only our own trainers are measured')
-        trainers.remove("trl")
+        trainers = [name for name in trainers if name != "trl"]
     config = STEP | {"model": arguments.model}
     settings = {
         "limits": {"config": config, "rows": ROWS},
