@@ -250,6 +250,7 @@ class TraceExplorer(_Panel):
         self.rollouts.layout = {"flex": "3 1 480px", "min_width": "0"}
         tables = widgets.HBox([self.questions, self.rollouts], layout=row)
         self.widget = widgets.VBox([controls, tables, self.heading, self.view, self.plot])
+        self.widget.add_class("covrl-explorer")
         self._list_questions()
         if self.questions.rows:
             self.questions.picked = self.questions.rows[0]["id"]

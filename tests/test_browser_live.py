@@ -63,10 +63,13 @@ def test_the_monitor_follows_and_stops_a_run(lab, running):
         assert shown == f"{last[column]:.4g}".replace("-", "−"), column
     accuracy = page.locator('.covrl-monitor [data-column="accuracy"]').inner_text()
     assert accuracy == f"{run.evaluations['accuracy'].iloc[-1]:.1%}"
-    drawn = page.evaluate(
+    series = (
         "() => { const plot = document.querySelector('.covrl-monitor .js-plotly-plot');"
-        " return plot.calcdata[plot.data.findIndex(d => d.name === 'prior')].map(p => p.y); }"
+        " return plot?.calcdata?.[plot.data.findIndex(d => d.name === 'prior')]?.map(p => p.y) || []; }"
     )
+    # The page draws the plot after the text beside it.
+    page.wait_for_function(f"n => ({series})().length === n", arg=len(run.metrics), timeout=60_000)
+    drawn = page.evaluate(series)
     assert len(drawn) == len(run.metrics) and drawn[-1] == pytest.approx(last["reward_prior"])
 
     # A restarted kernel shows the same, and the button lets the run go on.
