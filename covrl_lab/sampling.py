@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .lora import steady
 from .tree import LayerStore, additive, attention_window, build_tree, final_logits, run_tree
 from .types import Prompt, TraceBatch
 
@@ -159,28 +160,29 @@ def generate(
     do not depend on its neighbours; ``None`` decodes greedily. Returns ids, whether ``ended`` was met, and
     the tokens' log-probabilities under softmax(logits / temperature) without the top-p cut.
     """
-    rows = (PackedRows if policy.packs else PlainRows)(policy, contexts, max_tokens)
-    hidden = rows.hidden
     stop_ids = _end_of_text(policy)
     ids: list[list[int]] = [[] for _ in contexts]
     logprobs: list[list[float]] = [[] for _ in contexts]
     done = [False] * len(contexts)
     active = list(range(len(contexts)))
-    for t in range(max_tokens):
-        logp = torch.log_softmax(final_logits(policy, hidden) / temperature, dim=-1)
-        token = _pick(logp, None if uniforms is None else uniforms[active, t].to(policy.device), top_p)
-        chosen = logp.gather(1, token[:, None])[:, 0].tolist()
-        alive = []
-        for k, (row, new) in enumerate(zip(active, token.tolist(), strict=True)):
-            ids[row].append(new)
-            logprobs[row].append(chosen[k])
-            done[row] = ended(ids[row])
-            if not done[row] and new not in stop_ids:
-                alive.append(k)
-        active = [active[k] for k in alive]
-        if not active or t + 1 == max_tokens:
-            break
-        hidden = rows.step(token[alive], alive)
+    with steady(policy.lora, policy.dtype):
+        rows = (PackedRows if policy.packs else PlainRows)(policy, contexts, max_tokens)
+        hidden = rows.hidden
+        for t in range(max_tokens):
+            logp = torch.log_softmax(final_logits(policy, hidden) / temperature, dim=-1)
+            token = _pick(logp, None if uniforms is None else uniforms[active, t].to(policy.device), top_p)
+            chosen = logp.gather(1, token[:, None])[:, 0].tolist()
+            alive = []
+            for k, (row, new) in enumerate(zip(active, token.tolist(), strict=True)):
+                ids[row].append(new)
+                logprobs[row].append(chosen[k])
+                done[row] = ended(ids[row])
+                if not done[row] and new not in stop_ids:
+                    alive.append(k)
+            active = [active[k] for k in alive]
+            if not active or t + 1 == max_tokens:
+                break
+            hidden = rows.step(token[alive], alive)
     return ids, done, logprobs
 
 

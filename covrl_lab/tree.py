@@ -26,6 +26,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 BLOCK = 128  # nodes whose attention is computed together
+# Keys of a block up to which a CPU computes attention from plain products, which are faster there than the
+# flash kernel but keep the weights for the backward pass.
+DIRECT = 512
 ATTENTION = "covrl_tree"  # the name under which transformers knows ``attend``
 
 log = logging.getLogger(__name__)
@@ -100,7 +103,7 @@ def count_nodes(sequences: Sequence[Sequence[int]]) -> int:
 class TreeAttention:
     """A tree's attention for one forward (all layers): b blocks of BLOCK queries with their m keys each.
 
-    keys (b, m) are node numbers, masks (b, 1, groups * BLOCK, m) additive; short blocks are padded. Masks are
+    keys (b, m) are node numbers, masks (b, groups * BLOCK, m) additive; short blocks are padded. Masks are
     made once for each sliding window and number of query heads that share a key head.
     """
 
@@ -121,7 +124,7 @@ class TreeAttention:
             allowed = (key <= query) & (query < end[key])
             if window:
                 allowed &= position[query] - position[key] < window
-            mask = additive(allowed, self.dtype).repeat(1, groups, 1)[:, None]
+            mask = additive(allowed, self.dtype).repeat(1, groups, 1)
             self._masks[window, groups] = mask.to(self.device)
         return self._masks[window, groups]
 
@@ -129,18 +132,21 @@ class TreeAttention:
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
         """query (1, heads, n, size), key and value (1, key heads, n, size); (1, n, heads, size) out."""
-        _, heads, n, size = query.shape
-        groups = heads // key.shape[1]
-        rows = pad(query[0], (0, 0, 0, self._query.numel() - n)).unflatten(1, (-1, BLOCK)).transpose(0, 1)
-        out = scaled_dot_product_attention(
-            rows.reshape(len(rows), -1, groups * BLOCK, size),
-            key[0][:, self.keys].transpose(0, 1),
-            value[0][:, self.keys].transpose(0, 1),
-            attn_mask=self.mask(window, groups),
-            scale=scaling,
-        )
-        out = out.reshape(len(rows), heads, BLOCK, -1).transpose(1, 2)
-        return out.flatten(0, 1)[None, :n]
+        (heads, n, size), shared = query.shape[1:], key.shape[1]
+        blocks, width = self.keys.shape
+        groups = heads // shared
+        rows = pad(query[0], (0, 0, 0, blocks * BLOCK - n)).reshape(shared, groups, blocks, BLOCK, size)
+        rows = rows.transpose(1, 2).reshape(shared, blocks, groups * BLOCK, size)
+        # index_select and not an index: its backward pass is faster.
+        k, v = (x[0].index_select(1, self.keys.flatten()).unflatten(1, (blocks, width)) for x in (key, value))
+        mask = self.mask(window, groups)
+        if self.device.type == "cpu" and width <= DIRECT:
+            scores = torch.matmul(rows * scaling, k.mT).add_(mask)
+            out = torch.matmul(scores.softmax(-1), v)
+        else:
+            out = scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scaling)
+        out = out.reshape(shared, blocks, groups, BLOCK, size).permute(1, 3, 0, 2, 4)
+        return out.reshape(1, blocks * BLOCK, heads, size)[:, :n]
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
