@@ -13,8 +13,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .lora import steady
-from .tree import LayerStore, additive, attention_window, build_tree, final_logits, run_tree
+from .tree import LayerStore, additive, attention_window, build_tree, final_logits, forward, run_tree
 from .types import Prompt, TraceBatch
+
+# Rows share a block while its prompt nodes are at most this many times the longest prompt: products of many
+# rows with many keys are cheaper by that much than each row's own with its own.
+WASTE = 2
 
 
 def draw_sources(
@@ -34,39 +38,61 @@ def draw_sources(
 
 
 class PackedRows:
-    """Rows that grow by one token a step: prompts are computed once as a tree, then given to every row.
+    """Rows that grow by one token a step; what they share of their prompts is computed and stored once.
 
-    Each layer's keys and values are (rows, key heads, width + max_tokens, size) buffers, prompts ending at
-    ``width``. Finished rows are dropped from the buffers once they are a quarter of them. It stands in for
-    transformers' cache.
+    A step's attention is that of ``forward``: each row's own tokens, (rows, key heads, size) a step, and b
+    blocks of r rows that have the same m prompt nodes for keys, of which a row sees those on its path.
+    Finished rows are dropped once they are a quarter of all. It stands in for transformers' cache.
     """
 
     is_compileable = False
 
     def __init__(self, policy, contexts: Sequence[Sequence[int]], max_tokens: int) -> None:
-        self.policy = policy
-        tree, store = build_tree(contexts), LayerStore()
-        last = torch.stack([path[-1] for path in tree.paths])
-        self.hidden = run_tree(policy, tree, store)[last.to(policy.device)]
-        lengths = torch.tensor([len(path) for path in tree.paths])
-        self.width = self.length = int(lengths.max())
-        nodes = torch.stack([torch.nn.functional.pad(p, (self.width - len(p), 0)) for p in tree.paths])
-        self.layers = [
-            tuple(self._spread(x[0], nodes.to(x.device), max_tokens) for x in layer) for layer in store.layers
+        self.policy, self.config = policy, policy.decoder.config
+        self.tree, self.store = build_tree(contexts), LayerStore()
+        last = torch.stack([path[-1] for path in self.tree.paths])
+        self.hidden = run_tree(policy, self.tree, self.store)[last.to(policy.device)]
+        self.length = 0  # tokens of its own that each row has
+        rows = len(contexts)
+        self.own = [
+            tuple(x.new_empty(rows, len(x[0]), max_tokens, x.shape[-1]) for x in layer)
+            for layer in self.store.layers
         ]
-        self.offset = (self.width - lengths).to(policy.device)  # unused places at the start of each row
-        self.place = torch.arange(len(contexts))  # of each unfinished row in the buffers
+        # In the tree's order neighbours share the most.
+        order = sorted(range(rows), key=lambda row: contexts[row])
+        self.place = torch.tensor(order).argsort()  # of each unfinished row in the buffers
+        self._share([self.tree.paths[row] for row in order])
 
-    @staticmethod
-    def _spread(states: Tensor, nodes: Tensor, max_tokens: int) -> Tensor:
-        heads, size = states.shape[0], states.shape[2]
-        buffer = states.new_zeros(len(nodes), heads, nodes.shape[1] + max_tokens, size)
-        buffer[:, :, : nodes.shape[1]] = states[:, nodes].transpose(0, 1)
-        return buffer
+    def _share(self, paths: list[Tensor]) -> None:
+        """Cut rows with these paths into the largest blocks that do not waste more than they share."""
+        self.paths, rows, longest = paths, len(paths), max(map(len, paths))
+        for blocks in range(1, rows + 1):
+            self.block = -(-rows // blocks)
+            parts = [torch.cat(paths[i : i + self.block]).unique() for i in range(0, rows, self.block)]
+            if max(map(len, parts)) <= WASTE * longest:
+                break
+        nodes = pad_sequence(parts, batch_first=True, padding_value=len(self.tree))  # (b, m)
+        on_path = torch.zeros(len(parts) * self.block, len(self.tree) + 1, dtype=torch.bool)
+        for row, path in enumerate(paths):
+            on_path[row, path] = True
+        seen = on_path.unflatten(0, (len(parts), self.block)).gather(
+            2, nodes[:, None].expand(-1, self.block, -1)
+        )
+        nodes, device = nodes.clamp_max(len(self.tree) - 1), self.policy.device
+        self.seen = seen.to(device)
+        # Tokens from a row's next one back to each of its prompt nodes, for sliding windows.
+        lengths = torch.tensor([len(path) for path in paths] + [0] * (len(parts) * self.block - rows))
+        self.back = (lengths.reshape(-1, self.block, 1) - self.tree.position[nodes][:, None]).to(device)
+        self.lengths = lengths[:rows].to(device)
+        flat = nodes.flatten().to(device)
+        self.prompts = [
+            tuple(x[0].index_select(1, flat).unflatten(1, nodes.shape).transpose(0, 1) for x in layer)
+            for layer in self.store.layers
+        ]
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append a layer's (rows, key heads, 1, size) keys and values; views of all of them."""
-        k, v = self.layers[layer]
+        """Append a layer's (rows, key heads, 1, size) keys and values; views of all the rows' own."""
+        k, v = self.own[layer]
         k[:, :, self.length], v[:, :, self.length] = keys[:, :, 0], values[:, :, 0]
         return k[:, :, : self.length + 1], v[:, :, : self.length + 1]
 
@@ -74,39 +100,54 @@ class PackedRows:
         """Tokens stored, as transformers asks for it."""
         return self.length
 
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, layer: int) -> Tensor:
+        """query (rows, heads, 1, size), own key, value (rows, key heads, t, size)."""
+        prompt_key, prompt_value = self.prompts[layer]  # (b, key heads, m, size)
+        own = (query * scaling).reshape(len(query), key.shape[1], -1, query.shape[-1])
+        masks = self.masks[attention_window(self.config, layer)]
+        scores = [self._blocks(own) @ prompt_key.mT, self._blocks(own @ key.mT)]
+        scores = torch.cat([s.unflatten(2, (self.block, -1)) for s in scores], dim=-1)
+        weights = (scores + masks).softmax(-1).flatten(2, 3)
+        shared, own = weights.split([prompt_key.shape[2], key.shape[2]], dim=-1)
+        out = self._rows(shared @ prompt_value) + self._rows(own) @ value
+        return out.reshape(len(query), 1, query.shape[1], -1)
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """(rows, key heads, g, size) -> (b, key heads, r g, size): a block's rows as its queries."""
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, len(self.seen) * self.block - len(x)))
+        return x.unflatten(0, (-1, self.block)).transpose(1, 2).flatten(2, 3)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """(b, key heads, r g, size) -> (rows, key heads, g, size)"""
+        return x.unflatten(2, (self.block, -1)).transpose(1, 2).flatten(0, 1)[: len(self.paths)]
+
     def step(self, token: Tensor, alive: Sequence[int]) -> Tensor:
         """Append token (k,) to the rows at ``alive`` of those alive before; their hidden states (k, size)."""
         policy, self.place = self.policy, self.place[alive]
-        if len(self.place) <= 0.75 * len(self.offset):
+        if len(self.place) <= 0.75 * len(self.paths):
+            self.place, order = self.place.sort()
             kept = self.place.to(policy.device)
-            self.layers = [(k[kept], v[kept]) for k, v in self.layers]
-            self.offset, self.place = self.offset[kept], torch.arange(len(kept))
-        fed = torch.zeros(len(self.offset), dtype=torch.int64, device=policy.device)
+            self.own = [(k[kept], v[kept]) for k, v in self.own]
+            self._share([self.paths[i] for i in self.place])
+            self.place = order.argsort()
+        fed = torch.zeros(len(self.paths), dtype=torch.int64, device=policy.device)
         place = self.place.to(policy.device)
         fed[place] = token
-        output = policy.decoder(
-            input_ids=fed[:, None],
-            attention_mask=self._masks(),
-            position_ids=(self.length - self.offset)[:, None],
-            past_key_values=self,
-            use_cache=True,
-        )
+        windows = {attention_window(self.config, i) for i in range(len(self.own))}
+        self.masks = {window: self._mask(window) for window in windows}
+        hidden = forward(policy, fed[:, None], (self.lengths + self.length)[:, None], self, self)
         self.length += 1
-        return output.last_hidden_state[place, 0]
+        return hidden[place, 0]
 
-    def _masks(self) -> Tensor | dict[str, Tensor]:
-        """The additive mask (rows, 1, 1, places) a decoder takes, or one for each of its layer types."""
-        config = self.policy.decoder.config
-        places = torch.arange(self.length + 1, device=self.offset.device)
-        used = places >= self.offset[:, None]
-
-        def mask(window: int | None) -> Tensor:
-            near = used & (self.length - places < window) if window else used
-            return additive(near, self.policy.dtype)[:, None, None]
-
-        if kinds := getattr(config, "layer_types", None):
-            return {kind: mask(attention_window(config, kinds.index(kind))) for kind in set(kinds)}
-        return mask(attention_window(config, 0))
+    def _mask(self, window: int | None) -> Tensor:
+        """Additive (b, 1, r, 1, m + t) of the prompt nodes and of the rows' own tokens."""
+        own = torch.ones(self.length + 1, dtype=torch.bool, device=self.seen.device)
+        seen = self.seen
+        if window:
+            seen = seen & (self.back + self.length < window)
+            own = torch.arange(self.length, -1, -1, device=own.device) < window
+        allowed = torch.cat([seen, own.expand(*seen.shape[:2], -1)], dim=-1)
+        return additive(allowed, self.policy.dtype)[:, None, :, None]
 
 
 class PlainRows:

@@ -107,13 +107,14 @@ class TreeAttention:
     made once for each sliding window and number of query heads that share a key head.
     """
 
-    def __init__(self, tree: TokenTree, device: torch.device, dtype: torch.dtype) -> None:
-        self.tree, self.device, self.dtype = tree, device, dtype
+    def __init__(self, tree: TokenTree, policy) -> None:
+        self.tree, self.device, self.dtype = tree, policy.device, policy.dtype
+        self.config = policy.decoder.config
         starts = range(0, len(tree), BLOCK)
         nodes = torch.arange(len(starts) * BLOCK).reshape(-1, BLOCK)
         rows = [torch.cat([tree.path(start), block]) for start, block in zip(starts, nodes, strict=True)]
         self._query, self._key = nodes, pad_sequence(rows, batch_first=True, padding_value=len(tree))
-        self.keys = self._key.clamp_max(len(tree) - 1).to(device)
+        self.keys = self._key.clamp_max(len(tree) - 1).to(self.device)
         self._masks: dict[tuple[int | None, int], Tensor] = {}
 
     def mask(self, window: int | None, groups: int) -> Tensor:
@@ -128,9 +129,7 @@ class TreeAttention:
             self._masks[window, groups] = mask.to(self.device)
         return self._masks[window, groups]
 
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
-    ) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, layer: int) -> Tensor:
         """query (1, heads, n, size), key and value (1, key heads, n, size); (1, n, heads, size) out."""
         (heads, n, size), shared = query.shape[1:], key.shape[1]
         blocks, width = self.keys.shape
@@ -139,7 +138,7 @@ class TreeAttention:
         rows = rows.transpose(1, 2).reshape(shared, blocks, groups * BLOCK, size)
         # index_select and not an index: its backward pass is faster.
         k, v = (x[0].index_select(1, self.keys.flatten()).unflatten(1, (blocks, width)) for x in (key, value))
-        mask = self.mask(window, groups)
+        mask = self.mask(attention_window(self.config, layer), groups)
         if self.device.type == "cpu" and width <= DIRECT:
             scores = torch.matmul(rows * scaling, k.mT).add_(mask)
             out = torch.matmul(scores.softmax(-1), v)
@@ -164,20 +163,14 @@ def attention_window(config, layer: int) -> int | None:
 
 
 def attend(module, query, key, value, attention_mask, scaling=None, tree=None, **kwargs):
-    """transformers' attention interface: tree attention where a ``TreeAttention`` is passed, else plain.
+    """transformers' attention interface: that of ``tree`` where one is passed, else plain.
 
     query (batch, heads, n, size), key and value (batch, key heads, m, size); (batch, n, heads, size) out.
     """
     if kwargs.get("softcap") is not None:
         raise NotImplementedError("capped attention scores")
     if tree is not None:
-        window = attention_window(module.config, module.layer_idx)
-        return tree(query, key, value, scaling, window), None
-    if query.shape[2] == 1 and attention_mask is not None:
-        # One query token: heads that share a key head become its rows, so that keys are not copied for each.
-        rows = query.reshape(len(query), key.shape[1], -1, query.shape[3])
-        out = scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
-        return out.reshape(len(query), 1, query.shape[1], -1), None
+        return tree(query, key, value, scaling, module.layer_idx), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
@@ -206,21 +199,28 @@ class LayerStore:
         return 0
 
 
+def forward(policy, ids: Tensor, position: Tensor, tree, cache=None) -> Tensor:
+    """Hidden states (batch, n, hidden) before the output head, of ids and positions (batch, n).
+
+    tree is called for attention in each layer, cache stands in for transformers' own.
+    """
+    # A mask of four dimensions is passed through as it is; ours is in ``tree``, so its content is not read.
+    unread = torch.zeros(1, 1, 1, 1, dtype=policy.dtype, device=policy.device)
+    kinds = set(getattr(policy.decoder.config, "layer_types", None) or ())
+    output = policy.decoder(
+        input_ids=ids.to(policy.device),
+        attention_mask=dict.fromkeys(kinds, unread) if kinds else unread,
+        position_ids=position.to(policy.device),
+        past_key_values=cache,
+        use_cache=cache is not None,
+        tree=tree,
+    )
+    return output.last_hidden_state
+
+
 def run_tree(policy, tree: TokenTree, store: LayerStore | None = None) -> Tensor:
     """Forward a whole tree; returns hidden states (n, hidden) before the output head."""
-    device, decoder = policy.device, policy.decoder
-    # A mask of four dimensions is passed through as it is; ours is in ``tree``, so its content is not read.
-    unread = torch.zeros(1, 1, 1, 1, dtype=policy.dtype, device=device)
-    kinds = set(getattr(decoder.config, "layer_types", None) or ())
-    output = decoder(
-        input_ids=tree.ids.to(device)[None],
-        attention_mask=dict.fromkeys(kinds, unread) if kinds else unread,
-        position_ids=tree.position.to(device)[None],
-        past_key_values=store,
-        use_cache=store is not None,
-        tree=TreeAttention(tree, device, policy.dtype),
-    )
-    return output.last_hidden_state[0]
+    return forward(policy, tree.ids[None], tree.position[None], TreeAttention(tree, policy), store)[0]
 
 
 def logit_cap(policy) -> float | None:
