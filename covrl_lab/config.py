@@ -10,12 +10,12 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .files import write_whole
 from .types import ConfigError, did_you_mean
 
 # What each method fixes, with the paper it comes from; the definitions are in objectives.py.
@@ -337,10 +337,8 @@ class RunConfig:
         return cls(**{name: value for name, value in plain.items() if name in valid})
 
     def save(self, path: str | Path) -> None:
-        """Write ``config.json``, whole and then renamed."""
-        temporary = Path(path).with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        """Write ``config.json``."""
+        write_whole(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:

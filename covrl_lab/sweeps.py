@@ -41,6 +41,7 @@ from typing import Any, TextIO
 import pandas as pd
 
 from .config import RunConfig
+from .files import write_whole
 from .traces import read_jsonl
 from .types import ConfigError
 
@@ -53,15 +54,8 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 # --- one run folder
 
 
-def _write(path: Path, record: Mapping[str, Any]) -> None:
-    """Write whole, then rename."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _end(folder: Path, how: str, reason: str = "", **more: Any) -> None:
-    _write(folder / f"{how}.json", {"reason": reason, **more})
+    write_whole(folder / f"{how}.json", json.dumps({"reason": reason, **more}) + "\n")
 
 
 @contextmanager

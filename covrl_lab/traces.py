@@ -12,7 +12,6 @@ run_dir/
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 
+from .files import write_whole
 from .types import ConfigError
 
 
@@ -37,11 +37,9 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def write_parquet(frame: pd.DataFrame, path: Path) -> None:
-    """Write whole, then rename: a reader or a crash never sees half a file."""
+    """Write a Parquet file, which nobody ever sees half-written, and its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.parquet")
-    frame.to_parquet(temporary, index=False)
-    os.replace(temporary, path)
+    write_whole(path, frame.to_parquet(index=False))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -338,7 +338,7 @@ def test_a_killed_process_resumes_to_the_same_numbers(tmp_path):
     half = killed / "checkpoints" / "step_00006.tmp"
     half.mkdir(exist_ok=True)
     (half / "adapter_model.safetensors").write_bytes(b"\x00half")
-    (killed / "traces" / "step_00005.tmp.parquet").write_bytes(b"PAR1half")
+    (killed / "traces" / "step_00005.parquet.99.tmp").write_bytes(b"PAR1half")
     resumed = make(killed, base)
     first = next(record.step for record in resumed)
     assert first == saved[-1] + 1
@@ -388,15 +388,15 @@ def test_an_interruption_anywhere_changes_nothing(short_reference, tmp_path, mon
 
 @pytest.mark.parametrize("again", ["same object", "new object"])
 def test_a_full_disk_is_one_sentence_and_costs_nothing(short_reference, tmp_path, monkeypatch, again):
-    trainer, working = make(tmp_path / "run", SHORT), trainer_module.write_parquet
+    trainer, working = make(tmp_path / "run", SHORT), Path.write_bytes
 
-    def full(frame, path):
-        if path == step_file(trainer.run_dir / "traces", 3):
-            path.with_suffix(".tmp.parquet").write_bytes(b"PAR1")
+    def full(path, content):
+        if path.name.startswith("step_00003"):
+            working(path, content[:4])
             raise OSError(errno.ENOSPC, "No space left on device")
-        working(frame, path)
+        working(path, content)
 
-    monkeypatch.setattr(trainer_module, "write_parquet", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     trainer_steps = iter(trainer)
     next(trainer_steps), next(trainer_steps)
     before = contents(tmp_path / "run")
@@ -404,7 +404,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(short_reference, tmp_path
         next(trainer_steps)
     after = contents(tmp_path / "run")
     assert {k: after.get(k) for k in before} == before
-    monkeypatch.setattr(trainer_module, "write_parquet", working)
+    monkeypatch.setattr(Path, "write_bytes", working)
     trainer = trainer if again == "same object" else make(tmp_path / "run", SHORT)
     trainer.run()
     assert_same_run(tmp_path / "run", short_reference.run_dir)
