@@ -501,7 +501,7 @@ class Ablation(_Panel):
             self.alpha_plot.draw(against_alpha(results(self.sweep)))
             self.learning_plot.draw(figures.evaluation_curve(learning(self.sweep)))
         else:
-            self.alpha_plot.outputs = self.learning_plot.outputs = ()
+            self.alpha_plot.figure = self.learning_plot.figure = ""
 
     def show_traces(self, run_id: str) -> None:
         """Open a run's stored traces below the figures."""

@@ -1,24 +1,26 @@
 """Follow a run folder while it is written, from this process or another, and stop the run gracefully.
 
 Everything shown comes from files, so a closed browser tab or a restarted kernel loses nothing: a new
-``RunMonitor`` shows the same. No torch. Needs the ``notebooks`` extra (ipywidgets, plotly).
+``RunMonitor`` shows the same. No torch. Needs the ``notebooks`` extra (ipywidgets, anywidget, plotly).
 """
 
 from __future__ import annotations
 
 import html
-import json
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
-from IPython.display import HTML, display
+import plotly.graph_objects as go
+from IPython.display import HTML
 
 from . import figures
 from .curves import sparkline
+from .panels import Plot, _Panel
 from .traces import Run, steps_in
 
 _SIGNS = {
@@ -199,7 +201,7 @@ def traces_html(shot: Snapshot, questions: int = 2) -> str:
     return f"<b>Traces of step {traces['step'].iloc[0]}</b>{figures.trace_table(shown)}"
 
 
-class RunMonitor:
+class RunMonitor(_Panel):
     """A live view of the run in ``run_dir``; reads files only, and waits where there is none yet.
 
     A thread reads the folder every ``every`` seconds, so the kernel stays free and a training loop in this
@@ -214,8 +216,7 @@ class RunMonitor:
         self.bar = widgets.IntProgress(layout={"width": "260px"})
         self.button = widgets.Button(layout={"width": "auto"})
         self.button.on_click(self._toggle_stop)
-        # A fixed height: the page below does not jump while the figure is drawn anew.
-        self.curves = widgets.Output(layout={"min_height": "600px"})
+        self.curves = Plot(layout={"min_height": "600px"})
         self.traces.layout.flex = "1 1 420px"
         tables = widgets.HBox([self.numbers, self.traces], layout={"flex_flow": "row wrap"})
         self.widget = widgets.VBox([self.status, widgets.HBox([self.bar, self.button]), tables, self.curves])
@@ -246,16 +247,14 @@ class RunMonitor:
                 self._drawn = drawn
                 self.numbers.value = numbers_html(shot)
                 self.traces.value = traces_html(shot)
-                plot = json.loads(self.figure().to_json())
-                data = {"application/vnd.plotly.v1+json": plot}
-                self.curves.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
+                self.curves.draw(self.figure().update_layout(uirevision="kept"))  # a reader's zoom
 
-    def figure(self):
-        """The training curves as a plotly figure, which also shows in a stored notebook."""
+    def figure(self) -> go.Figure:
+        """The training curves."""
         return figures.training_curves(self.snapshot.metrics, self.snapshot.evaluations)
 
     def html(self) -> str:
-        """Status, numbers and traces as plain HTML, which also show in a stored notebook."""
+        """Status, numbers and traces as plain HTML."""
         return status_html(self.snapshot) + numbers_html(self.snapshot) + traces_html(self.snapshot)
 
     def close(self) -> None:
@@ -284,8 +283,6 @@ class RunMonitor:
             stop.touch()
         self.refresh()
 
-    def _ipython_display_(self) -> None:
-        """The live panel, and folded below it the present state, which needs no kernel."""
-        display(self.widget)
-        now = time.strftime("%H:%M:%S")
-        display(HTML(f"<details><summary>as it was at {now}</summary>{self.html()}</details>"))
+    def static(self) -> list[Any]:
+        """What the run folder held a moment ago, as HTML and a plotly figure."""
+        return [HTML(f"<p>as it was at {time.strftime('%H:%M:%S')}</p>{self.html()}"), self.figure()]

@@ -39,7 +39,7 @@ _STATIC = Path(__file__).parent / "static"
 
 
 class Plot(anywidget.AnyWidget):
-    """A plotly figure that is redrawn in place; ``figure`` is its JSON."""
+    """A plotly figure that is redrawn in place; ``figure`` is its JSON, nothing where it is empty."""
 
     _esm = (_STATIC / "plot.js").read_text(encoding="utf-8")
     figure = traitlets.Unicode().tag(sync=True)

@@ -10,11 +10,11 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "covrl_lab"
 LAYERS = """
 types files config intervals prompts data lora tree models plan objectives methods world estimators sampling
-scoring coherence evaluation traces tokens trainer figures token_view curves monitor compare panels
-reporting live sweeps ablation variance speed benchmark __main__
+scoring coherence evaluation traces tokens trainer figures token_view curves panels monitor
+compare reporting live sweeps ablation variance speed benchmark __main__
 """.split()
 TORCH_FREE = """
-types files config intervals data traces tokens figures token_view curves monitor panels reporting compare
+types files config intervals data traces tokens figures token_view curves panels monitor reporting compare
 sweeps ablation
 plan speed benchmark
 """.split()

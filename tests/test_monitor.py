@@ -98,8 +98,7 @@ def test_the_monitor_follows_stops_and_resumes_a_run_of_another_process(tmp_path
         assert values["truncated_share"] == f"{1 - last['finished_share']:.1%}"
         (evaluation,) = lines(run / "evaluations.jsonl")
         assert shown(monitor.status.value)["accuracy"] == f"{evaluation['accuracy']:.1%}"
-        (figure,) = monitor.curves.outputs
-        curves = figure["data"]["application/vnd.plotly.v1+json"]["data"]
+        curves = json.loads(monitor.curves.figure)["data"]
         assert any(curve["name"] == "prior" and len(curve["x"]["bdata"]) > 0 for curve in curves)
 
         monitor.button.click()
@@ -175,6 +174,9 @@ def test_a_finished_run_needs_no_thread_and_no_button(folder):
     monitor._thread.join(30)
     assert monitor.snapshot.status == "finished" and not monitor._thread.is_alive()
     assert monitor.button.disabled and "5 of 5" in monitor.status.value
+    page, figure = monitor.static()  # for where no kernel runs
+    assert shown(page.data) == shown(monitor.status.value + monitor.numbers.value)
+    assert list(next(line for line in figure.data if line.name == "prior").y) == [-4, -3, -2, -1, 0]
     monitor.close()
 
 
