@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from IPython.display import HTML
@@ -21,7 +22,7 @@ from IPython.display import HTML
 from . import figures
 from .curves import sparkline
 from .panels import Plot, _Panel
-from .traces import Run, steps_in
+from .traces import Run, step_file, steps_in
 
 _SIGNS = {
     "waiting": ("○", figures.GREY),
@@ -57,7 +58,10 @@ class Snapshot:
     message      the status in a sentence
     step, steps  finished steps, and all of them (0 while waiting)
     metrics      ``Run.metrics`` with ``truncated_share``; ``evaluations`` as ``Run.evaluations``
-    seconds_left median time of the last five steps times the steps to go, without evaluations, or None
+    seconds_left median time of the last five steps times the steps to go, and likewise of the evaluations;
+                 None before the first step and after the last
+    evaluation_seconds   median time of an evaluation; None before the run's first after a step, and then
+                 seconds_left leaves them out
     """
 
     run: Run
@@ -68,6 +72,7 @@ class Snapshot:
     metrics: pd.DataFrame = field(default_factory=pd.DataFrame)
     evaluations: pd.DataFrame = field(default_factory=pd.DataFrame)
     seconds_left: float | None = None
+    evaluation_seconds: float | None = None
 
     def traces(self) -> pd.DataFrame:
         """The rollouts of the latest stored step, read now; empty where there is none."""
@@ -90,8 +95,14 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
     written |= {name: _written(run.path / name) for name in ("traces", "checkpoints")}
     newest = max(written.values())
     median = float(metrics["seconds"].tail(5).median()) if len(metrics) else None
+    evaluation, left = _evaluation_seconds(run), None
+    if median is not None and step < steps:
+        every = config.get("eval_every", 0)
+        # The steps to go that end with an evaluation: every so often, and the last.
+        to_evaluate = 1 + ((steps - 1) // every - step // every if every else 0)
+        left = median * (steps - step) + (evaluation or 0.0) * to_evaluate
     # Nothing is written while an evaluation runs, and before the first step a model is loaded as well.
-    patience = 600.0 if median is None else max(120.0, 10 * median)
+    patience = 600.0 if median is None else max(120.0, 10 * median, 3 * (evaluation or 0.0))
     silent = now - newest > patience
     if step >= steps and (step or len(evaluations)):
         status, message = "finished", f"finished: {step} of {steps} steps"
@@ -123,8 +134,21 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
         steps=steps,
         metrics=metrics,
         evaluations=evaluations,
-        seconds_left=None if median is None or step >= steps else median * (steps - step),
+        seconds_left=left,
+        evaluation_seconds=evaluation,
     )
+
+
+def _evaluation_seconds(run: Run) -> float | None:
+    """Median time between a step's traces and its evaluation, which a run writes one after the other."""
+    folder = run.path / "evaluations"
+    took = [
+        _written(step_file(folder, step)) - _written(step_file(run.path / "traces", step))
+        for step in steps_in(folder)
+        if step in run.steps
+    ]
+    took = [seconds for seconds in took if seconds > 0]  # else the traces are those of a second attempt
+    return float(np.median(took)) if took else None
 
 
 def _written(path: Path) -> float:
@@ -158,7 +182,10 @@ def status_html(shot: Snapshot) -> str:
     sign, colour = _SIGNS[shot.status]
     parts = [f'<b style="color: {colour}">{sign} {html.escape(figures.visible(shot.message))}</b>']
     if shot.seconds_left is not None and shot.status == "running":
-        parts.append(f"about {_duration(shot.seconds_left)} left, without evaluations")
+        known = shot.evaluation_seconds is not None
+        parts.append(
+            f"about {_duration(shot.seconds_left)} left, {'with' if known else 'without'} evaluations"
+        )
     if len(shot.evaluations):
         last = shot.evaluations.iloc[-1]
         interval = f"95% interval {last['accuracy_low']:.1%} to {last['accuracy_high']:.1%}"
