@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -269,12 +270,15 @@ def test_failures_have_reasons_and_wait_for_a_retry(toy, capsys):
     assert logs == [1, 2, 1, 1]
 
 
-def test_cancel_stop_and_timeout(toy):
+def test_cancel_stop_and_timeout(toy, tmp_path, monkeypatch):
+    (tmp_path / "t").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t"))
     sweep = toy(3, 0)
     waiting, fine = sweep.runs
     sweep.submit()
     started = sweep.path(waiting) / "metrics.jsonl"
     until(started.exists, "the first run is at work")
+    assert list((tmp_path / "t").glob("covrl*/kernel-*"))
     child = holder(sweep.path(waiting))
     kernel = child.children()[0]
 
@@ -283,6 +287,7 @@ def test_cancel_stop_and_timeout(toy):
     other.cancel(waiting, fine)
     sweep.wait(PATIENCE)
     until(lambda: not alive(child, kernel), "run and kernel died")
+    assert not list((tmp_path / "t").iterdir()), "the folder of the kernel's sockets is left"
     assert list(sweep.table()["status"]) == ["cancelled", "cancelled"]
     assert not (sweep.path(fine) / "log.txt").exists(), "started though cancelled"
 
