@@ -22,6 +22,11 @@ import pandas as pd
 from .files import write_whole
 from .types import ConfigError
 
+TRACE_COLUMNS = """
+step rollout example_id question answer source finished trace tokens token_ids logp logq answer_logp log_ratio
+reward advantage answer_weight
+""".split()
+
 
 def step_file(folder: Path, step: int, suffix: str = ".parquet") -> Path:
     """``folder/step_00012.parquet``."""
@@ -116,7 +121,9 @@ class Run:
         missing = [step for step, file in zip(chosen, files, strict=True) if not file.exists()]
         if missing:
             raise ConfigError(f"{self.path} has no traces of step {missing[0]}; it has {self.steps}")
-        return pd.concat([pd.read_parquet(f) for f in files], ignore_index=True) if files else pd.DataFrame()
+        if not files:
+            return pd.DataFrame(columns=TRACE_COLUMNS)
+        return pd.concat([pd.read_parquet(f) for f in files], ignore_index=True)
 
     def predictions(self, step: int) -> pd.DataFrame:
         """One row a held-out generation of the evaluation after ``step``; see ``evaluation.evaluate``."""

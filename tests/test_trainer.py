@@ -210,6 +210,12 @@ def recomputed(traces: pd.DataFrame, group: int, penalty: float) -> tuple[np.nda
     return reward.ravel(), ((reward - reward.mean(1, keepdims=True)) / (deviation + 1e-4)).ravel()
 
 
+def test_a_run_without_a_step_has_the_same_columns_and_no_trace(reference, tmp_path):
+    make(tmp_path, steps=0).config.save(tmp_path / "config.json")
+    traces = load_run(tmp_path).traces()
+    assert traces.empty and list(traces.columns) == list(load_run(reference.run_dir).traces().columns)
+
+
 def test_rewards_and_advantages_follow_from_what_is_stored(reference):
     traces = load_run(reference.run_dir).traces()
     reward, advantage = recomputed(traces, 6, penalty=1.0)
