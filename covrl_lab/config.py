@@ -167,7 +167,7 @@ class RunConfig:
     kl_gradient: str = "exact"  # "exact" or "published"
     nll_weight: float | None = None  # factor of -log p(y|x,z)
     nll_gate: str | None = None  # "prior_positive", "none" (every trace), "reward" (weighted by it)
-    n_sample: int | None = None  # traces inside the logarithm (JEPO)
+    n_sample: int | None = None  # traces inside the logarithm; above 1 with "jlb" only (JEPO)
     reference_kl_weight: float | None = None  # KL to the frozen base inside the reward (LaTRO)
     std_filter: float | None = None  # drop groups whose reward varies less than this share of average (RLPR)
     loss_aggregation: str | None = None  # "token_mean", or "trace_sum": sum per trace, mean over traces
