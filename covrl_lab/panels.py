@@ -267,7 +267,8 @@ class TraceExplorer(_Panel):
         text = (self.index[name] for name in ("question", "answer", "trace"))
         self._haystack = next(text).str.cat(list(text), sep="\n").str.lower()
         self._step = 0  # whose traces are in memory
-        self.found.value = f"{self.index['step'].nunique():,} steps, {len(self.index):,} traces"
+        steps = self.index["step"].nunique()
+        self.found.value = f"{steps:,} step{'s' * (steps != 1)}, {len(self.index):,} traces"
 
     def _steps(self) -> list[tuple[str, int]]:
         return [("all steps", 0), *((f"step {s}", s) for s in self.index["step"].unique().tolist())]
