@@ -97,7 +97,8 @@ def learning(sweep: Sweep) -> dict[str, pd.DataFrame]:
 def against_alpha(frame: pd.DataFrame) -> go.Figure:
     """Held-out accuracy, and reward by source, against alpha: points are runs, bars 95% over seeds.
 
-    frame: from ``results``. Runs that are still going count with what they have measured so far.
+    frame: from ``results``. Runs that are still going count with what they have measured so far. Lines of a
+    plot stand a little beside each other, so that no interval hides another.
     """
     figure = make_subplots(
         cols=2,
@@ -105,11 +106,15 @@ def against_alpha(frame: pd.DataFrame) -> go.Figure:
         subplot_titles=["Held-out accuracy", "Reward in the last fifth of the steps"],
     )
     sources = {"reward_prior": ("prior", "solid"), "reward_posterior": ("posterior", "dot")}
-    for k, method in enumerate(sorted(set(frame["method"])) if len(frame) else ()):
+    methods = sorted(set(frame["method"]))
+    room = min([0.06, *0.4 * np.diff(np.unique(frame["alpha"].astype(float)))])  # left and right of an alpha
+    shifts = np.linspace(-room, room, len(methods) + 2)[1:-1]
+    halves = np.linspace(-room, room, 2 * len(methods) + 2)[1:-1].reshape(-1, 2)
+    for k, method in enumerate(methods):
         own, colour = frame[frame["method"] == method], figures.PALETTE[k % len(figures.PALETTE)]
-        _means(figure, 1, own, "accuracy", method, colour, "solid")
-        for value, (source, dash) in sources.items():
-            _means(figure, 2, own, value, f"{method}, {source} traces", colour, dash)
+        _means(figure, 1, own, "accuracy", method, colour, "solid", shifts[k])
+        for (value, (source, dash)), shift in zip(sources.items(), halves[k], strict=True):
+            _means(figure, 2, own, value, f"{method}, {source} traces", colour, dash, shift)
     figure.update_xaxes(title_text="mixing ratio α: share of traces from the prior", range=[-0.06, 1.06])
     figure.update_yaxes(title_text="share of questions", tickformat=".0%", rangemode="tozero", col=1)
     figure.update_yaxes(title_text="the method's reward", col=2)
@@ -124,14 +129,15 @@ def _means(
     name: str,
     colour: str,
     dash: str,
+    shift: float,
 ) -> None:
-    """Add the runs as faint points, and the means with their intervals as a line."""
+    """Add the runs as faint points, and the means with their intervals as a line, ``shift`` beside alpha."""
     known, means = frame.dropna(subset=[value]), over_seeds(frame, value)
     if known.empty:
         return
     shared = {"legendgroup": name, "row": 1, "col": column}
     figure.add_scatter(
-        x=known["alpha"],
+        x=known["alpha"] + shift,
         y=known[value],
         mode="markers",
         opacity=0.45,
@@ -142,16 +148,21 @@ def _means(
         **shared,
     )
     figure.add_scatter(
-        x=means["alpha"],
+        x=means["alpha"] + shift,
         y=means["mean"],
         mode="lines+markers",
         name=name,
         line={"color": colour, "dash": dash, "width": 2},
         marker={"size": 9, "symbol": "diamond-open" if dash == "dot" else "diamond"},
-        error_y={"array": means["high"] - means["mean"], "arrayminus": means["mean"] - means["low"]},
-        customdata=means[["runs", "low", "high"]],
-        hovertemplate="α %{x:g}: %{y:.3g} (95%: %{customdata[1]:.3g} to %{customdata[2]:.3g}, "
-        "%{customdata[0]} runs)",
+        error_y={
+            "array": means["high"] - means["mean"],
+            "arrayminus": means["mean"] - means["low"],
+            "thickness": 1.5,
+            "width": 4,
+        },
+        customdata=means[["alpha", "runs", "low", "high"]],
+        hovertemplate="α %{customdata[0]:g}: %{y:.3g} (95%: %{customdata[2]:.3g} to %{customdata[3]:.3g}, "
+        "%{customdata[1]} runs)",
         **shared,
     )
 
@@ -501,7 +512,7 @@ class Ablation(_Panel):
             self.alpha_plot.draw(against_alpha(results(self.sweep)))
             self.learning_plot.draw(figures.evaluation_curve(learning(self.sweep)))
         else:
-            self.alpha_plot.outputs = self.learning_plot.outputs = ()
+            self.alpha_plot.figure = self.learning_plot.figure = ""
 
     def show_traces(self, run_id: str) -> None:
         """Open a run's stored traces below the figures."""

@@ -44,6 +44,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from .config import RunConfig
+from .files import write_whole
 from .plan import GIB, Device, fastest, measure, plan, shape_of
 from .speed import FOLDER, report
 from .types import ConfigError, did_you_mean
@@ -115,9 +116,7 @@ class Results:
         if key not in self:
             self.content["results"][key] = make()
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, self.path)
+            write_whole(self.path, json.dumps(self.content, indent=1) + "\n")
         return self.content["results"][key]
 
 

@@ -3,7 +3,7 @@
 A *method* is what runs have in common but for seed, task and evaluation: a label and its run folders. The
 score of a run is its greedy held-out accuracy after its last evaluation. Conventions are those of Agarwal
 et al. 2021 (arXiv 2108.13264): interquartile means over runs and tasks, bootstrap intervals stratified by
-task, and the average probability of improvement. What a resample draws anew is named by ``over``:
+task, and the average probability of improvement. What a resample draws anew is ``Resampling.over``:
 
 - ``"seeds"``: the runs of each task. What another set of seeds could give, on these questions.
 - ``"questions"``: the held-out questions of each task, the same for all its runs. What other questions
@@ -20,7 +20,8 @@ import glob
 import html
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,6 @@ TASK_SETTINGS = (
 )
 # What runs of one method may differ in: the numbers change, the method does not.
 WITHIN = ("seed", "device", "eval_every", "eval_questions", "eval_samples", *TASK_SETTINGS)
-RESAMPLES = 10_000
 
 Methods = Mapping[str, list[Run]]
 
@@ -214,35 +214,60 @@ def _tables(frame: pd.DataFrame, method: str) -> dict[str, pd.DataFrame]:
     }
 
 
-def _resampled(
-    tables: Mapping[str, pd.DataFrame], over: str, resamples: int, seed: int, stream: int = 0
-) -> list[np.ndarray]:
-    """(resamples, runs) scores of the runs of each task in each resample.
+@dataclass(frozen=True)
+class Resampling:
+    """How bootstrap intervals are made. ConfigError for a setting that cannot work."""
 
-    The questions of a resample depend on the task alone, so that methods are compared on the same ones; its
-    runs also on ``stream``.
-    """
-    if over not in OVER:
-        raise ConfigError(f"unknown over {over!r}{did_you_mean(over, OVER)}")
-    drawn = []
-    for k, (task, table) in enumerate(sorted(tables.items())):
-        runs, questions = table.shape
-        if over == "seeds":
-            means = np.tile(table.mean(axis=1).to_numpy(), (resamples, 1))
-        else:
-            if table.isna().any(axis=None):
-                raise ConfigError(
-                    f"the runs on {task} were asked different held-out questions, which cannot be drawn "
-                    "together; use over='seeds'"
-                )
-            random = np.random.default_rng([seed, k, 0])
-            counts = random.multinomial(questions, np.full(questions, 1 / questions), resamples)
-            means = counts @ table.to_numpy().T / questions
-        if over != "questions":
-            random = np.random.default_rng([seed, k, 1, stream])
-            means = np.take_along_axis(means, random.integers(runs, size=(resamples, runs)), axis=1)
-        drawn.append(means)
-    return drawn
+    over: str = "both"  # what a resample draws anew: "seeds", "questions" or "both"
+    confidence: float = 0.95  # share of the resamples that an interval holds
+    resamples: int = 10_000
+    seed: int = 0  # of the draws
+
+    def __post_init__(self) -> None:
+        if self.over not in OVER:
+            raise ConfigError(f"unknown over {self.over!r}{did_you_mean(self.over, OVER)}")
+        if not 0 < self.confidence < 1:
+            raise ConfigError(f"confidence must be between 0 and 1, not {self.confidence!r}")
+        if self.resamples < 1:
+            raise ConfigError(f"resamples must be 1 or more, not {self.resamples!r}")
+
+    def interval(self, statistic: Callable[..., np.ndarray], *methods: Mapping[str, pd.DataFrame]):
+        """(low, high) of a statistic of one or two methods' tables; NaN over the seeds of single runs."""
+        if self.over == "seeds" and all(len(table) == 1 for part in methods for table in part.values()):
+            return float("nan"), float("nan")
+        values = statistic(*(self._draws(tables, stream) for stream, tables in enumerate(methods)))
+        low, high = np.quantile(values, [(1 - self.confidence) / 2, (1 + self.confidence) / 2])
+        return float(low), float(high)
+
+    def _draws(self, tables: Mapping[str, pd.DataFrame], stream: int) -> list[np.ndarray]:
+        """(resamples, runs) scores of the runs of each task in each resample.
+
+        The questions of a resample depend on the task alone, so that methods are compared on the same ones;
+        its runs also on ``stream``.
+        """
+        drawn = []
+        for k, (task, table) in enumerate(sorted(tables.items())):
+            runs, questions = table.shape
+            if self.over == "seeds":
+                means = np.tile(table.mean(axis=1).to_numpy(), (self.resamples, 1))
+            else:
+                if table.isna().any(axis=None):
+                    raise ConfigError(
+                        f"the runs on {task} were asked different held-out questions, which cannot be drawn "
+                        "together; use over='seeds'"
+                    )
+                random = np.random.default_rng([self.seed, k, 0])
+                counts = random.multinomial(questions, np.full(questions, 1 / questions), self.resamples)
+                means = counts @ table.to_numpy().T / questions
+            if self.over != "questions":
+                random = np.random.default_rng([self.seed, k, 1, stream])
+                chosen = random.integers(runs, size=(self.resamples, runs))
+                means = np.take_along_axis(means, chosen, axis=1)
+            drawn.append(means)
+        return drawn
+
+
+RESAMPLING = Resampling()
 
 
 def _observed(tables: Mapping[str, pd.DataFrame]) -> list[np.ndarray]:
@@ -266,17 +291,7 @@ def _improvement(x: list[np.ndarray], y: list[np.ndarray]) -> np.ndarray:
     return np.mean([(1 + sign.mean((-2, -1))) / 2 for sign in signs], axis=0)
 
 
-def _bounds(draws: np.ndarray, confidence: float) -> list[float]:
-    return [float(x) for x in np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])]
-
-
-def performance(
-    frame: pd.DataFrame,
-    over: str = "both",
-    confidence: float = 0.95,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> pd.DataFrame:
+def performance(frame: pd.DataFrame, resampling: Resampling = RESAMPLING) -> pd.DataFrame:
     """Final accuracy: a row a method over all its tasks, then a row each task where there are several.
 
     frame is that of ``scores``. Columns: method, task, runs, questions (distinct), step (of the evaluation;
@@ -293,7 +308,6 @@ def performance(
             steps = frame[(frame["method"] == label) & frame["task"].isin(list(part))]["step"]
             runs = np.concatenate(_observed(part))
             questions = sum(table.shape[1] for table in part.values())
-            drawn = _resampled(part, over, resamples, seed)
             row = {
                 "method": label,
                 "task": name,
@@ -303,11 +317,9 @@ def performance(
             }
             for column, statistic in (("iqm", _iqm), ("mean", _mean)):
                 value = float(statistic(_observed(part)))
-                low, high = _bounds(statistic(drawn), confidence)
-                if over == "seeds" and max(len(table) for table in part.values()) == 1:
-                    low = high = float("nan")
-                elif over != "seeds" and runs.mean() in (0, 1):
-                    _, low, high = share_interval(value * questions, questions, confidence)
+                low, high = resampling.interval(statistic, part)
+                if resampling.over != "seeds" and runs.mean() in (0, 1):
+                    _, low, high = share_interval(value * questions, questions, resampling.confidence)
                 row |= {column: value, f"{column}_low": low, f"{column}_high": high}
             rows.append(row | {"lowest": float(runs.min()), "highest": float(runs.max())})
     return pd.DataFrame(rows)
@@ -332,12 +344,7 @@ def _pairs(frame: pd.DataFrame, reference: str) -> list[tuple[str, str]]:
 
 
 def paired_differences(
-    frame: pd.DataFrame,
-    reference: str = "",
-    over: str = "both",
-    confidence: float = 0.95,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    frame: pd.DataFrame, reference: str = "", resampling: Resampling = RESAMPLING
 ) -> pd.DataFrame:
     """Accuracy of one method minus another's, paired by task, seed and question; a row a pair.
 
@@ -363,11 +370,10 @@ def paired_differences(
                     f"{x!r} (seeds {seeds[0]}) and {y!r} (seeds {seeds[1]}) share no seed on {task}"
                 )
             gain[task] = table.loc[shared] - other[task].loc[shared, table.columns]
-        low, high = _bounds(_mean(_resampled(gain, over, resamples, seed)), confidence)
-        if over == "seeds" and max(len(table) for table in gain.values()) == 1:
-            low = high = float("nan")
-        elif over != "seeds" and not any(table.to_numpy().any() for table in gain.values()):
-            high = share_interval(0, sum(table.shape[1] for table in gain.values()), confidence)[2]
+        questions = sum(table.shape[1] for table in gain.values())
+        low, high = resampling.interval(_mean, gain)
+        if resampling.over != "seeds" and not any(table.to_numpy().any() for table in gain.values()):
+            high = share_interval(0, questions, resampling.confidence)[2]
             low = -high
         by_seed = pd.concat([table.mean(axis=1) for table in gain.values()], axis=1).mean(axis=1)
         rows.append(
@@ -378,7 +384,7 @@ def paired_differences(
                 "low": low,
                 "high": high,
                 "seeds": len(by_seed),
-                "questions": sum(table.shape[1] for table in gain.values()),
+                "questions": questions,
                 "by_seed": by_seed.tolist(),
             }
         )
@@ -387,12 +393,7 @@ def paired_differences(
 
 
 def probability_of_improvement(
-    frame: pd.DataFrame,
-    reference: str = "",
-    over: str = "both",
-    confidence: float = 0.95,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    frame: pd.DataFrame, reference: str = "", resampling: Resampling = RESAMPLING
 ) -> pd.DataFrame:
     """How probably a run of one method beats a run of another on a task; a row a pair.
 
@@ -402,10 +403,7 @@ def probability_of_improvement(
     rows = []
     for x, y in _pairs(frame, reference):
         tables = [_tables(frame, label) for label in (x, y)]
-        drawn = [_resampled(table, over, resamples, seed, stream) for stream, table in enumerate(tables)]
-        low, high = _bounds(_improvement(*drawn), confidence)
-        if over == "seeds" and all(len(table) == 1 for part in tables for table in part.values()):
-            low = high = float("nan")
+        low, high = resampling.interval(_improvement, *tables)
         value = float(_improvement(*map(_observed, tables)))
         rows.append({"method": x, "against": y, "probability": value, "low": low, "high": high})
     return pd.DataFrame(rows, columns=["method", "against", "probability", "low", "high"])

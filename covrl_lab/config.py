@@ -10,12 +10,12 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .files import write_whole
 from .types import ConfigError, did_you_mean
 
 # What each method fixes, with the paper it comes from; the definitions are in objectives.py.
@@ -167,7 +167,7 @@ class RunConfig:
     kl_gradient: str = "exact"  # "exact" or "published"
     nll_weight: float | None = None  # factor of -log p(y|x,z)
     nll_gate: str | None = None  # "prior_positive", "none" (every trace), "reward" (weighted by it)
-    n_sample: int | None = None  # traces inside the logarithm (JEPO)
+    n_sample: int | None = None  # traces inside the logarithm; above 1 with "jlb" only (JEPO)
     reference_kl_weight: float | None = None  # KL to the frozen base inside the reward (LaTRO)
     std_filter: float | None = None  # drop groups whose reward varies less than this share of average (RLPR)
     loss_aggregation: str | None = None  # "token_mean", or "trace_sum": sum per trace, mean over traces
@@ -337,10 +337,8 @@ class RunConfig:
         return cls(**{name: value for name, value in plain.items() if name in valid})
 
     def save(self, path: str | Path) -> None:
-        """Write ``config.json``, whole and then renamed."""
-        temporary = Path(path).with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        """Write ``config.json``."""
+        write_whole(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:

@@ -433,8 +433,9 @@ def training_curves(
     """Small multiples over a run's steps: what rises when it learns, and what else might make it rise.
 
     metrics and evaluations are ``Run.metrics`` and ``Run.evaluations``; a quantity that the method does not
-    have (KL without a posterior) gets no panel. The bars on accuracy are 95% bootstrap intervals. From 60
-    steps on, each step is a faint line and the bold one a centred mean over a twentieth of the run.
+    have (KL without a posterior) gets no panel. The bars on accuracy are 95% intervals, those of
+    ``evaluation.summarise``. From 60 steps on, each step is a faint line and the bold one a centred mean over
+    a twentieth of the run.
     """
     sources = SOURCE_COLOURS.items()
     panels = [
@@ -537,7 +538,7 @@ def _interval(frame: pd.DataFrame, column: str) -> dict[str, Any] | None:
 def evaluation_curve(runs: Mapping[str, pd.DataFrame], value: str = "accuracy") -> go.Figure:
     """Held-out accuracy against step, a bold line with a band for every entry of ``runs``.
 
-    An entry is one run's ``Run.evaluations``, and the band its 95% bootstrap interval over questions; or
+    An entry is one run's ``Run.evaluations``, and the band its 95% interval over questions; or
     several such frames put together, told apart by a column ``seed``: then thin lines are the seeds, the
     bold line their mean, and the band goes from the lowest seed to the highest.
     """
@@ -599,7 +600,7 @@ def evaluation_curve(runs: Mapping[str, pd.DataFrame], value: str = "accuracy") 
 
 
 def accuracy_table(evaluations: pd.DataFrame) -> str:
-    """HTML table of ``Run.evaluations``, one row an evaluation, with 95% bootstrap intervals."""
+    """HTML table of ``Run.evaluations``, one row an evaluation, with 95% intervals."""
     rows = [
         _row(
             [

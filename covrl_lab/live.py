@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -17,8 +16,9 @@ from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
+import plotly.graph_objects as go
 import torch
-from IPython.display import HTML, display
+from IPython.display import HTML
 
 from . import figures
 from .coherence import coherence
@@ -26,6 +26,7 @@ from .config import RunConfig
 from .curves import coherence_curve
 from .data import load_task
 from .models import Policy, load_adapter, load_policy, load_tokenizer
+from .panels import Plot, _Panel
 from .prompts import Prompter
 from .sampling import sample_traces
 from .scoring import score
@@ -201,12 +202,6 @@ class _Cancelled(Exception):
     pass
 
 
-def _plot(figure: Any) -> tuple[dict[str, Any]]:
-    """A plotly figure as the content of an Output widget, which a thread can set."""
-    data = {"application/vnd.plotly.v1+json": json.loads(figure.to_json())}
-    return ({"output_type": "display_data", "data": data, "metadata": {}},)
-
-
 def summary_html(frames: dict[str, pd.DataFrame]) -> str:
     """HTML table: for each weights and source the traces' log p(y|x,z) in nats, finished share and length."""
     rows = []
@@ -226,7 +221,7 @@ def summary_html(frames: dict[str, pd.DataFrame]) -> str:
     return figures._table(header, rows)
 
 
-class PromptBench:
+class PromptBench(_Panel):
     """Type a question and its answer, sample traces from both prompts, and look at them token by token.
 
     policy      a loaded policy with its ``prompter``, such as a trainer's (``trainer.policy``)
@@ -286,7 +281,7 @@ class PromptBench:
         self.cancel = widgets.Button(description="Cancel", icon="stop", disabled=True)
         self.bar = widgets.IntProgress(max=100, layout={"width": "260px"})
         self.message = widgets.HTML()
-        self.summary, self.curve = widgets.HTML(), widgets.Output(layout={"min_height": "430px"})
+        self.summary, self.curve = widgets.HTML(), Plot(layout={"min_height": "430px"})
         self.weights = widgets.ToggleButtons()
         self.traces = {
             source: widgets.Dropdown(description=f"{source} trace", **wide)
@@ -459,21 +454,22 @@ class PromptBench:
         self._draw_curve()
 
     def _draw_curve(self, change: Any = None) -> None:
-        """The coherence curves, with a line at the selected token."""
+        self.curve.draw(self.lines())
+
+    def lines(self) -> go.Figure:
+        """The coherence curves of the chosen weights, with a line at the selected token."""
         chosen = [choice.value for choice in self.traces.values()]
         figure = coherence_curve(self.frames[self.weights.value], chosen)
         if self.tokens.selected:
             figure.add_vline(self.tokens.selected[1] + 1, line={"color": figures.GREY, "dash": "dot"})
-        self.curve.outputs = _plot(figure)
+        return figure
 
-    def _ipython_display_(self) -> None:
-        """The panel; below it, folded, the last results as plain HTML, which need no kernel."""
-        display(self.widget)
-        if self.frames:
-            tables = "".join(
-                f"<h4>{html.escape(name)}</h4>{token_html(frame)}" for name, frame in self.frames.items()
-            )
-            display(HTML(f"<details><summary>results so far</summary>{tables}</details>"))
+    def static(self) -> list[Any]:
+        """The last results as HTML and a plotly figure; nothing before the first."""
+        if not self.frames:
+            return []
+        tables = "".join(f"<h4>{html.escape(name)}</h4>{token_html(f)}" for name, f in self.frames.items())
+        return [HTML(summary_html(self.frames) + tables), self.lines()]
 
 
 def _run_folders() -> list[str]:

@@ -1,25 +1,28 @@
 """Follow a run folder while it is written, from this process or another, and stop the run gracefully.
 
 Everything shown comes from files, so a closed browser tab or a restarted kernel loses nothing: a new
-``RunMonitor`` shows the same. No torch. Needs the ``notebooks`` extra (ipywidgets, plotly).
+``RunMonitor`` shows the same. No torch. Needs the ``notebooks`` extra (ipywidgets, anywidget, plotly).
 """
 
 from __future__ import annotations
 
 import html
-import json
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ipywidgets as widgets
+import numpy as np
 import pandas as pd
-from IPython.display import HTML, display
+import plotly.graph_objects as go
+from IPython.display import HTML
 
 from . import figures
 from .curves import sparkline
-from .traces import Run, steps_in
+from .panels import Plot, _Panel
+from .traces import Run, step_file, steps_in
 
 _SIGNS = {
     "waiting": ("○", figures.GREY),
@@ -55,7 +58,10 @@ class Snapshot:
     message      the status in a sentence
     step, steps  finished steps, and all of them (0 while waiting)
     metrics      ``Run.metrics`` with ``truncated_share``; ``evaluations`` as ``Run.evaluations``
-    seconds_left median time of the last five steps times the steps to go, without evaluations, or None
+    seconds_left median time of the last five steps times the steps to go, and likewise of the evaluations;
+                 None before the first step and after the last
+    evaluation_seconds   median time of an evaluation; None before the run's first after a step, and then
+                 seconds_left leaves them out
     """
 
     run: Run
@@ -66,6 +72,7 @@ class Snapshot:
     metrics: pd.DataFrame = field(default_factory=pd.DataFrame)
     evaluations: pd.DataFrame = field(default_factory=pd.DataFrame)
     seconds_left: float | None = None
+    evaluation_seconds: float | None = None
 
     def traces(self) -> pd.DataFrame:
         """The rollouts of the latest stored step, read now; empty where there is none."""
@@ -88,8 +95,14 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
     written |= {name: _written(run.path / name) for name in ("traces", "checkpoints")}
     newest = max(written.values())
     median = float(metrics["seconds"].tail(5).median()) if len(metrics) else None
+    evaluation, left = _evaluation_seconds(run), None
+    if median is not None and step < steps:
+        every = config.get("eval_every", 0)
+        # The steps to go that end with an evaluation: every so often, and the last.
+        to_evaluate = 1 + ((steps - 1) // every - step // every if every else 0)
+        left = median * (steps - step) + (evaluation or 0.0) * to_evaluate
     # Nothing is written while an evaluation runs, and before the first step a model is loaded as well.
-    patience = 600.0 if median is None else max(120.0, 10 * median)
+    patience = 600.0 if median is None else max(120.0, 10 * median, 3 * (evaluation or 0.0))
     silent = now - newest > patience
     if step >= steps and (step or len(evaluations)):
         status, message = "finished", f"finished: {step} of {steps} steps"
@@ -121,8 +134,21 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
         steps=steps,
         metrics=metrics,
         evaluations=evaluations,
-        seconds_left=None if median is None or step >= steps else median * (steps - step),
+        seconds_left=left,
+        evaluation_seconds=evaluation,
     )
+
+
+def _evaluation_seconds(run: Run) -> float | None:
+    """Median time between a step's traces and its evaluation, which a run writes one after the other."""
+    folder = run.path / "evaluations"
+    took = [
+        _written(step_file(folder, step)) - _written(step_file(run.path / "traces", step))
+        for step in steps_in(folder)
+        if step in run.steps
+    ]
+    took = [seconds for seconds in took if seconds > 0]  # else the traces are those of a second attempt
+    return float(np.median(took)) if took else None
 
 
 def _written(path: Path) -> float:
@@ -156,7 +182,10 @@ def status_html(shot: Snapshot) -> str:
     sign, colour = _SIGNS[shot.status]
     parts = [f'<b style="color: {colour}">{sign} {html.escape(figures.visible(shot.message))}</b>']
     if shot.seconds_left is not None and shot.status == "running":
-        parts.append(f"about {_duration(shot.seconds_left)} left, without evaluations")
+        known = shot.evaluation_seconds is not None
+        parts.append(
+            f"about {_duration(shot.seconds_left)} left, {'with' if known else 'without'} evaluations"
+        )
     if len(shot.evaluations):
         last = shot.evaluations.iloc[-1]
         interval = f"95% interval {last['accuracy_low']:.1%} to {last['accuracy_high']:.1%}"
@@ -199,7 +228,7 @@ def traces_html(shot: Snapshot, questions: int = 2) -> str:
     return f"<b>Traces of step {traces['step'].iloc[0]}</b>{figures.trace_table(shown)}"
 
 
-class RunMonitor:
+class RunMonitor(_Panel):
     """A live view of the run in ``run_dir``; reads files only, and waits where there is none yet.
 
     A thread reads the folder every ``every`` seconds, so the kernel stays free and a training loop in this
@@ -214,8 +243,7 @@ class RunMonitor:
         self.bar = widgets.IntProgress(layout={"width": "260px"})
         self.button = widgets.Button(layout={"width": "auto"})
         self.button.on_click(self._toggle_stop)
-        # A fixed height: the page below does not jump while the figure is drawn anew.
-        self.curves = widgets.Output(layout={"min_height": "600px"})
+        self.curves = Plot(layout={"min_height": "600px"})
         self.traces.layout.flex = "1 1 420px"
         tables = widgets.HBox([self.numbers, self.traces], layout={"flex_flow": "row wrap"})
         self.widget = widgets.VBox([self.status, widgets.HBox([self.bar, self.button]), tables, self.curves])
@@ -246,16 +274,14 @@ class RunMonitor:
                 self._drawn = drawn
                 self.numbers.value = numbers_html(shot)
                 self.traces.value = traces_html(shot)
-                plot = json.loads(self.figure().to_json())
-                data = {"application/vnd.plotly.v1+json": plot}
-                self.curves.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
+                self.curves.draw(self.figure().update_layout(uirevision="kept"))  # a reader's zoom
 
-    def figure(self):
-        """The training curves as a plotly figure, which also shows in a stored notebook."""
+    def figure(self) -> go.Figure:
+        """The training curves."""
         return figures.training_curves(self.snapshot.metrics, self.snapshot.evaluations)
 
     def html(self) -> str:
-        """Status, numbers and traces as plain HTML, which also show in a stored notebook."""
+        """Status, numbers and traces as plain HTML."""
         return status_html(self.snapshot) + numbers_html(self.snapshot) + traces_html(self.snapshot)
 
     def close(self) -> None:
@@ -284,8 +310,6 @@ class RunMonitor:
             stop.touch()
         self.refresh()
 
-    def _ipython_display_(self) -> None:
-        """The live panel, and folded below it the present state, which needs no kernel."""
-        display(self.widget)
-        now = time.strftime("%H:%M:%S")
-        display(HTML(f"<details><summary>as it was at {now}</summary>{self.html()}</details>"))
+    def static(self) -> list[Any]:
+        """What the run folder held a moment ago, as HTML and a plotly figure."""
+        return [HTML(f"<p>as it was at {time.strftime('%H:%M:%S')}</p>{self.html()}"), self.figure()]

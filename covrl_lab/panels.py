@@ -39,7 +39,7 @@ _STATIC = Path(__file__).parent / "static"
 
 
 class Plot(anywidget.AnyWidget):
-    """A plotly figure that is redrawn in place; ``figure`` is its JSON."""
+    """A plotly figure that is redrawn in place; ``figure`` is its JSON, nothing where it is empty."""
 
     _esm = (_STATIC / "plot.js").read_text(encoding="utf-8")
     figure = traitlets.Unicode().tag(sync=True)
@@ -199,28 +199,30 @@ class TraceExplorer(_Panel):
 
     run: a ``Run`` or its folder; step: where to start (default: the last with traces). The search box
     looks in questions, reference answers and traces. Of the traces one step's at a time are in memory.
+    ``refresh``, or its button, shows what a run has written since.
     """
 
     def __init__(self, run: Run | str | Path, step: int | None = None):
         self.run, step = _opened(run, step)
         self.config = self.run.config
         self.settings = tokens.Settings.of(self.config)
-        self.index = trace_index(self.run)
-        text = (self.index[name] for name in ("question", "answer", "trace"))
-        self._haystack = next(text).str.cat(list(text), sep="\n").str.lower()
-        self._step, self._frame = 0, pd.DataFrame()
+        self._frame = pd.DataFrame()
+        self.found = widgets.HTML()
+        self._read()
 
-        self.step = widgets.Dropdown(
-            options=[("all steps", 0), *((f"step {s}", s) for s in self.run.steps)],
-            value=step,
-            layout={"width": "110px"},
-        )
+        self.step = widgets.Dropdown(options=self._steps(), value=step, layout={"width": "110px"})
         self.search = widgets.Text(
             placeholder="search questions, answers, traces", layout={"flex": "1 1 150px"}
         )
         self.source = widgets.Dropdown(
             options=[("all sources", ""), ("prior", "prior"), ("posterior", "posterior")],
             layout={"width": "110px"},
+        )
+        self.again = widgets.Button(
+            description="Refresh",
+            icon="refresh",
+            tooltip="Read the run folder again; filters, order and question stay",
+            layout={"width": "auto"},
         )
         self.questions = Table(label="questions", columns=_QUESTION_COLUMNS)
         self.rollouts = Table(label="rollouts of the question", sort=["total", True])
@@ -237,6 +239,7 @@ class TraceExplorer(_Panel):
 
         for control in (self.step, self.search, self.source):
             control.observe(self._list_questions, names="value")
+        self.again.on_click(lambda button: self.refresh())
         self.questions.observe(self._list_questions, names="sort")
         self.questions.observe(lambda change: self.choose(change.new), names="picked")
         self.rollouts.observe(self._list_rollouts, names="sort")
@@ -245,7 +248,9 @@ class TraceExplorer(_Panel):
         self.view.observe(self._draw_lines, names="selected")
 
         row = {"flex_flow": "row wrap", "grid_gap": "10px"}
-        controls = widgets.HBox([self.step, self.search, self.source, self.colour], layout=row)
+        controls = widgets.HBox(
+            [self.step, self.search, self.source, self.colour, self.again, self.found], layout=row
+        )
         self.questions.layout = {"flex": "2 1 330px", "min_width": "0"}
         self.rollouts.layout = {"flex": "3 1 480px", "min_width": "0"}
         tables = widgets.HBox([self.questions, self.rollouts], layout=row)
@@ -254,6 +259,29 @@ class TraceExplorer(_Panel):
         self._list_questions()
         if self.questions.rows:
             self.questions.picked = self.questions.rows[0]["id"]
+
+    # --- what is there
+
+    def _read(self) -> None:
+        self.index = trace_index(self.run)
+        text = (self.index[name] for name in ("question", "answer", "trace"))
+        self._haystack = next(text).str.cat(list(text), sep="\n").str.lower()
+        self._step = 0  # whose traces are in memory
+        steps = self.index["step"].nunique()
+        self.found.value = f"{steps:,} step{'s' * (steps != 1)}, {len(self.index):,} traces"
+
+    def _steps(self) -> list[tuple[str, int]]:
+        return [("all steps", 0), *((f"step {s}", s) for s in self.index["step"].unique().tolist())]
+
+    def refresh(self) -> None:
+        """Read the run folder again; filters, order and what is chosen stay as they are."""
+        self._read()
+        kept = self.step.value
+        self.step.unobserve(self._list_questions, names="value")
+        self.step.options = steps = self._steps()
+        self.step.value = kept if kept in dict(steps).values() else 0
+        self.step.observe(self._list_questions, names="value")
+        self._list_questions()
 
     # --- what is chosen
 

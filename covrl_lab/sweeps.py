@@ -41,6 +41,7 @@ from typing import Any, TextIO
 import pandas as pd
 
 from .config import RunConfig
+from .files import write_whole
 from .traces import read_jsonl
 from .types import ConfigError
 
@@ -53,15 +54,8 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 # --- one run folder
 
 
-def _write(path: Path, record: Mapping[str, Any]) -> None:
-    """Write whole, then rename."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _end(folder: Path, how: str, reason: str = "", **more: Any) -> None:
-    _write(folder / f"{how}.json", {"reason": reason, **more})
+    write_whole(folder / f"{how}.json", json.dumps({"reason": reason, **more}) + "\n")
 
 
 @contextmanager
@@ -132,10 +126,11 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if value != defaults[name]}
 
 
-def execute(folder: Path, notebook: Path, lock: int) -> None:
+def execute(folder: Path, notebook: Path, lock: int, sockets: str) -> None:
     """Execute a run in this process, and write down how it ended; raises what the notebook raised.
 
     lock: file descriptor of the run's lock, which the kernel inherits. The kernel dies with this process.
+    sockets: folder for the kernel's sockets, which whoever watches this process removes.
     """
     import papermill
     from jupyter_client.manager import AsyncKernelManager
@@ -153,19 +148,18 @@ def execute(folder: Path, notebook: Path, lock: int) -> None:
     started, first = time.time(), _steps_done(folder)
     print(f"--- started after step {first} of {config.steps}", flush=True)
     try:
-        with tempfile.TemporaryDirectory(prefix="covrl") as sockets:
-            papermill.execute_notebook(
-                notebook,
-                folder / "notebook.ipynb",
-                _settings(config) | {"run_dir": str(folder)},
-                kernel_name="python3",
-                language="python",
-                start_timeout=300,
-                progress_bar=False,
-                log_output=True,
-                kernel_manager_class=Kernel,
-                store_widget_state=False,
-            )
+        papermill.execute_notebook(
+            notebook,
+            folder / "notebook.ipynb",
+            _settings(config) | {"run_dir": str(folder)},
+            kernel_name="python3",
+            language="python",
+            start_timeout=300,
+            progress_bar=False,
+            log_output=True,
+            kernel_manager_class=Kernel,
+            store_widget_state=False,
+        )
     except papermill.PapermillExecutionError as error:
         _end(folder, "failed", _sentence(f"{error.ename}: {error.evalue}"))
         raise
@@ -199,20 +193,24 @@ def supervise(
     path = Path(folder)
     with _lock(path) as lock:
         if lock is not None and status(path)[0] not in ENDS:
-            why = _watch(path, _start(path, notebook, threads, lock), timeout_minutes, stop)
+            # Here, as the process that executes the run may be killed. Its kernel may live an instant longer.
+            with tempfile.TemporaryDirectory(prefix="covrl", ignore_cleanup_errors=True) as sockets:
+                child = _start(path, notebook, threads, lock, sockets)
+                why = _watch(path, child, timeout_minutes, stop)
             if why is not None and status(path)[0] not in ENDS:
                 _end(path, "failed", why)
     return status(path)[0]
 
 
-def _start(path: Path, notebook: str, threads: int | None, lock: TextIO) -> subprocess.Popen:
+def _start(path: Path, notebook: str, threads: int | None, lock: TextIO, sockets: str) -> subprocess.Popen:
     """The process that executes a run."""
     environment = dict(os.environ, JUPYTER_PREFER_ENV_PATH="1", COVRL_LAB_PARENT=str(os.getpid()))
     if threads is None and "SLURM_CPUS_PER_TASK" in os.environ:
         threads = int(os.environ["SLURM_CPUS_PER_TASK"])
     if threads is not None:
         environment |= {name: str(threads) for name in _THREAD_VARIABLES}
-    command = [sys.executable, "-m", "covrl_lab.sweeps", "--execute", str(path), notebook, str(lock.fileno())]
+    command = [sys.executable, "-m", "covrl_lab.sweeps", "--execute"]
+    command += [str(path), notebook, str(lock.fileno()), sockets]
     with open(path / "log.txt", "ab") as log:
         child = subprocess.Popen(
             command,
@@ -560,8 +558,8 @@ def main() -> None:
         _die_with_parent()
         if os.getppid() != int(os.environ["COVRL_LAB_PARENT"]):
             sys.exit("the process that supervises this run has gone")
-        folder, notebook, lock = sys.argv[2:]
-        execute(Path(folder), Path(notebook), int(lock))
+        folder, notebook, lock, sockets = sys.argv[2:]
+        execute(Path(folder), Path(notebook), int(lock), sockets)
         return
     parser = argparse.ArgumentParser(prog="python -m covrl_lab.sweeps", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")

@@ -12,7 +12,6 @@ run_dir/
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,13 @@ from typing import Any
 
 import pandas as pd
 
+from .files import write_whole
 from .types import ConfigError
+
+TRACE_COLUMNS = """
+step rollout example_id question answer source finished trace tokens token_ids logp logq answer_logp log_ratio
+reward advantage answer_weight
+""".split()
 
 
 def step_file(folder: Path, step: int, suffix: str = ".parquet") -> Path:
@@ -37,11 +42,9 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def write_parquet(frame: pd.DataFrame, path: Path) -> None:
-    """Write whole, then rename: a reader or a crash never sees half a file."""
+    """Write a Parquet file, which nobody ever sees half-written, and its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.parquet")
-    frame.to_parquet(temporary, index=False)
-    os.replace(temporary, path)
+    write_whole(path, frame.to_parquet(index=False))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -118,7 +121,9 @@ class Run:
         missing = [step for step, file in zip(chosen, files, strict=True) if not file.exists()]
         if missing:
             raise ConfigError(f"{self.path} has no traces of step {missing[0]}; it has {self.steps}")
-        return pd.concat([pd.read_parquet(f) for f in files], ignore_index=True) if files else pd.DataFrame()
+        if not files:
+            return pd.DataFrame(columns=TRACE_COLUMNS)
+        return pd.concat([pd.read_parquet(f) for f in files], ignore_index=True)
 
     def predictions(self, step: int) -> pd.DataFrame:
         """One row a held-out generation of the evaluation after ``step``; see ``evaluation.evaluate``."""

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from .config import RunConfig
 from .data import check_task, load_task
 from .evaluation import evaluate, predict_answers, summarise
+from .files import write_whole
 from .methods import METHODS
 from .models import check_model, load_adapter, load_config, load_policy, load_tokenizer, save_adapter
 from .objectives import Totals, log_mixture, needs_posterior, responsibility
@@ -38,7 +39,7 @@ from .scoring import packed_tokens, reference, score
 from .traces import read_jsonl, step_file, steps_in, trace_frame, write_parquet
 from .types import ConfigError, Credit, Example, LogProbs, Prompt, TraceBatch
 
-BESIDE = {".ipynb", ".ipynb_checkpoints", ".html", ".log", ".yaml"}  # may lie in a fresh run folder
+BESIDE = {".ipynb", ".ipynb_checkpoints", ".html", ".log", ".tmp", ".yaml"}  # may lie in a fresh run folder
 FREE_BYTES = 200 * 2**20  # a run folder of the embedded model with its checkpoints stays below this
 
 
@@ -169,8 +170,8 @@ class Trainer:
 
     def _resume(self) -> None:
         """Go back to the last whole checkpoint; what was written after it is written again."""
-        for half in (self.run_dir / "checkpoints").glob("*.tmp"):
-            shutil.rmtree(half)
+        for half in self.run_dir.glob("*/*.tmp"):  # checkpoints, and files of traces and evaluations
+            shutil.rmtree(half) if half.is_dir() else half.unlink()
         saved = steps_in(self.run_dir / "checkpoints")
         self.step = saved[-1] if saved else 0
         self.memory: dict[str, float] = {}  # what a method carries from step to step
@@ -190,9 +191,7 @@ class Trainer:
         if not path.exists():
             return []
         lines = [record for record in read_jsonl(path) if record["step"] <= last_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in lines), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, "".join(json.dumps(r) + "\n" for r in lines))
         return lines
 
     def _load_optimizer(self, folder: Path) -> None:

@@ -229,6 +229,82 @@ def test_hostile_text_stays_text(lab, capsys):
     assert not lab.errors and not lab.cell_errors()
 
 
+def copy_helpers(folder):
+    """Put what makes runs up where a notebook of the served folder can import it."""
+    for name in ("test_panels.py", "test_tokens.py", "hostile.py"):
+        shutil.copy(Path(__file__).parent / name, folder / name)
+
+
+def test_traces_of_two_thousand_tokens_stay_within_their_boxes_and_reach(lab):
+    copy_helpers(lab.folder)
+    shutil.rmtree(lab.folder / "long", ignore_errors=True)
+    lab.write(
+        "long.ipynb",
+        "from pathlib import Path\n"
+        "from test_panels import made_up_run\n"
+        "from covrl_lab import panels\n"
+        "run = made_up_run(Path('long'), steps=1, questions=1, rollouts=2, length=2000)\n"
+        "explorer = panels.TraceExplorer(run)",
+        "explorer",
+    )
+    lab.open("long.ipynb")
+    lab.run_all()
+    page = lab.page
+    page.wait_for_selector(".covrl-plot.js-plotly-plot")
+    boxes = page.locator(".covrl-list")
+    sizes = boxes.evaluate_all(
+        """found => found.map(box => [
+            box.querySelectorAll('[role=option]').length, box.querySelectorAll('*').length,
+            box.clientHeight, box.scrollHeight])"""
+    )
+    for tokens, nodes, height, text in sizes:
+        assert tokens == 2000 and nodes <= 3 * tokens and height <= 320 < text
+    assert page.locator(".covrl-plot").bounding_box()["width"] < 1400, "the lines fit the page"
+
+    inside = """box => { const here = box.querySelector('[aria-selected=true]').getBoundingClientRect(),
+        around = box.getBoundingClientRect();
+        return here.top >= around.top && here.bottom <= around.bottom; }"""
+    selected, last = page.locator(SELECTED), boxes.nth(1)
+    last.locator("[role=option]").first.click()
+    for key, token in (("End", 1999), ("ArrowLeft", 1998), ("ArrowRight", 1999), ("ArrowRight", 1999)):
+        page.keyboard.press(key)
+        assert selected.get_attribute("data-token") == str(token), key
+        assert last.evaluate(inside), key
+    assert "2000 of 2000" in page.locator(".covrl-detail").inner_text()
+    marker = "document.querySelector('.covrl-plot.js-plotly-plot').layout.shapes[0].x0"
+    wait_until(page, lambda: page.evaluate(marker) == 1999)
+    page.keyboard.press("ArrowUp")
+    assert 1900 < int(selected.get_attribute("data-token")) < 1999 and last.evaluate(inside)
+    page.keyboard.press("Home")
+    assert selected.get_attribute("data-token") == "0" and last.evaluate(inside)
+    assert not lab.errors and not lab.cell_errors()
+
+
+def test_a_plot_brings_plotly_to_a_page_that_has_none(lab):
+    lab.write(
+        "bare.ipynb",
+        "import ipywidgets\n"
+        "import plotly.graph_objects as go\n"
+        "from covrl_lab.panels import Plot\n"
+        "plots = [Plot(), Plot()]\n"
+        "for plot in plots:\n    plot.draw(go.Figure(go.Scatter(y=[1, 3, 2])))\n"
+        "button = ipywidgets.Button(description='empty')\n"
+        "button.on_click(lambda _: setattr(plots[0], 'figure', ''))\n"
+        "ipywidgets.VBox([button, *plots])",
+    )
+    lab.open("bare.ipynb")
+    assert lab.page.evaluate("window.Plotly === undefined")
+    lab.run_all()
+    page, drawn = lab.page, lab.page.locator(".covrl-plot .trace.scatter")
+    wait_until(page, lambda: drawn.count() == 2)
+    large = "[...document.querySelectorAll('script')].filter(s => s.textContent.length > 1e6).length"
+    assert page.evaluate(large) == 1, "one answer does for both"
+    assert page.evaluate("[...document.querySelector('.covrl-plot').data[0].y]") == [1, 3, 2]
+    page.get_by_role("button", name="empty").click()
+    wait_until(page, lambda: drawn.count() == 1)
+    assert not lab.errors and not lab.requests and not lab.cell_errors()
+
+
 def test_a_slider_move_redraws_soon(lab, capsys):
     """Printed, not asserted: from the slider's change to the new plot, 64 traces of 256 tokens."""
     lab.write(
@@ -240,8 +316,7 @@ def test_a_slider_move_redraws_soon(lab, capsys):
         "mixing = panels.MixingRatio(run)",
         "mixing",
     )
-    for name in ("test_panels.py", "test_tokens.py", "hostile.py"):
-        shutil.copy(Path(__file__).parent / name, lab.folder / name)
+    copy_helpers(lab.folder)
     shutil.rmtree(lab.folder / "speed", ignore_errors=True)
     lab.open("speed.ipynb")
     lab.run_all()

@@ -78,7 +78,7 @@ def test_choose_launch_watch_cancel_and_retry(lab):
     series = """() => {
         const plot = document.querySelector('.covrl-ablation .js-plotly-plot');
         return (plot?._fullData || []).filter(d => d.mode === 'lines+markers')
-            .map(d => [d.name, Array.from(d.x), Array.from(d.y)]);
+            .map(d => [d.name, d.customdata.map(row => row[0]), Array.from(d.y)]);
     }"""
     page.wait_for_function(f"({series})().some(([name, x]) => name === 'covrl' && x.length === 3)")
     drawn = page.evaluate(series)

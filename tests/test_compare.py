@@ -9,9 +9,11 @@ import pandas as pd
 import pytest
 
 from covrl_lab import ConfigError, RunConfig, compare
+from covrl_lab.compare import Resampling
 from covrl_lab.intervals import interquartile_mean, share_interval
 
 RNG = np.random.default_rng(0)
+SEEDS, MANY = Resampling("seeds"), Resampling("seeds", resamples=50_000)
 
 
 def write_run(folder, scores, step=4, **settings):
@@ -91,7 +93,7 @@ def test_over_seeds_is_the_enumeration_of_all_resamples():
         np.mean([runs[list(pick)].mean() for runs, pick in zip(per_run, picks, strict=True)])
         for picks in itertools.product(itertools.product(range(3), repeat=3), repeat=2)
     ]
-    table = compare.performance(table_of({"m": arrays}), over="seeds")
+    table = compare.performance(table_of({"m": arrays}), resampling=SEEDS)
     assert list(table["task"]) == ["all tasks", "one", "two"]
     row = table.iloc[0]
     assert row["mean"] == pytest.approx(np.mean([runs.mean() for runs in per_run]))
@@ -107,10 +109,10 @@ def test_over_questions_keeps_the_runs_and_their_questions_together():
     """Runs that answer alike are one run's worth of evidence; over seeds they leave nothing open."""
     one = (np.arange(400) < 120).astype(float)
     frame = table_of({"m": np.stack([one, one, one])})
-    row = compare.performance(frame, over="questions").iloc[0]
+    row = compare.performance(frame, resampling=Resampling("questions")).iloc[0]
     half = 1.959964 * math.sqrt(0.3 * 0.7 / 400)
     assert (row["mean_low"], row["mean_high"]) == pytest.approx((0.3 - half, 0.3 + half), abs=0.1 * half)
-    row = compare.performance(frame, over="seeds").iloc[0]
+    row = compare.performance(frame, resampling=SEEDS).iloc[0]
     assert row["mean_low"] == row["mean_high"] == pytest.approx(0.3)
 
 
@@ -120,7 +122,7 @@ def test_over_both_adds_the_variances():
     frame = table_of({"m": scores})
 
     def width(over):
-        row = compare.performance(frame, over=over).iloc[0]
+        row = compare.performance(frame, resampling=Resampling(over)).iloc[0]
         return row["mean_high"] - row["mean_low"]
 
     assert width("both") == pytest.approx(math.hypot(width("seeds"), width("questions")), rel=0.1)
@@ -131,7 +133,7 @@ def test_nothing_to_resample_is_not_certainty():
     frame = table_of({"m": [[0, 0, 0, 0, 0]]})
     row = compare.performance(frame).iloc[0]
     assert (row["mean_low"], row["mean_high"]) == share_interval(0, 5)[1:]
-    row = compare.performance(frame, over="seeds")
+    row = compare.performance(frame, resampling=SEEDS)
     assert row[["iqm_low", "iqm_high", "mean_low", "mean_high"]].isna().all(axis=None)
     assert "(–)" in compare.readable(row)["mean"][0]
 
@@ -139,11 +141,11 @@ def test_nothing_to_resample_is_not_certainty():
     row = compare.paired_differences(frame).iloc[0]
     high = share_interval(0, 4)[2]
     assert (row["difference"], row["low"], row["high"]) == (0, -high, high)
-    assert compare.paired_differences(frame, over="seeds")[["low", "high"]].isna().all(axis=None)
+    assert compare.paired_differences(frame, resampling=SEEDS)[["low", "high"]].isna().all(axis=None)
 
     rare = np.zeros((8, 10))
     rare[0, 0] = 1  # the interquartile mean is 0, but not all answers are wrong
-    row = compare.performance(table_of({"m": rare}), resamples=500).iloc[0]
+    row = compare.performance(table_of({"m": rare}), resampling=Resampling(resamples=500)).iloc[0]
     assert row["iqm"] == row["iqm_low"] == 0 and row["iqm_high"] < share_interval(0, 10)[2]
 
 
@@ -159,13 +161,13 @@ RLIABLE_PROBABILITY = (0.796875, 0.53125, 1.0)
 def test_as_rliable():
     arrays = {m: {f"task {k}": np.array(v)[:, k : k + 1] for k in (0, 1)} for m, v in RLIABLE.items()}
     frame = table_of(arrays)
-    table = compare.performance(frame, over="seeds", resamples=50_000)
+    table = compare.performance(frame, resampling=MANY)
     table = table[table["task"] == "all tasks"].set_index("method")
     for method, (iqm, low, high) in RLIABLE_IQM.items():
         row = table.loc[method]
         assert row["iqm"] == pytest.approx(iqm)
         assert (row["iqm_low"], row["iqm_high"]) == pytest.approx((low, high), abs=0.006)
-    row = compare.probability_of_improvement(frame, over="seeds", resamples=50_000).iloc[0]
+    row = compare.probability_of_improvement(frame, resampling=MANY).iloc[0]
     value, low, high = RLIABLE_PROBABILITY
     assert row["probability"] == pytest.approx(value)
     assert (row["low"], row["high"]) == pytest.approx((low, high), abs=0.02)
@@ -186,7 +188,7 @@ def test_differences_are_paired_by_seed_and_question():
     x[:, gained] = 1.0
     gains = (x - y).mean(0)
     shuffled = table_of({"x": x, "y": y}).sample(frac=1, random_state=0)
-    row = compare.paired_differences(shuffled, reference="y", over="questions").iloc[0]
+    row = compare.paired_differences(shuffled, reference="y", resampling=Resampling("questions")).iloc[0]
     assert (row["method"], row["minus"], row["seeds"], row["questions"]) == ("x", "y", 4, 250)
     assert row["difference"] == pytest.approx(gains.mean())
     half = 1.959964 * gains.std() / math.sqrt(250)
@@ -210,6 +212,14 @@ def test_pairs_are_all_or_those_with_the_reference():
             found(frame, reference="d")
     alone = table_of({"a": RNG.random((2, 3))})
     assert compare.paired_differences(alone).empty and compare.probability_of_improvement(alone).empty
+
+
+def test_settings_that_cannot_resample_are_refused():
+    with pytest.raises(ConfigError, match="unknown over 'seed'; did you mean 'seeds'"):
+        Resampling("seed")
+    for wrong in ({"confidence": 95}, {"confidence": 1.0}, {"resamples": 0}):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be"):
+            Resampling(**wrong)
 
 
 # --- run folders
@@ -335,11 +345,9 @@ def test_what_cannot_be_compared_is_one_sentence(runs):
 
     write_run(runs / "runs/a-s2", answers(1, 0), seed=2)
     frame = compare.scores(compare.find_runs("covrl: runs/a-*"))
-    assert len(compare.performance(frame, over="seeds")) == 1
+    assert len(compare.performance(frame, resampling=SEEDS)) == 1
     with pytest.raises(ConfigError, match="asked different held-out questions.*over='seeds'"):
         compare.performance(frame)
-    with pytest.raises(ConfigError, match="unknown over 'seed'; did you mean 'seeds'"):
-        compare.performance(frame, over="seed")
 
 
 # --- for readers

@@ -9,13 +9,13 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "covrl_lab"
 LAYERS = """
-types config intervals prompts data lora tree models plan objectives methods world estimators sampling
-scoring coherence evaluation traces tokens trainer figures token_view curves monitor compare panels
-reporting live sweeps ablation variance speed benchmark __main__
+types files config intervals prompts data lora tree models plan objectives methods world estimators sampling
+scoring coherence evaluation traces tokens trainer figures token_view curves panels monitor
+compare reporting live sweeps ablation variance speed benchmark __main__
 """.split()
 TORCH_FREE = """
-types config intervals data traces tokens figures token_view curves monitor panels reporting compare sweeps
-ablation
+types files config intervals data traces tokens figures token_view curves panels monitor reporting compare
+sweeps ablation
 plan speed benchmark
 """.split()
 PRESENT = [name for name in LAYERS if (PACKAGE / f"{name}.py").exists()]

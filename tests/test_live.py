@@ -1,5 +1,6 @@
 """The prompt bench and the probe under it: numbers against plain rows, and every way a click can end."""
 
+import json
 import re
 import threading
 
@@ -159,7 +160,7 @@ def test_the_bench_asks_before_and_after_training(trained):
         atol=1e-6,
     )
     bench.tokens.selected = [0, 2]
-    (line,) = bench.curve.outputs[0]["data"]["application/vnd.plotly.v1+json"]["layout"]["shapes"]
+    (line,) = json.loads(bench.curve.figure)["layout"]["shapes"]
     assert line["x0"] == 3
 
     bench.step.value = 1
@@ -224,5 +225,6 @@ def test_hostile_text_is_shown_as_text(tiny_policy, prompter):
     frame["tokens"] = [[hostile] * len(tokens) for tokens in frame["tokens"]]
     frame["trace"] = hostile
     bench._show()
-    curve = str(bench.curve.outputs)
-    assert "<script" not in summary_html({hostile: frame}) + curve and "&lt;script&gt;" in curve
+    page, figure = bench.static()
+    for text in (page.data, summary_html({hostile: frame}), str(figure)):
+        assert "<script" not in text and "&lt;script&gt;" in text

@@ -98,8 +98,7 @@ def test_the_monitor_follows_stops_and_resumes_a_run_of_another_process(tmp_path
         assert values["truncated_share"] == f"{1 - last['finished_share']:.1%}"
         (evaluation,) = lines(run / "evaluations.jsonl")
         assert shown(monitor.status.value)["accuracy"] == f"{evaluation['accuracy']:.1%}"
-        (figure,) = monitor.curves.outputs
-        curves = figure["data"]["application/vnd.plotly.v1+json"]["data"]
+        curves = json.loads(monitor.curves.figure)["data"]
         assert any(curve["name"] == "prior" and len(curve["x"]["bdata"]) > 0 for curve in curves)
 
         monitor.button.click()
@@ -124,11 +123,44 @@ def test_time_left_is_the_median_of_the_last_steps_times_those_to_go(folder):
     shot = snapshot(folder)
     assert shot.status == "running" and (shot.step, shot.steps) == (5, 10)
     assert shot.seconds_left == 7.0 * 5
-    assert "about 35 s left" in status_html(shot) and "25.0%" in status_html(shot)
+    assert "about 35 s left, without evaluations" in status_html(shot) and "25.0%" in status_html(shot)
     assert "12.5% to 50.0%" in status_html(shot)
     values = shown(numbers_html(shot))
     assert values["reward_prior"] == "0" and values["truncated_share"] == "25.0%"
     assert "nll" not in values, "a row without a single value"
+
+
+def test_time_left_counts_the_evaluations_to_come(folder):
+    def write(kind, step, second):
+        path = folder / kind / f"step_{step:05d}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        os.utime(path, (second, second))
+
+    config = json.loads((folder / "config.json").read_text())
+
+    def seconds_left(**changes):
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        return snapshot(folder).seconds_left
+
+    write("evaluations", 0, 900)  # a model was loaded before it: what it took is not known
+    assert seconds_left(eval_every=2) == 7.0 * 5
+    for step, second, evaluated in ((2, 1000, 1020), (3, 1030, None), (4, 1040, 1070), (5, 1090, 1080)):
+        write("traces", step, second)
+        if evaluated:
+            write("evaluations", step, evaluated)
+    evaluations = {k: sum(s % k == 0 or s == 10 for s in range(6, 11)) for k in (1, 2, 3, 4, 5, 6, 20)}
+    assert evaluations == {1: 5, 2: 3, 3: 3, 4: 2, 5: 1, 6: 2, 20: 1}
+    for every, count in evaluations.items():
+        assert seconds_left(eval_every=every) == 7.0 * 5 + 25.0 * count, every
+    assert seconds_left(eval_every=0) == 7.0 * 5 + 25.0
+    assert "about 1 min 00 s left, with evaluations" in status_html(snapshot(folder))
+    age(folder, 200)
+    assert snapshot(folder).status == "stalled", "an evaluation that took no time"
+    for kind, second in (("traces", 1000), ("evaluations", 1100)):
+        os.utime(folder / kind / "step_00004.parquet", (second, second))
+    assert snapshot(folder).status == "running", "it may be within an evaluation"
+    assert snapshot(folder, now=time.time() + 150).status == "stalled"
 
 
 def test_silence_is_a_stall_and_after_a_stop_the_end(folder):
@@ -175,6 +207,9 @@ def test_a_finished_run_needs_no_thread_and_no_button(folder):
     monitor._thread.join(30)
     assert monitor.snapshot.status == "finished" and not monitor._thread.is_alive()
     assert monitor.button.disabled and "5 of 5" in monitor.status.value
+    page, figure = monitor.static()  # for where no kernel runs
+    assert shown(page.data) == shown(monitor.status.value + monitor.numbers.value)
+    assert list(next(line for line in figure.data if line.name == "prior").y) == [-4, -3, -2, -1, 0]
     monitor.close()
 
 

@@ -19,7 +19,7 @@ from covrl_lab.types import ConfigError
 def made_up_run(folder, steps=2, questions=4, rollouts=4, length=6, **changes):
     """A run folder of random traces, written without the trainer."""
     rng = np.random.default_rng(0)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model": "tiny", "alpha": 0.5, "composite_weight": 0.5}))
     for step in range(1, steps + 1):
         rows = []
@@ -129,6 +129,49 @@ def test_one_step_is_read_at_a_time(example, monkeypatch):
     explorer.step.value = 15
     explorer.questions.picked = explorer.questions.rows[0]["id"]
     assert read == [(30,), (15,)]
+
+
+def test_a_growing_run_is_read_again_and_what_is_chosen_stays(tmp_path):
+    run = made_up_run(tmp_path / "run", steps=2)
+    explorer = panels.TraceExplorer(run)
+    explorer.search.value, explorer.source.value = "question 2", "posterior"
+    explorer.questions.sort = ["posterior", True]
+    explorer.questions.picked = "2/q2"
+    explorer.rollouts.picked, explorer.rollouts.sort = explorer.rollouts.rows[-1]["id"], ["reward", False]
+    explorer.view.selected = [1, 3]
+
+    def chosen():
+        e = explorer
+        kept = [e.step.value, e.search.value, e.source.value, e.questions.picked, e.questions.sort]
+        return [*kept, e.questions.marked, e.rollouts.rows, e.rollouts.marked, e.view.traces, e.view.selected]
+
+    before, listed_before = chosen(), explorer.questions.rows
+    explorer.again.click()
+    assert chosen() == before and explorer.questions.rows == listed_before
+    made_up_run(tmp_path / "run", steps=4)  # the same random numbers: steps 1 and 2 as they were
+    step_file(run.path / "traces", 4).rename(run.path / "traces" / "step_00004.tmp.parquet")
+    explorer.again.click()
+    assert chosen() == before and explorer.questions.rows == listed_before
+    assert [step for _, step in explorer.step.options] == [0, 1, 2, 3]
+    assert explorer.found.value == "3 steps, 48 traces"
+
+    explorer.step.value = 0
+    frame = run.traces()
+    own = frame[(frame["example_id"] == "q2") & (frame["source"] == "posterior")]
+    totals = own.assign(total=own["answer_logp"].map(np.sum)).groupby("step")["total"].mean()
+    expected = totals.sort_values(ascending=False)
+    assert listed(explorer.questions, "id") == [f"{step}/q2" for step in expected.index]
+    assert listed(explorer.questions, "posterior") == pytest.approx(list(expected))
+    explorer.step.value, explorer.questions.picked = 3, "3/q2"
+    assert {row["id"] for row in explorer.rollouts.rows} == set(own["rollout"][own["step"] == 3].astype(str))
+
+    for step in (1, 2, 3):
+        step_file(run.path / "traces", step).unlink()
+    explorer.again.click()  # begun anew
+    assert explorer.questions.rows == [] and explorer.step.value == 0
+    made_up_run(tmp_path / "run", steps=1)
+    explorer.again.click()
+    assert listed(explorer.questions, "id") == ["1/q2"]
 
 
 def test_the_selected_token_moves_the_lines(example):

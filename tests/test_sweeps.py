@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
+from nbclient import NotebookClient
 
 from covrl_lab import ConfigError, RunConfig
 from covrl_lab.sweeps import LocalExecutor, Sweep, status, supervise
@@ -268,12 +270,15 @@ def test_failures_have_reasons_and_wait_for_a_retry(toy, capsys):
     assert logs == [1, 2, 1, 1]
 
 
-def test_cancel_stop_and_timeout(toy):
+def test_cancel_stop_and_timeout(toy, tmp_path, monkeypatch):
+    (tmp_path / "t").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t"))
     sweep = toy(3, 0)
     waiting, fine = sweep.runs
     sweep.submit()
     started = sweep.path(waiting) / "metrics.jsonl"
     until(started.exists, "the first run is at work")
+    assert list((tmp_path / "t").glob("covrl*/kernel-*"))
     child = holder(sweep.path(waiting))
     kernel = child.children()[0]
 
@@ -282,6 +287,7 @@ def test_cancel_stop_and_timeout(toy):
     other.cancel(waiting, fine)
     sweep.wait(PATIENCE)
     until(lambda: not alive(child, kernel), "run and kernel died")
+    assert not list((tmp_path / "t").iterdir()), "the folder of the kernel's sockets is left"
     assert list(sweep.table()["status"]) == ["cancelled", "cancelled"]
     assert not (sweep.path(fine) / "log.txt").exists(), "started though cancelled"
 
@@ -348,6 +354,30 @@ def test_an_exception_of_the_executor_is_a_reason(toy):
 
     table = toy(0).run(Lossy())
     assert list(table["reason"]) == ["lost by its executor: ZeroDivisionError: division by zero"]
+
+
+# --- the limit of a cell
+
+
+def test_a_cell_that_runs_too_long_fails_and_the_next_one_has_its_own_time(monkeypatch):
+    """In a real kernel: the alarm is set while a cell runs, and off between cells."""
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
+    sources = [
+        "import signal, time\nfrom covrl_lab.sweeps import limit_cells\nlimit_cells(60)\nbetween = []",
+        "after = lambda _: between.append(signal.getitimer(signal.ITIMER_REAL)[0])\n"
+        "get_ipython().events.register('post_run_cell', after)",
+        "print(0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 3600, between)",
+        "limit_cells(0.002)",
+        "try:\n    time.sleep(120)\nfinally:\n    limit_cells(0)",
+        "print(signal.getitimer(signal.ITIMER_REAL)[0], between)",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    NotebookClient(notebook, timeout=PATIENCE, allow_errors=True, kernel_name="python3").execute()
+    outputs = [cell.outputs for cell in notebook.cells]
+    assert [len(found) for found in outputs] == [0, 0, 1, 0, 1, 1], outputs
+    assert outputs[2][0].text == "True [0.0]\n"
+    assert outputs[4][0].ename == "TimeoutError" and "longer than 0.002 minutes" in outputs[4][0].evalue
+    assert outputs[5][0].text == "0.0 [0.0, 0.0, 0.0, 0.0]\n"
 
 
 # --- the grid

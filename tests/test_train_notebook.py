@@ -106,6 +106,7 @@ def test_a_fresh_run_folder_may_hold_the_notebook_that_papermill_writes(tmp_path
 
     (tmp_path / "out.ipynb").write_text("{}")
     (tmp_path / "train.log").write_text("")
+    (tmp_path / "config.json.99.tmp").write_text('{"mod')  # killed while it wrote its very first file
     Trainer(RunConfig(model="tiny", run_dir=str(tmp_path)))
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ConfigError, match="not empty"):

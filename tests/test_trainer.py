@@ -210,6 +210,12 @@ def recomputed(traces: pd.DataFrame, group: int, penalty: float) -> tuple[np.nda
     return reward.ravel(), ((reward - reward.mean(1, keepdims=True)) / (deviation + 1e-4)).ravel()
 
 
+def test_a_run_without_a_step_has_the_same_columns_and_no_trace(reference, tmp_path):
+    make(tmp_path, steps=0).config.save(tmp_path / "config.json")
+    traces = load_run(tmp_path).traces()
+    assert traces.empty and list(traces.columns) == list(load_run(reference.run_dir).traces().columns)
+
+
 def test_rewards_and_advantages_follow_from_what_is_stored(reference):
     traces = load_run(reference.run_dir).traces()
     reward, advantage = recomputed(traces, 6, penalty=1.0)
@@ -338,7 +344,7 @@ def test_a_killed_process_resumes_to_the_same_numbers(tmp_path):
     half = killed / "checkpoints" / "step_00006.tmp"
     half.mkdir(exist_ok=True)
     (half / "adapter_model.safetensors").write_bytes(b"\x00half")
-    (killed / "traces" / "step_00005.tmp.parquet").write_bytes(b"PAR1half")
+    (killed / "traces" / "step_00005.parquet.99.tmp").write_bytes(b"PAR1half")
     resumed = make(killed, base)
     first = next(record.step for record in resumed)
     assert first == saved[-1] + 1
@@ -388,15 +394,15 @@ def test_an_interruption_anywhere_changes_nothing(short_reference, tmp_path, mon
 
 @pytest.mark.parametrize("again", ["same object", "new object"])
 def test_a_full_disk_is_one_sentence_and_costs_nothing(short_reference, tmp_path, monkeypatch, again):
-    trainer, working = make(tmp_path / "run", SHORT), trainer_module.write_parquet
+    trainer, working = make(tmp_path / "run", SHORT), Path.write_bytes
 
-    def full(frame, path):
-        if path == step_file(trainer.run_dir / "traces", 3):
-            path.with_suffix(".tmp.parquet").write_bytes(b"PAR1")
+    def full(path, content):
+        if path.name.startswith("step_00003"):
+            working(path, content[:4])
             raise OSError(errno.ENOSPC, "No space left on device")
-        working(frame, path)
+        working(path, content)
 
-    monkeypatch.setattr(trainer_module, "write_parquet", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     trainer_steps = iter(trainer)
     next(trainer_steps), next(trainer_steps)
     before = contents(tmp_path / "run")
@@ -404,7 +410,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(short_reference, tmp_path
         next(trainer_steps)
     after = contents(tmp_path / "run")
     assert {k: after.get(k) for k in before} == before
-    monkeypatch.setattr(trainer_module, "write_parquet", working)
+    monkeypatch.setattr(Path, "write_bytes", working)
     trainer = trainer if again == "same object" else make(tmp_path / "run", SHORT)
     trainer.run()
     assert_same_run(tmp_path / "run", short_reference.run_dir)

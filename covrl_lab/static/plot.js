@@ -2,18 +2,27 @@
 
 const later = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
+const PATIENCE = 30000; // milliseconds until another plot asks, too: the kernel that was asked may be gone
+
 async function load(model) {
-  for (let k = 0; !window.Plotly && k < 20; k++) await later(100); // a figure beside this one may bring it
-  if (window.Plotly) return window.Plotly;
-  return new Promise((resolve) => {
-    model.on("msg:custom", (message) => {
-      const script = document.createElement("script");
-      script.textContent = message.source;
-      document.head.append(script);
-      resolve(window.Plotly);
-    });
-    model.send({ wanted: "plotly.js" });
+  model.on("msg:custom", ({ source }) => {
+    if (window.Plotly) return;
+    const script = document.createElement("script");
+    script.textContent = source;
+    document.head.append(script);
   });
+  const started = Date.now();
+  let asked = false;
+  // A kernel at work answers when it is done, and a figure beside this one may bring plotly.js: look out for both.
+  while (!window.Plotly) {
+    await later(100);
+    const now = Date.now();
+    if (asked || now - started < 2000 || now - (window.covrlAsked ?? 0) < PATIENCE) continue;
+    asked = true;
+    window.covrlAsked = now; // 5 MB: one answer does for all plots of the page
+    model.send({ wanted: "plotly.js" });
+  }
+  return window.Plotly;
 }
 
 async function render({ model, el }) {
@@ -21,10 +30,9 @@ async function render({ model, el }) {
   plot.className = "covrl-plot";
   el.style.width = "100%";
   el.append(plot);
-  window.covrlPlotly ??= load(model); // once a page
-  const plotly = await window.covrlPlotly;
+  const plotly = await load(model);
   const draw = () => {
-    if (!model.get("figure")) return;
+    if (!model.get("figure")) return plotly.purge(plot);
     const { data, layout } = JSON.parse(model.get("figure"));
     plotly.react(plot, data, { ...layout, autosize: true });
   };
