@@ -11,13 +11,14 @@ LoRA rank, e the bytes of ``dtype``, and c = min(n, max_packed_tokens) the nodes
 Memory in bytes is the larger of the two phases, on top of what always stays:
 
     weights      P (1/2 + 1/64 + 1/4096) in NF4, double quantised, or P e;  + e V h (twice if untied) + norms;
-                 a CPU keeps NF4 matrices below 2 GiB unpacked as well: + P e
+                 a CPU keeps what 4 P <= 4 GiB of NF4 matrices unpack to as well: + 4 P
     adapter      16 r L sum(in + out): float32 parameters, gradients and AdamW's two moments
     runtime      what the interpreter and its libraries, or a CUDA context, take
-    sampling     keys and values 2 e L K d (m + N (w + T));  logits 20 N V
+    sampling     keys and values 2 e L K d (3 m + N T);  logits 20 N V
     update       activations;  attention masks c e (H / K) (w + T + 128);  head 1.5 x 32 MiB + 2 e h min(s, c)
     activations  c (L + 1/2) a, or c (L e h + a) with gradient checkpointing, where one token takes in one
-                 layer a = 8 h + e (2 h + 3 H d + 2 K d (1 + (w + T) / 128) + 4 I + 7 r)
+                 layer a = 8 h + e (2 h + 3 H d + 2 K d (1 + (w + T) / 128) + 4 I + 7 r), on a CPU with
+                 w + T + 128 <= 512 also e H (w + T + 128) attention weights
 
 Seconds: a product costs the larger of FLOPs / (share x rate) and bytes / bandwidth.
 
@@ -44,7 +45,7 @@ from .types import ConfigError, did_you_mean
 
 GIB = 2**30
 # As in tree.py, scoring.py and lora.py, which need torch; tests/test_plan.py holds them equal.
-BLOCK, LOGITS_BYTES, DENSE_BYTES = 128, 32 * 2**20, 2 * 2**30
+BLOCK, DIRECT, LOGITS_BYTES, DENSE_BYTES = 128, 512, 32 * 2**20, 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -258,8 +259,8 @@ class Tokens:
         contexts = 1 if config.composite_weight == config.alpha == 1 else 2
         prompts = contexts * (shared + questions * question) + (contexts - 1) * questions * answer
         scored = rows * (contexts * length + answer)
-        # Seam and answer follow each trace under the prior prompt.
-        nodes = prompts + scored + 2 * rows
+        # Seam and answer follow each trace under the prior prompt; what is last in a branch is not read.
+        nodes = prompts + scored + (2 - contexts) * rows
         return cls(rows, length, prompts, nodes, scored, shared + question)
 
 
@@ -363,13 +364,15 @@ def memory_parts(config: RunConfig, shape: Shape, tokens: Tokens, device: Device
     c, length = min(tokens.nodes, config.max_packed_tokens), tokens.context + tokens.length
     scored = min(tokens.scored, c)
     weights = shape.weight_bytes(config.quantization, e)
-    if config.quantization == "nf4" and not device.unpacks and 2 * shape.parameters <= DENSE_BYTES:
-        weights += e * shape.parameters
+    if config.quantization == "nf4" and not device.unpacks and 4 * shape.parameters <= DENSE_BYTES:
+        weights += 4 * shape.parameters  # in float32 once; in bfloat16 twice, for both passes
     layer = 4 * shape.norms * h + 4 * (q + kv) * shape.head_norms
     layer += e * (2 * h + 3 * q + 2 * kv * (1 + length / BLOCK) + 4 * shape.intermediate)
     layer += e * 7 * config.lora_rank
+    if not device.unpacks and length + BLOCK <= DIRECT:
+        layer += e * shape.heads * (length + BLOCK)  # attention weights
     kept = shape.layers * e * h + layer if config.gradient_checkpointing else (shape.layers + 0.5) * layer
-    stored = tokens.prompts + tokens.rows * length
+    stored = 3 * tokens.prompts + tokens.rows * tokens.length  # once as computed, in blocks up to twice
     return {
         "weights": weights,
         "adapter": 16 * shape.adapter_parameters(config.lora_rank),
@@ -388,7 +391,7 @@ def step_seconds(
     """Seconds by part; the formula is the module's docstring.
 
     ``ideal`` leaves out what is done beyond the step's own arithmetic: unpacking, attention to masked tokens,
-    and a copy of shared keys and values for every row. With ``device.share`` 1 that is the machine's limit.
+    and shared keys and values read more than once. With ``device.share`` 1 that is the machine's limit.
     """
     e = 2 if config.dtype == "bfloat16" else 4
     p, head = shape.parameters, shape.embedding
@@ -404,14 +407,15 @@ def step_seconds(
 
     stored, block = e * (p + head), 0 if ideal else BLOCK
     mean = tokens.context + tokens.length / 2
-    cached = tokens.prompts + tokens.rows * tokens.length / 2 if ideal else tokens.rows * mean
-    decoding = forward(tokens.rows, mean) + 2 * tokens.rows * head
+    shared = tokens.prompts if ideal else min(2 * tokens.prompts, tokens.rows * tokens.context)
+    cached = shared + tokens.rows * tokens.length / 2
+    decoding = forward(tokens.rows, mean if ideal else mean + tokens.context) + 2 * tokens.rows * head
     seconds = {
         "prompts": product(forward(tokens.prompts, tokens.context + block), stored),
         "decoding": tokens.length * product(decoding, stored + 2 * e * shape.layers * kv * cached),
         "update": product(passes * forward(n, length + block) + 4 * tokens.scored * head, passes * stored),
     }
-    dense = not device.unpacks and 2 * p <= DENSE_BYTES
+    dense = not device.unpacks and 4 * p <= DENSE_BYTES
     if config.quantization == "nf4" and not ideal and not dense:
         times = 1 + tokens.length + passes * math.ceil(n / part)
         seconds["dequantise"] = times * (0.5 + 2 * e) * p / device.bandwidth

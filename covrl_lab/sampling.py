@@ -237,13 +237,13 @@ def _pick(logp: Tensor, uniform: Tensor | None, top_p: float) -> Tensor:
     """Greedy without ``uniform``, else the inverse CDF of the (top-p cut) distribution at it."""
     if uniform is None:
         return logp.argmax(dim=-1)
-    probs = logp.double().exp()
+    probs = logp.exp()
     if top_p < 1:
         ordered, index = probs.sort(dim=-1, descending=True)
         # Keep tokens until their mass reaches top_p; the first is always kept.
-        cut = ordered.cumsum(dim=-1) - ordered >= top_p
+        cut = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered >= top_p
         probs = probs.scatter(-1, index, ordered.masked_fill(cut, 0.0))
-    cdf = probs.cumsum(dim=-1)
+    cdf = probs.cumsum(dim=-1, dtype=torch.float64)
     token = torch.searchsorted(cdf, (uniform.double() * cdf[:, -1])[:, None], right=True)[:, 0]
     return token.clamp_max(probs.shape[-1] - 1)
 

@@ -84,9 +84,14 @@ def score_segments(policy, segments: Sequence[Segment], packed: bool = True) -> 
     return (_score_packed if packed and policy.packs else _score_rows)(policy, segments)
 
 
+def _read(segment: Segment) -> list[int]:
+    """The ids a forward needs: all but the last, which predicts nothing."""
+    return segment.ids[:-1]
+
+
 def _score_packed(policy, segments: Sequence[Segment]) -> list[Tensor]:
-    tree = build_tree([s.ids for s in segments])
-    before = torch.cat([path[s.start - 1 : -1] for s, path in zip(segments, tree.paths, strict=True)])
+    tree = build_tree([_read(s) for s in segments])
+    before = torch.cat([path[s.start - 1 :] for s, path in zip(segments, tree.paths, strict=True)])
     return _scored(policy, segments, run_tree(policy, tree), before)
 
 
@@ -195,5 +200,5 @@ def reference(
 
 def packed_tokens(prompts: Sequence[Prompt], batch: TraceBatch, posterior: bool = True) -> tuple[int, int]:
     """(tokens a packed forward computes, tokens plain padded rows would compute)."""
-    flat = [s.ids for g in _segments(prompts, batch, 1.0, posterior).values() for s in g]
-    return count_nodes(flat), sum(map(len, flat))
+    flat = [s for g in _segments(prompts, batch, 1.0, posterior).values() for s in g]
+    return count_nodes([_read(s) for s in flat]), sum(len(s.ids) for s in flat)

@@ -14,6 +14,7 @@ from covrl_lab.plan import (
     CONFIGS,
     DENSE_BYTES,
     DEVICES,
+    DIRECT,
     GIB,
     LOGITS_BYTES,
     Device,
@@ -69,15 +70,19 @@ def test_keys_and_values_take_what_the_plan_says(model):
         model=model, quantization="none", questions_per_step=2, rollouts_per_question=3, max_trace_tokens=7
     )
     tokens = Tokens.of(config, shared=10, question=5, answer=3)
-    rows = PackedRows(policy, [[*range(9, 24)]] * tokens.rows, max_tokens=7)
-    actual = storage(*(t for layer in rows.layers for t in layer))
-    e, shape = 2, shape_of(model)
-    prompts = 2 * e * shape.layers * shape.kv_heads * shape.head_dim * tokens.prompts  # gone by then
-    assert memory_parts(config, shape, tokens, HERE)["keys and values"] - prompts == actual
+    contexts = [[*range(9, 19), *range(20 * q, 20 * q + 5)] for q in (1, 2)]
+    rows = PackedRows(policy, [c for c in contexts for _ in range(3)], max_tokens=7)
+    own = storage(*(t for layer in rows.own for t in layer))
+    prompts = storage(*(t for layer in (*rows.store.layers, *rows.prompts) for t in layer))
+    shape = shape_of(model)
+    prompt = 2 * 2 * shape.layers * shape.kv_heads * shape.head_dim * tokens.prompts
+    assert memory_parts(config, shape, tokens, HERE)["keys and values"] == own + 3 * prompt
+    assert prompts <= 3 * prompt  # as computed, and in the blocks of rows that share them
 
 
 def test_the_sizes_of_the_torch_modules_are_known():
-    assert (tree.BLOCK, scoring.LOGITS_BYTES, lora.DENSE_BYTES) == (BLOCK, LOGITS_BYTES, DENSE_BYTES)
+    ours = (tree.BLOCK, tree.DIRECT, scoring.LOGITS_BYTES, lora.DENSE_BYTES)
+    assert ours == (BLOCK, DIRECT, LOGITS_BYTES, DENSE_BYTES)
 
 
 @pytest.mark.parametrize("prior_only", [False, True])

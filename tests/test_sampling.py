@@ -8,12 +8,12 @@ import pandas as pd
 import pytest
 import torch
 
-from covrl_lab import evaluation
+from covrl_lab import evaluation, sampling
 from covrl_lab.evaluation import evaluate, predict, summarise
 from covrl_lab.intervals import bootstrap_interval, share_interval
 from covrl_lab.models import load_policy, load_tokenizer
 from covrl_lab.prompts import Prompter
-from covrl_lab.sampling import _pick, draw_sources, generate, sample_traces
+from covrl_lab.sampling import PackedRows, _pick, draw_sources, generate, sample_traces
 from covrl_lab.scoring import score
 from covrl_lab.types import Example
 
@@ -168,9 +168,19 @@ def test_greedy_equals_transformers(tiny_policies, prompts, name):
     assert not any(done) and len({tuple(row) for row in ids}) == 6
 
 
+@pytest.mark.parametrize("waste", [0, 1.2, 100], ids=["a block a row", "some blocks", "one block"])
 @pytest.mark.parametrize("name", TINIES)
-def test_greedy_equals_transformers_where_rows_stop_early(tiny_policies, prompts, bias, name):
-    policy = tiny_policies(name)
+def test_greedy_equals_transformers_where_rows_stop_early(
+    tiny_policies, prompts, bias, monkeypatch, name, waste
+):
+    policy, blocks, share = tiny_policies(name), [], PackedRows._share
+
+    def spy(rows, paths):
+        share(rows, paths)
+        blocks.append(len(rows.seen))
+
+    monkeypatch.setattr(PackedRows, "_share", spy)
+    monkeypatch.setattr(sampling, "WASTE", waste)
     bias(policy, end_of_text=4.0)
     contexts = [(*p.prior, *suffix) for p in prompts for suffix in ((), (40,), (50, 51), (60,))]
     ids, done, _ = generate(policy, contexts, max_tokens=24, ended=never)
@@ -178,6 +188,8 @@ def test_greedy_equals_transformers_where_rows_stop_early(tiny_policies, prompts
     assert ids == expected
     assert len({len(row) for row in ids}) > 2  # some stop, at different lengths
     assert not any(done)  # an end-of-text token is not the end marker
+    assert len(blocks) > 1  # finished rows were dropped
+    assert blocks[0] == {0: 12, 100: 1}.get(waste, blocks[0]) and (waste != 1.2 or 1 < blocks[0] < 12)
 
 
 def test_end_of_text_may_be_a_list(tiny_policies, prompts, monkeypatch):
