@@ -121,6 +121,12 @@ def limit_frame(parts: dict[str, dict[str, Any]], trainer: str = "covrl") -> pd.
     )
 
 
+def limit_ratio(parts: dict[str, dict[str, Any]], trainer: str = "covrl", other: str = "prior only") -> float:
+    """One trainer's limit over another's: the ratio of their steps if neither wasted anything."""
+    ours, theirs = (float(limit_frame(parts, name)["limit"].sum()) for name in (trainer, other))
+    return ours / theirs
+
+
 def growth_frame(part: dict[str, Any]) -> pd.DataFrame:
     """One row a point: what grows, its value, seconds by phase, and memory in GiB beyond the loaded model."""
     rows = [{"grows": key.split(":")[0], **measured} for key, measured in part["results"].items()]
@@ -180,7 +186,10 @@ def report(folder: str | Path) -> str:
         times = limit_frame(parts)
         total = times.sum()
         lines += [times.round(2).to_string()]
-        lines += [f"our step takes {total['measured'] / total['limit']:.2f} times the machine's limit", ""]
+        lines += [f"our step takes {total['measured'] / total['limit']:.2f} times the machine's limit"]
+        if "prior only" in set(frame["trainer"]):
+            lines += [f"at the limit, CoVRL / prior only would be {limit_ratio(parts):.2f}"]
+        lines += [""]
     if "memory" in parts:
         lines += ["MiB of scoring, by packed tokens and vocabulary"]
         lines += [memory_frame(parts["memory"]).round(1).to_string(), ""]

@@ -205,6 +205,16 @@ def test_the_limit_by_hand():
     assert times["matrix products"].tolist() == pytest.approx(products)
 
 
+def test_the_limit_of_half_the_tokens_is_half():
+    """Bandwidth costs nothing here, so all seconds are FLOPs, which all belong to a token."""
+    step = STORED["step"]["results"]["0"]["covrl"]
+    names = ("rows", "generated", "scored", "prompt_tokens", "prompt_tokens_as_rows", "update_tokens")
+    half = step | {name: step[name] // 2 for name in names}
+    results = {"0": {"covrl": step, "prior only": half}}
+    parts = STORED | {"step": STORED["step"] | {"results": results}}
+    assert speed.limit_ratio(parts) == pytest.approx(2)
+
+
 def test_distinct_tokens_of_other_trainers_are_their_own():
     step = STORED["step"]["results"]["0"]["covrl"]
     both = {"covrl": step, "trl": step | {"update_tokens": 5000, "update_tokens_needed": 1300}}
