@@ -64,12 +64,13 @@ class PackedRows:
         self._share([self.tree.paths[row] for row in order])
 
     def _share(self, paths: list[Tensor]) -> None:
-        """Cut rows with these paths into the largest blocks that do not waste more than they share."""
+        """Halve rows with these paths into blocks, until none has more than WASTE times the longest's nodes."""
         self.paths, rows, longest = paths, len(paths), max(map(len, paths))
-        for blocks in range(1, rows + 1):
-            self.block = -(-rows // blocks)
+        self.block = 2 * rows
+        while True:
+            self.block = -(-self.block // 2)
             parts = [torch.cat(paths[i : i + self.block]).unique() for i in range(0, rows, self.block)]
-            if max(map(len, parts)) <= WASTE * longest:
+            if self.block == 1 or max(map(len, parts)) <= WASTE * longest:
                 break
         nodes = pad_sequence(parts, batch_first=True, padding_value=len(self.tree))  # (b, m)
         on_path = torch.zeros(len(parts) * self.block, len(self.tree) + 1, dtype=torch.bool)
