@@ -428,7 +428,7 @@ def growth_part(results: Results) -> None:
     settings, threads = results.settings["config"], results.settings["threads"]
 
     def point(change: dict[str, Any]) -> dict[str, float]:
-        with serving("covrl", settings | change, threads, 2) as step:
+        with serving("covrl", settings | change, threads, 3) as step:
             step()
             return min((step() for _ in range(2)), key=itemgetter("seconds")) | {
                 "value": next(iter(change.values()))

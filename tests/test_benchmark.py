@@ -269,8 +269,8 @@ def test_the_command_measures_prints_and_refuses(tmp_path, capsys, monkeypatch):
     flags = ["benchmark", "--model", "tiny", "--repeats", "2", "--threads", "1", "--folder", str(tmp_path)]
     monkeypatch.setattr("sys.argv", [*flags, "--parts", "step,growth"])
     benchmark.main()
-    # One step each that is not counted, then in turn; growth: one more, and one that counts.
-    assert asked == [("covrl", 4), ("prior only", 4)] * 3 + [("covrl", 9)] * 2
+    # One step each that is not counted, then in turn; growth: one more, and two of which the faster counts.
+    assert asked == [("covrl", 4), ("prior only", 4)] * 3 + [("covrl", 9)] * 3
     stored = speed.load(tmp_path)
     assert stored["growth"]["results"]["rollouts: 0"]["seconds"] == 8
     # Seconds 3, 4 and 5, 6 by turn: the ratios are 3/4 and 5/6.
