@@ -38,7 +38,7 @@ learning: .venv/.installed
 		cp -r $$run/config.json $$run/metrics.jsonl $$run/evaluations.jsonl $$run/evaluations $$kept || exit 1; \
 	done
 
-# Our step against TRL's, the machine's limits, and how time and memory grow: about 20 minutes of a quiet
+# Our step against TRL's, the machine's limits, and how time and memory grow: about 30 minutes of a quiet
 # machine. What is measured already is kept (BENCH_ARGS=--again measures anew).
 bench: .venv/.installed
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[bench]"
