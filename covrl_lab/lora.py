@@ -130,7 +130,8 @@ def _groups(model: torch.nn.Module, fed_alike: bool) -> Iterator[list[LoraLayer]
     for parent in model.modules():
         children = {name: child for name, child in parent.named_children() if isinstance(child, LoraLayer)}
         for names in FED_ALIKE if fed_alike else ():
-            if children.keys() >= set(names):
+            found = [children[name] for name in names if name in children]
+            if len(found) == len(names) and len({layer.base_layer.bias is None for layer in found}) == 1:
                 yield [children.pop(name) for name in names]
         yield from ([child] for child in children.values())
 

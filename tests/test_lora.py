@@ -1,17 +1,20 @@
 """The fused LoRA layer gives the numbers and gradients of PEFT's own layers."""
 
+from functools import partial
+
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from covrl_lab import lora, models
 
 
-def both(monkeypatch, **settings):
+def both(monkeypatch, name="tiny", **settings):
     """The same policy with PEFT's layers and with ours, adapters alike and not zero."""
     found = []
     for fuse in (lambda model: None, lora.fuse):
         monkeypatch.setattr(models, "fuse", fuse)
-        policy = models.load_policy("tiny", lora_rank=4, **settings)
+        policy = models.load_policy(name, lora_rank=4, **settings)
         generator = torch.Generator().manual_seed(1)
         for _, parameter in policy.trainable():
             parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
@@ -79,6 +82,41 @@ def test_layers_fed_alike_are_one_and_each_may_have_an_input_of_its_own(monkeypa
     for name, given in [("v_proj", x), ("q_proj", x), ("k_proj", other), ("q_proj", x), ("q_proj", other)]:
         expected, found = (getattr(layers, name)(given).detach() for layers in (theirs, ours))
         assert float((found - expected).norm() / expected.norm()) < 1e-5, name
+
+
+@pytest.mark.parametrize("biased", [("q_proj", "k_proj", "v_proj"), ("q_proj",)], ids=["all", "one"])
+def test_biases_are_kept(monkeypatch, tmp_path, biased):
+    """As in Qwen2, whose queries, keys and values have one, and in a model where only queries do."""
+    sizes = {**models._TINY_SIZES, "vocab_size": 320}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes))
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(generator=generator)
+    model.save_pretrained(tmp_path)
+    models.load_tokenizer("tiny").save_pretrained(tmp_path)
+    load = models._load_frozen
+
+    def some_biases(*args):
+        loaded = load(*args)
+        for layer in loaded.model.layers:
+            for name in {"q_proj", "k_proj", "v_proj"} - set(biased):
+                getattr(layer.self_attn, name).bias = None
+        return loaded
+
+    monkeypatch.setattr(models, "_load_frozen", some_biases)
+    for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 0.03)):  # a bfloat16 has 8 bits
+        plain, fused = both(monkeypatch, name=str(tmp_path), quantization="nf4", dtype=dtype)
+        assert len(fused.lora[0].layers) == len(biased)
+        expected, ours = states_and_gradients(plain)[0], states_and_gradients(fused)[0]
+        assert float((ours - expected).norm() / expected.norm()) < tolerance
+        for group in fused.lora:
+            group.weight.forward = partial(_without_bias, group.weight.forward)
+        assert float((states_and_gradients(fused)[0] - expected).norm() / expected.norm()) > 0.1
+
+
+def _without_bias(forward, x):
+    return forward(x) - forward(torch.zeros_like(x))
 
 
 def test_while_steady_the_adapter_is_read_once(monkeypatch):
