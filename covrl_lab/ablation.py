@@ -24,7 +24,7 @@ from . import figures
 from .config import METHOD_DEFAULTS, RunConfig
 from .data import TASKS
 from .intervals import bootstrap_interval
-from .panels import Plot, TraceExplorer, _Panel
+from .panels import Panel, Plot, TraceExplorer
 from .sweeps import ENDS, Sweep
 from .traces import load_run, read_jsonl
 from .types import ConfigError
@@ -290,7 +290,7 @@ class _Row:
         self.traces.disabled = not row["step"]
 
 
-class Ablation(_Panel):
+class Ablation(Panel):
     """Widgets that choose a grid and drive it: cost, Launch, a live table, results, traces of any run.
 
     folder: holds the run folders; what it holds of the chosen grid already is shown and not done again.

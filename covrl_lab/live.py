@@ -26,7 +26,7 @@ from .config import RunConfig
 from .curves import coherence_curve
 from .data import load_task
 from .models import Policy, load_adapter, load_policy, load_tokenizer
-from .panels import Plot, _Panel
+from .panels import Panel, Plot
 from .prompts import Prompter
 from .sampling import sample_traces
 from .scoring import score
@@ -221,7 +221,7 @@ def summary_html(frames: dict[str, pd.DataFrame]) -> str:
     return figures._table(header, rows)
 
 
-class PromptBench(_Panel):
+class PromptBench(Panel):
     """Type a question and its answer, sample traces from both prompts, and look at them token by token.
 
     policy      a loaded policy with its ``prompter``, such as a trainer's (``trainer.policy``)

@@ -21,7 +21,7 @@ from IPython.display import HTML
 
 from . import figures
 from .curves import sparkline
-from .panels import Plot, _Panel
+from .panels import Panel, Plot
 from .traces import Run, step_file, steps_in
 
 _SIGNS = {
@@ -228,7 +228,7 @@ def traces_html(shot: Snapshot, questions: int = 2) -> str:
     return f"<b>Traces of step {traces['step'].iloc[0]}</b>{figures.trace_table(shown)}"
 
 
-class RunMonitor(_Panel):
+class RunMonitor(Panel):
     """A live view of the run in ``run_dir``; reads files only, and waits where there is none yet.
 
     A thread reads the folder every ``every`` seconds, so the kernel stays free and a training loop in this

@@ -135,7 +135,7 @@ def _opened(run: Run | str | Path, step: int | None) -> tuple[Run, int]:
     return run, steps[-1] if step is None else step
 
 
-class _Panel:
+class Panel:
     """A widget with a copy of itself that needs no kernel."""
 
     widget: widgets.Box
@@ -194,7 +194,7 @@ def trace_index(run: Run) -> pd.DataFrame:
     return frame.assign(total=sums[offsets[1:]] - sums[offsets[:-1]])
 
 
-class TraceExplorer(_Panel):
+class TraceExplorer(Panel):
     """Prior against posterior traces of one question, token by token.
 
     run: a ``Run`` or its folder; step: where to start (default: the last with traces). The search box
@@ -465,7 +465,7 @@ class _Side:
         return f"α {s.alpha:g}, w {s.composite_weight:g}, {clip}"
 
 
-class MixingRatio(_Panel):
+class MixingRatio(Panel):
     """What other mixtures would make of a step's stored traces: two settings side by side, without a model.
 
     run: a ``Run`` or its folder; step: whose traces (default: the last). Traces are weighed by source so

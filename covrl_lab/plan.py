@@ -357,6 +357,11 @@ def pick_device(device: str | Device) -> Device:
     return DEVICES[device]
 
 
+def keeps_unpacked(config: RunConfig, shape: Shape, device: Device) -> bool:
+    """Whether 4-bit matrices stay in memory unpacked, too (``lora.fuse``)."""
+    return config.quantization == "nf4" and not device.unpacks and 4 * shape.parameters <= DENSE_BYTES
+
+
 def memory_parts(config: RunConfig, shape: Shape, tokens: Tokens, device: Device) -> dict[str, float]:
     """Bytes by part; the formula is the module's docstring."""
     e = 2 if config.dtype == "bfloat16" else 4
@@ -364,7 +369,7 @@ def memory_parts(config: RunConfig, shape: Shape, tokens: Tokens, device: Device
     c, length = min(tokens.nodes, config.max_packed_tokens), tokens.context + tokens.length
     scored = min(tokens.scored, c)
     weights = shape.weight_bytes(config.quantization, e)
-    if config.quantization == "nf4" and not device.unpacks and 4 * shape.parameters <= DENSE_BYTES:
+    if keeps_unpacked(config, shape, device):
         weights += 4 * shape.parameters  # in float32 once; in bfloat16 twice, for both passes
     layer = 4 * shape.norms * h + 4 * (q + kv) * shape.head_norms
     layer += e * (2 * h + 3 * q + 2 * kv * (1 + length / BLOCK) + 4 * shape.intermediate)
@@ -415,8 +420,7 @@ def step_seconds(
         "decoding": tokens.length * product(decoding, stored + 2 * e * shape.layers * kv * cached),
         "update": product(passes * forward(n, length + block) + 4 * tokens.scored * head, passes * stored),
     }
-    dense = not device.unpacks and 4 * p <= DENSE_BYTES
-    if config.quantization == "nf4" and not ideal and not dense:
+    if config.quantization == "nf4" and not ideal and not keeps_unpacked(config, shape, device):
         times = 1 + tokens.length + passes * math.ceil(n / part)
         seconds["dequantise"] = times * (0.5 + 2 * e) * p / device.bandwidth
     return seconds

@@ -64,7 +64,7 @@ class PackedRows:
         self._share([self.tree.paths[row] for row in order])
 
     def _share(self, paths: list[Tensor]) -> None:
-        """Halve rows with these paths into blocks until none has more than WASTE longest paths."""
+        """Halve the rows into blocks until none has more nodes than WASTE times the longest path."""
         self.paths, rows, longest = paths, len(paths), max(map(len, paths))
         self.block = 2 * rows
         while True:
