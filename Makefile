@@ -42,7 +42,7 @@ learning: .venv/.installed
 # machine. What is measured already is kept (BENCH_ARGS=--again measures anew).
 bench: .venv/.installed
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[bench]"
-	.venv/bin/python -m covrl_lab.benchmark $(BENCH_ARGS)
+	.venv/bin/python -m tests.bench.benchmark $(BENCH_ARGS)
 
 lab: .venv/.installed
 	.venv/bin/jupyter lab

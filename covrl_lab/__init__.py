@@ -21,11 +21,11 @@ _HOME = {
     "RunConfig": "config",
     "ConfigError": "types",
     "Example": "types",
-    "Trainer": "trainer",
-    "load_run": "traces",
-    "load_task": "data",
-    "load_policy": "models",
-    "report": "reporting",
+    "Trainer": "train.trainer",
+    "load_run": "runs.folder",
+    "load_task": "train.tasks",
+    "load_policy": "train.models",
+    "report": "views.report",
 }
 __all__ = [*_HOME, "__version__"]
 

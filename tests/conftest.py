@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from covrl_lab.models import load_policy
+from covrl_lab.train.models import load_policy
 
 
 @pytest.fixture(scope="session")

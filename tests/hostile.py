@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 
-from covrl_lab.traces import load_run, step_file, write_parquet
+from covrl_lab.runs.folder import load_run, step_file, write_parquet
 
 BAIT = "http://bait.invalid"
 HOSTILE = [

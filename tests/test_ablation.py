@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from covrl_lab import ablation
+from covrl_lab.views import ablation
 
 ALPHAS, SEEDS = (0.25, 0.5, 0.75), (0, 1, 2)
 

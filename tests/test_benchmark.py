@@ -7,8 +7,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from covrl_lab import ConfigError, benchmark, speed
-from covrl_lab.benchmark import (
+from covrl_lab import ConfigError
+from covrl_lab.train.models import load_policy
+from tests.bench import benchmark, speed
+from tests.bench.benchmark import (
     Clock,
     Results,
     peak_bytes,
@@ -16,7 +18,6 @@ from covrl_lab.benchmark import (
     scoring_run,
     serving,
 )
-from covrl_lab.models import load_policy
 
 SMALL = {"task": "arithmetic", "questions_per_step": 2, "rollouts_per_question": 3, "max_trace_tokens": 5}
 SMALL |= {"demonstrations": 1}

@@ -9,7 +9,8 @@ from browser import jupyterlab
 from hostile import BAIT, HOSTILE, hostile_run
 from test_tokens import EXAMPLE
 
-from covrl_lab import figures, load_run
+from covrl_lab import load_run
+from covrl_lab.views import figures
 
 TOKEN = ".covrl-list [role=option]"
 SELECTED = f"{TOKEN}[aria-selected=true]"
@@ -192,7 +193,7 @@ def test_hostile_text_stays_text(lab, capsys):
         "hostile.ipynb",
         "from IPython.display import HTML, display\n"
         "from covrl_lab import panels, load_run\n"
-        "from covrl_lab.token_view import token_html\n"
+        "from covrl_lab.views.token_view import token_html\n"
         "run = load_run('hostile')\n"
         "explorer = panels.TraceExplorer(run)\n"
         "for copy in explorer.static():\n    display(copy)",
@@ -285,7 +286,7 @@ def test_a_plot_brings_plotly_to_a_page_that_has_none(lab):
         "bare.ipynb",
         "import ipywidgets\n"
         "import plotly.graph_objects as go\n"
-        "from covrl_lab.panels import Plot\n"
+        "from covrl_lab.views.panels import Plot\n"
         "plots = [Plot(), Plot()]\n"
         "for plot in plots:\n    plot.draw(go.Figure(go.Scatter(y=[1, 3, 2])))\n"
         "button = ipywidgets.Button(description='empty')\n"

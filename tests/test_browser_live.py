@@ -8,7 +8,7 @@ import pytest
 from browser import ROOT, jupyterlab
 
 from covrl_lab import load_run
-from covrl_lab.live import find_source, open_source, probe
+from covrl_lab.views.bench import find_source, open_source, probe
 
 # A step takes about a second: a page that draws a figure for every one of hundreds a minute gets no rest.
 SMALL = (
@@ -43,7 +43,7 @@ def has_text(lab, selector, text, seconds=120):
 
 
 def test_the_monitor_follows_and_stops_a_run(lab, running):
-    lab.write("monitor.ipynb", "from covrl_lab.monitor import RunMonitor\nRunMonitor('run')")
+    lab.write("monitor.ipynb", "from covrl_lab.views.monitor import RunMonitor\nRunMonitor('run')")
     lab.open("monitor.ipynb")
     lab.run_all()
     page = lab.page
@@ -92,7 +92,7 @@ def test_the_bench_samples_and_shows_what_the_files_and_the_model_give(lab, runn
     assert running.wait(120) == 0
     lab.write(
         "bench.ipynb",
-        "from covrl_lab.live import PromptBench\nPromptBench(checkpoint='run', k=2, max_tokens=6)",
+        "from covrl_lab.views.bench import PromptBench\nPromptBench(checkpoint='run', k=2, max_tokens=6)",
     )
     lab.open("bench.ipynb")
     lab.run_all()

@@ -5,12 +5,12 @@ import pandas as pd
 import pytest
 import torch
 
-from covrl_lab import scoring
-from covrl_lab.coherence import coherence
-from covrl_lab.curves import coherence_curve
-from covrl_lab.prompts import Prompter
-from covrl_lab.scoring import score
+from covrl_lab.train import scoring
+from covrl_lab.train.probe import coherence
+from covrl_lab.train.prompts import Prompter
+from covrl_lab.train.scoring import score
 from covrl_lab.types import Demonstration, Example, TraceBatch
+from covrl_lab.views.curves import coherence_curve
 
 TOLERANCE = 1e-4  # nats an answer: float32 sums in another order
 DEMONSTRATIONS = [Demonstration("2 plus 3?", "2 and 3 more is 5.", "5")]

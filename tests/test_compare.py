@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from covrl_lab import ConfigError, RunConfig, compare
-from covrl_lab.compare import Resampling
-from covrl_lab.intervals import interquartile_mean, share_interval
+from covrl_lab import ConfigError, RunConfig
+from covrl_lab.runs import compare
+from covrl_lab.runs.compare import Resampling
+from covrl_lab.runs.stats import interquartile_mean, share_interval
 
 RNG = np.random.default_rng(0)
 SEEDS, MANY = Resampling("seeds"), Resampling("seeds", resamples=50_000)

@@ -1,4 +1,4 @@
-"""Tasks: splits, streams, answers, scores and error messages of covrl_lab.data."""
+"""Tasks: splits, streams, answers, scores and error messages of covrl_lab.train.tasks."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from covrl_lab.data import TASKS, check_task, is_held_out, load_task, match_answer, normalise_question
+from covrl_lab.train.tasks import TASKS, check_task, is_held_out, load_task, match_answer, normalise_question
 from covrl_lab.types import ConfigError, Example
 
 GYM = ["reasoning_gym/chain_sum", "reasoning_gym/leg_counting", "reasoning_gym/gsm_symbolic"]
@@ -274,7 +274,7 @@ def test_tiny_spaces_end_with_a_count():
 
 def test_importing_data_is_light():
     heavy = "{'torch', 'datasets', 'pandas', 'reasoning_gym', 'math_verify'}"
-    code = f"import covrl_lab.data, sys; assert not {heavy} & set(sys.modules)"
+    code = f"import covrl_lab.train.tasks, sys; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 import torch
 
-from covrl_lab import figures
-from covrl_lab.traces import trace_frame
+from covrl_lab.runs.folder import trace_frame
 from covrl_lab.types import Example, LogProbs, TraceBatch
+from covrl_lab.views import figures
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -316,5 +316,5 @@ def test_a_newline_in_hover_text_is_a_sign():
 
 
 def test_figures_need_no_torch():
-    code = "import sys, covrl_lab.figures; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = "import sys, covrl_lab.views.figures; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from covrl_lab import RunConfig, Trainer, live
-from covrl_lab.live import PromptBench, alternatives, find_source, open_source, probe, summary_html
-from covrl_lab.models import load_policy
-from covrl_lab.prompts import Prompter
-from covrl_lab.scoring import score
+from covrl_lab import RunConfig, Trainer
+from covrl_lab.train.models import load_policy
+from covrl_lab.train.prompts import Prompter
+from covrl_lab.train.scoring import score
 from covrl_lab.types import ConfigError, Demonstration, Example, TraceBatch
+from covrl_lab.views import bench as live
+from covrl_lab.views.bench import PromptBench, alternatives, find_source, open_source, probe, summary_html
 
 TOLERANCE = 1e-4  # nats a token
 DEMONSTRATIONS = [Demonstration("2 plus 3?", "2 and 3 more is 5.", "5")]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from covrl_lab import lora, models
+from covrl_lab.train import lora, models
 
 
 def both(monkeypatch, name="tiny", **settings):

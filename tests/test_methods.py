@@ -18,16 +18,16 @@ import torch
 from transformers import LlamaForCausalLM
 from world import World, select
 
-from covrl_lab import methods, objectives
 from covrl_lab.config import RunConfig
-from covrl_lab.data import load_task
-from covrl_lab.methods import METHODS, repeats, rlpr_credit
-from covrl_lab.models import load_policy, load_tokenizer
-from covrl_lab.objectives import Totals, kl_estimate
-from covrl_lab.prompts import Prompter
-from covrl_lab.scoring import reference, score
-from covrl_lab.traces import load_run
-from covrl_lab.trainer import Trainer
+from covrl_lab.runs.folder import load_run
+from covrl_lab.train import methods, objectives
+from covrl_lab.train.methods import METHODS, repeats, rlpr_credit
+from covrl_lab.train.models import load_policy, load_tokenizer
+from covrl_lab.train.objectives import Totals, kl_estimate
+from covrl_lab.train.prompts import Prompter
+from covrl_lab.train.scoring import reference, score
+from covrl_lab.train.tasks import load_task
+from covrl_lab.train.trainer import Trainer
 from covrl_lab.types import Credit, Demonstration, Example, LogProbs, TraceBatch
 
 torch.set_num_threads(1)

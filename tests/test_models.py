@@ -13,8 +13,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from covrl_lab import models
-from covrl_lab.models import (
+from covrl_lab.train import models
+from covrl_lab.train.models import (
     EMBEDDED,
     TINY,
     check_model,

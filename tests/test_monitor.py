@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 
 from covrl_lab import RunConfig
-from covrl_lab.curves import sparkline
-from covrl_lab.monitor import RunMonitor, numbers_html, snapshot, status_html, traces_html
+from covrl_lab.views.curves import sparkline
+from covrl_lab.views.monitor import RunMonitor, numbers_html, snapshot, status_html, traces_html
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (

@@ -18,7 +18,7 @@ import pytest
 from nbconvert import HTMLExporter
 from test_notebooks import NOTEBOOKS, ROOT, parameters
 
-from covrl_lab.world import World
+from covrl_lab.theory.world import World
 
 SMALL = {
     "quantization": "none",

@@ -14,7 +14,7 @@ import torch
 from world import World, expected_loss, select
 
 from covrl_lab.config import RunConfig
-from covrl_lab.objectives import (
+from covrl_lab.train.objectives import (
     Totals,
     advantages,
     answer_reward,

@@ -10,10 +10,12 @@ import pytest
 from hostile import HOSTILE, hostile_run
 from test_tokens import EXAMPLE, random_frame
 
-from covrl_lab import figures, load_run, panels, tokens
-from covrl_lab.token_view import SCALES, TokenView, token_html
-from covrl_lab.traces import Run, step_file, write_parquet
+from covrl_lab import load_run
+from covrl_lab.runs import reweight as tokens
+from covrl_lab.runs.folder import Run, step_file, write_parquet
 from covrl_lab.types import ConfigError
+from covrl_lab.views import figures, panels
+from covrl_lab.views.token_view import SCALES, TokenView, token_html
 
 
 def made_up_run(folder, steps=2, questions=4, rollouts=4, length=6, **changes):

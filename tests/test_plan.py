@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from covrl_lab import ConfigError, RunConfig, lora, scoring, tree
-from covrl_lab.models import load_config, load_policy
-from covrl_lab.plan import (
+from covrl_lab import ConfigError, RunConfig
+from covrl_lab.train import lora, scoring, tree
+from covrl_lab.train.models import load_config, load_policy
+from covrl_lab.train.plan import (
     BLOCK,
     CONFIGS,
     DENSE_BYTES,
@@ -25,9 +26,9 @@ from covrl_lab.plan import (
     plan,
     shape_of,
 )
-from covrl_lab.sampling import PackedRows
-from covrl_lab.scoring import packed_tokens
-from covrl_lab.tree import count_nodes
+from covrl_lab.train.sampling import PackedRows
+from covrl_lab.train.scoring import packed_tokens
+from covrl_lab.train.tree import count_nodes
 from covrl_lab.types import Prompt, TraceBatch
 
 TINY = ["tiny", "tiny-qwen3", "tiny-gemma3"]
@@ -195,7 +196,7 @@ def test_the_decoding_time_by_hand():
 
 def test_the_command_prints_a_table_and_refuses_unknown_devices():
     def run(*flags):
-        command = [sys.executable, "-m", "covrl_lab.plan", "--model", "Qwen/Qwen2.5-7B", *flags]
+        command = [sys.executable, "-m", "covrl_lab.train.plan", "--model", "Qwen/Qwen2.5-7B", *flags]
         return subprocess.run(command, capture_output=True, text=True)
 
     done = run("--device", "a100-40", "--gradient_checkpointing", "True")

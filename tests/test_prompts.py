@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from covrl_lab.models import load_tokenizer
-from covrl_lab.prompts import Prompter
+from covrl_lab.train.models import load_tokenizer
+from covrl_lab.train.prompts import Prompter
 from covrl_lab.types import ConfigError, Demonstration, Example, Prompt
 
 DEMONSTRATIONS = (

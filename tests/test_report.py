@@ -13,9 +13,10 @@ import pytest
 from browser import browser
 
 import covrl_lab
-from covrl_lab import ConfigError, load_run, reporting
-from covrl_lab.figures import visible
-from covrl_lab.reporting import report
+from covrl_lab import ConfigError, load_run
+from covrl_lab.views import report as reporting
+from covrl_lab.views.figures import visible
+from covrl_lab.views.report import report
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "notebooks" / "results" / "example_run"
@@ -171,7 +172,7 @@ def test_command_line_and_errors(tmp_path):
         report(tmp_path)
     with pytest.raises(ConfigError, match="does not exist"):
         report(EXAMPLE, tmp_path / "nowhere" / "report.html")
-    command = [sys.executable, "-m", "covrl_lab.reporting"]
+    command = [sys.executable, "-m", "covrl_lab.views.report"]
     out = tmp_path / "out.html"
     done = subprocess.run([*command, EXAMPLE, out], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == f"Report: {out}\n" and out.exists()

@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 import torch
 
-from covrl_lab import evaluation, sampling
-from covrl_lab.evaluation import evaluate, predict, summarise
-from covrl_lab.intervals import bootstrap_interval, share_interval
-from covrl_lab.models import load_policy, load_tokenizer
-from covrl_lab.prompts import Prompter
-from covrl_lab.sampling import PackedRows, _pick, draw_sources, generate, sample_traces
-from covrl_lab.scoring import score
+from covrl_lab.runs.stats import bootstrap_interval, share_interval
+from covrl_lab.train import evaluation, sampling
+from covrl_lab.train.evaluation import evaluate, predict, summarise
+from covrl_lab.train.models import load_policy, load_tokenizer
+from covrl_lab.train.prompts import Prompter
+from covrl_lab.train.sampling import PackedRows, _pick, draw_sources, generate, sample_traces
+from covrl_lab.train.scoring import score
 from covrl_lab.types import Example
 
 TINIES = ["tiny", "tiny-qwen3", "tiny-gemma3"]

@@ -26,13 +26,13 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from covrl_lab import scoring
-from covrl_lab import tree as tree_module
-from covrl_lab.models import Policy, load_tokenizer
-from covrl_lab.prompts import Prompter
-from covrl_lab.sampling import generate
-from covrl_lab.scoring import packed_tokens, score
-from covrl_lab.tree import BLOCK, TreeAttention, build_tree, count_nodes, run_tree
+from covrl_lab.train import scoring
+from covrl_lab.train import tree as tree_module
+from covrl_lab.train.models import Policy, load_tokenizer
+from covrl_lab.train.prompts import Prompter
+from covrl_lab.train.sampling import generate
+from covrl_lab.train.scoring import packed_tokens, score
+from covrl_lab.train.tree import BLOCK, TreeAttention, build_tree, count_nodes, run_tree
 from covrl_lab.types import Demonstration, Example, TraceBatch
 
 LOGPROB_TOLERANCE = 1e-4  # nats a token
@@ -220,7 +220,7 @@ class TestModelsThatCannotPack:
     def policy(self, request):
         sizes = {**SIZES, "head_dim": 16, "sliding_window": 64, "attn_logit_softcapping": 2.0}
         bloom = {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4}
-        logger = logging.getLogger("covrl_lab.tree")
+        logger = logging.getLogger("covrl_lab.train.tree")
         lines, handler = [], logging.Handler()
         handler.emit = lambda record: lines.append(record.getMessage())
         logger.addHandler(handler)

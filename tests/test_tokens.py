@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
-from covrl_lab import objectives, tokens
-from covrl_lab.traces import load_run
+from covrl_lab.runs import reweight as tokens
+from covrl_lab.runs.folder import load_run
+from covrl_lab.train import objectives
 from covrl_lab.types import ConfigError, LogProbs
 
 EXAMPLE = Path(__file__).parents[1] / "notebooks/results/example_run"

@@ -20,13 +20,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from covrl_lab import trainer as trainer_module
 from covrl_lab.config import RunConfig
-from covrl_lab.data import is_held_out
-from covrl_lab.models import load_adapter, load_policy
-from covrl_lab.scoring import score
-from covrl_lab.traces import load_run, read_jsonl, step_file, steps_in
-from covrl_lab.trainer import StepRecord, Trainer, micro_batches
+from covrl_lab.runs.folder import load_run, read_jsonl, step_file, steps_in
+from covrl_lab.train import trainer as trainer_module
+from covrl_lab.train.models import load_adapter, load_policy
+from covrl_lab.train.scoring import score
+from covrl_lab.train.tasks import is_held_out
+from covrl_lab.train.trainer import StepRecord, Trainer, micro_batches
 from covrl_lab.types import ConfigError, TraceBatch
 
 ROOT = Path(__file__).resolve().parents[1]

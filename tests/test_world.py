@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from covrl_lab import estimators, figures
-from covrl_lab.methods import METHODS
+from covrl_lab.theory import estimators
+from covrl_lab.theory.world import World
+from covrl_lab.train.methods import METHODS
 from covrl_lab.types import ConfigError
-from covrl_lab.world import World
+from covrl_lab.views import figures
 
 torch.set_num_threads(1)
 
@@ -175,7 +176,7 @@ def test_figures_hold_the_frames_numbers():
 
 
 def test_the_panel_follows_its_sliders():
-    from covrl_lab.panels import EstimatorPanel
+    from covrl_lab.views.panels import EstimatorPanel
 
     world = World(1)
     panel = EstimatorPanel("kl", world, composite_weight=0.5, samples=30)
@@ -198,7 +199,7 @@ def test_the_panel_follows_its_sliders():
 
 
 def test_the_panel_at_every_end_of_its_sliders():
-    from covrl_lab.panels import EstimatorPanel
+    from covrl_lab.views.panels import EstimatorPanel
 
     for section in ("kl", "gradient", "ratio", "responsibility"):
         panel = EstimatorPanel(section, World(1), samples=10)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from covrl_lab.config import RunConfig
-from covrl_lab.objectives import Totals, coupled_loss, likelihood_credit
+from covrl_lab.theory.world import REFERENCE, VOCABULARY, World
+from covrl_lab.train.objectives import Totals, coupled_loss, likelihood_credit
 from covrl_lab.types import Credit
-from covrl_lab.world import REFERENCE, VOCABULARY, World
 
 __all__ = ["REFERENCE", "VOCABULARY", "World", "expected_loss", "select"]
 

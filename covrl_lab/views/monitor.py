@@ -19,10 +19,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from IPython.display import HTML
 
+from ..runs.folder import Run, step_file, steps_in
 from . import figures
 from .curves import sparkline
 from .panels import Panel, Plot
-from .traces import Run, step_file, steps_in
 
 _SIGNS = {
     "waiting": ("○", figures.GREY),

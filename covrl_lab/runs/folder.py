@@ -19,8 +19,8 @@ from typing import Any
 
 import pandas as pd
 
-from .files import write_whole
-from .types import ConfigError
+from ..files import write_whole
+from ..types import ConfigError
 
 TRACE_COLUMNS = """
 step rollout example_id question answer source finished trace tokens token_ids logp logq answer_logp log_ratio

@@ -13,9 +13,9 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .intervals import bootstrap_interval, share_interval
+from ..runs.stats import bootstrap_interval, share_interval
+from ..types import Example
 from .sampling import generate
-from .types import Example
 
 ROWS = 32  # generations decoded together
 

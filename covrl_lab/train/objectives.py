@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import RunConfig
-from .types import Credit, LogProbs, TraceBatch
+from ..config import RunConfig
+from ..types import Credit, LogProbs, TraceBatch
 
 LOG_RATIO_CAP = 30.0  # nats: exp() of a log-ratio is cut here, where float32 would soon overflow
 

@@ -1,6 +1,6 @@
 """Gradient variance of the methods at equal numbers of rollouts, on one language-model batch.
 
-``python -m covrl_lab.variance`` prints the table; ``--help`` lists its settings.
+``python -m tests.bench.variance`` prints the table; ``--help`` lists its settings.
 
 For each method the same questions get fresh traces ``repeats`` times. With g_r the LoRA gradient of repeat r,
 S their mean and V = sum_r |g_r - S|^2 / (repeats - 1) the total variance, the table shows the noise-to-signal
@@ -17,8 +17,8 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .config import METHOD_DEFAULTS, RunConfig
-from .trainer import Trainer
+from covrl_lab.config import METHOD_DEFAULTS, RunConfig
+from covrl_lab.train.trainer import Trainer
 
 
 def gradient_noise(trainer: Trainer, repeats: int, progress: bool = True) -> dict[str, float]:
@@ -47,7 +47,7 @@ def gradient_noise(trainer: Trainer, repeats: int, progress: bool = True) -> dic
 
 def main() -> None:
     """Measure every method and print a table."""
-    parser = argparse.ArgumentParser(prog="python -m covrl_lab.variance", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--task", default="arithmetic")
     parser.add_argument("--questions", type=int, default=4, help="questions in the batch")

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ..types import Prompt
 from .scoring import Segment, score_segments
-from .types import Prompt
 
 
 def prefix_contexts(prompter, prompt: Prompt, trace: Sequence[int]) -> list[list[int]]:

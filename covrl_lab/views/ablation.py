@@ -20,14 +20,14 @@ import plotly.graph_objects as go
 from IPython.display import HTML
 from plotly.subplots import make_subplots
 
+from ..config import METHOD_DEFAULTS, RunConfig
+from ..runs.folder import load_run, read_jsonl
+from ..runs.stats import bootstrap_interval
+from ..runs.sweep import ENDS, Sweep
+from ..train.tasks import TASKS
+from ..types import ConfigError
 from . import figures
-from .config import METHOD_DEFAULTS, RunConfig
-from .data import TASKS
-from .intervals import bootstrap_interval
 from .panels import Panel, Plot, TraceExplorer
-from .sweeps import ENDS, Sweep
-from .traces import load_run, read_jsonl
-from .types import ConfigError
 
 SIGNS = {"queued": "◦", "running": "▸", "done": "✓", "cancelled": "⊘", "failed": "✗"}
 REFRESH_SECONDS = 1.0
@@ -430,7 +430,7 @@ class Ablation(Panel):
 
     def estimate(self) -> None:
         """Estimate a step of the grid's first run with ``plan``, which loads torch; takes seconds."""
-        from .plan import plan
+        from ..train.plan import plan
 
         if self.sweep is None:
             return

@@ -1,4 +1,4 @@
-"""One HTML file of a run that opens without a network: ``python -m covrl_lab.reporting RUN_DIR [OUT.html]``.
+"""One HTML file of a run that opens without a network.
 
 Everything comes from the run folder's files, and the same files and versions give the same bytes. The page
 asks nothing of any server, and a Content-Security-Policy holds it to that: only the two scripts whose hashes
@@ -21,11 +21,12 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from . import __version__, figures
+from .. import __version__
+from ..runs.folder import Run, load_run
+from ..runs.reweight import Settings, Traces, summarise
+from ..types import ConfigError
+from . import figures
 from .token_view import token_html
-from .tokens import Settings, Traces, summarise
-from .traces import Run, load_run
-from .types import ConfigError
 
 QUESTIONS = 3  # of a step, whose traces are shown
 
@@ -201,7 +202,7 @@ def mixing_table(traces: dict[int, pd.DataFrame], settings: Settings) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m covrl_lab.reporting", description=report.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m covrl_lab.views.report", description=report.__doc__)
     parser.add_argument("run_dir")
     parser.add_argument("out", nargs="?", help="HTML file to write; default: report.html in the run folder")
     given = parser.parse_args(arguments)

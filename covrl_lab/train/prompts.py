@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .types import ConfigError, Demonstration, Example, Prompt
+from ..types import ConfigError, Demonstration, Example, Prompt
 
 INSTRUCTION = (
     "Answer the question. Reason step by step between <think> and </think>, "

@@ -12,7 +12,7 @@ system's lock on ``lock``, which is free when the last of them is gone. So nothi
 two sweeps on one folder never execute a run at the same time, and every process that sees the folder sees the
 same table. A run that was interrupted goes on from its checkpoint.
 
-``python -m covrl_lab.sweeps FOLDER --grid alpha=0,0.5,1 --grid seed=0,1 --steps 20`` does the same.
+``python -m covrl_lab.runs.sweep FOLDER --grid alpha=0,0.5,1 --grid seed=0,1 --steps 20`` does the same.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from typing import Any, TextIO
 
 import pandas as pd
 
-from .config import RunConfig
-from .files import write_whole
-from .traces import read_jsonl
-from .types import ConfigError
+from ..config import RunConfig
+from ..files import write_whole
+from ..types import ConfigError
+from .folder import read_jsonl
 
-NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "03_train.ipynb"
+NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "03_train.ipynb"
 ENDS = ("done", "cancelled", "failed")  # markers a run folder can hold, the first one present counts
 POLL_SECONDS = 0.3
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -209,7 +209,7 @@ def _start(path: Path, notebook: str, threads: int | None, lock: TextIO, sockets
         threads = int(os.environ["SLURM_CPUS_PER_TASK"])
     if threads is not None:
         environment |= {name: str(threads) for name in _THREAD_VARIABLES}
-    command = [sys.executable, "-m", "covrl_lab.sweeps", "--execute"]
+    command = [sys.executable, "-m", "covrl_lab.runs.sweep", "--execute"]
     command += [str(path), notebook, str(lock.fileno()), sockets]
     with open(path / "log.txt", "ab") as log:
         child = subprocess.Popen(
@@ -561,7 +561,7 @@ def main() -> None:
         folder, notebook, lock, sockets = sys.argv[2:]
         execute(Path(folder), Path(notebook), int(lock), sockets)
         return
-    parser = argparse.ArgumentParser(prog="python -m covrl_lab.sweeps", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m covrl_lab.runs.sweep", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     parser.add_argument("folder", help="holds the runs; without further settings, they go on")
     parser.add_argument("--grid", action="append", default=[], metavar="NAME=VALUE,VALUE")

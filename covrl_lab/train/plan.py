@@ -1,6 +1,6 @@
 """Before a run: memory and minutes a step, from the configuration alone. No weights are loaded.
 
-``python -m covrl_lab.plan --model Qwen/Qwen2.5-7B --device rtx4090`` prints the table; every field of
+``python -m covrl_lab.train.plan --model Qwen/Qwen2.5-7B --device rtx4090`` prints the table; every field of
 ``RunConfig`` is a flag. Without ``--device`` this machine is measured, which takes a few seconds.
 
 A step has N = questions x rollouts traces of T tokens in contexts of w tokens. Its scoring tree has n nodes,
@@ -40,8 +40,8 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
-from .config import RunConfig
-from .types import ConfigError, did_you_mean
+from ..config import RunConfig
+from ..types import ConfigError, did_you_mean
 
 GIB = 2**30
 # As in tree.py, scoring.py and lora.py, which need torch; tests/test_plan.py holds them equal.
@@ -176,7 +176,7 @@ class Device:
     unpacks: bool = True
 
 
-# Measured with ``covrl_lab.benchmark`` (see notebooks/07_speed.ipynb): on CPUs the share of the machine's own
+# Measured with ``tests.bench.benchmark`` (notebooks/07_speed.ipynb): on CPUs the share of the machine's own
 # matrix rate. That of GPUs is an assumption: nothing here was measured on one.
 CPU_SHARE, GPU_SHARE = 0.55, 0.35
 CPU_RUNTIME, GPU_RUNTIME = 0.75 * GIB, 0.75 * GIB
@@ -452,7 +452,7 @@ def plan(
 def main() -> None:
     """Print the plan of a configuration given by flags."""
     parser = argparse.ArgumentParser(
-        prog="python -m covrl_lab.plan", description=__doc__.split("\n")[0], allow_abbrev=False
+        prog="python -m covrl_lab.train.plan", description=__doc__.split("\n")[0], allow_abbrev=False
     )
     parser.add_argument("--device", default="auto", help=f"auto (measured here), {', '.join(DEVICES)}")
     for name in ("prompt_tokens", "question_tokens", "answer_tokens", "trace_tokens"):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..types import LogProbs, Prompt, TraceBatch
 from .tree import build_tree, count_nodes, final_logits, logit_cap, run_tree
-from .types import LogProbs, Prompt, TraceBatch
 
 LOGITS_BYTES = 32 * 2**20  # float32 logits that exist at once
 

@@ -26,18 +26,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .config import RunConfig
-from .data import check_task, load_task
+from ..config import RunConfig
+from ..files import write_whole
+from ..runs.folder import read_jsonl, step_file, steps_in, trace_frame, write_parquet
+from ..types import ConfigError, Credit, Example, LogProbs, Prompt, TraceBatch
 from .evaluation import evaluate, predict_answers, summarise
-from .files import write_whole
 from .methods import METHODS
 from .models import check_model, load_adapter, load_config, load_policy, load_tokenizer, save_adapter
 from .objectives import Totals, log_mixture, needs_posterior, responsibility
 from .prompts import Prompter
 from .sampling import draw_sources, sample_traces
 from .scoring import packed_tokens, reference, score
-from .traces import read_jsonl, step_file, steps_in, trace_frame, write_parquet
-from .types import ConfigError, Credit, Example, LogProbs, Prompt, TraceBatch
+from .tasks import check_task, load_task
 
 BESIDE = {".ipynb", ".ipynb_checkpoints", ".html", ".log", ".tmp", ".yaml"}  # may lie in a fresh run folder
 FREE_BYTES = 200 * 2**20  # a run folder of the embedded model with its checkpoints stays below this

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..types import Prompt, TraceBatch
 from .lora import steady
 from .tree import LayerStore, additive, attention_window, build_tree, final_logits, forward, run_tree
-from .types import Prompt, TraceBatch
 
 # Rows share a block while its prompt nodes are at most this many times the longest prompt: products of many
 # rows with many keys are cheaper by that much than each row's own with its own.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .types import ConfigError
+from ..types import ConfigError
 
 LOG_RATIO_CAP = 30.0  # nats, as in objectives
 

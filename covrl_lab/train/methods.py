@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import RunConfig
+from ..config import RunConfig
+from ..types import Credit, LogProbs, TraceBatch
 from .objectives import (
     advantages,
     answer_reward,
@@ -23,7 +24,6 @@ from .objectives import (
     floor_unfinished,
     likelihood_credit,
 )
-from .types import Credit, LogProbs, TraceBatch
 
 Memory = Mapping[str, float]
 

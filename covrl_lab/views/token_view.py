@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 import traitlets
 
-from . import tokens
+from ..runs import reweight as tokens
+from ..types import ConfigError, did_you_mean
 from .figures import SOURCE_COLOURS, answer_logprob, visible
-from .types import ConfigError, did_you_mean
 
 _STATIC = Path(__file__).parent / "static"
 _PRIOR, _POSTERIOR, _LESS, _MORE = (31, 119, 180), (213, 94, 0), (129, 76, 176), (0, 140, 70)

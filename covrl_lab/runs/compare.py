@@ -29,11 +29,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from . import figures
-from .config import RunConfig
-from .intervals import interquartile_mean, share_interval
-from .traces import Run, load_run, step_file, steps_in
-from .types import ConfigError, did_you_mean
+from ..config import RunConfig
+from ..types import ConfigError, did_you_mean
+from ..views import figures
+from .folder import Run, load_run, step_file, steps_in
+from .stats import interquartile_mean, share_interval
 
 OVER = ("seeds", "questions", "both")
 TASK_SETTINGS = (

@@ -48,9 +48,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from ..types import ConfigError, did_you_mean
 from .lora import LoraGroup, fuse
 from .tree import enable_packing
-from .types import ConfigError, did_you_mean
 
 EMBEDDED = "smollm2-135m"
 TINY = "tiny"

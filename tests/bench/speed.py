@@ -1,4 +1,4 @@
-"""Stored measurements of ``covrl_lab.benchmark`` to data frames and figures; no model, no torch."""
+"""Stored measurements of ``tests.bench.benchmark`` to data frames and figures; no model, no torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .config import RunConfig
-from .figures import BOTH, GREY, PALETTE, POSTERIOR, PRIOR, TEMPLATE
-from .plan import DEVICES, GIB, Device, Plan, Tokens, plan, shape_of, step_seconds
+from covrl_lab.config import RunConfig
+from covrl_lab.train.plan import DEVICES, GIB, Device, Plan, Tokens, plan, shape_of, step_seconds
+from covrl_lab.views.figures import BOTH, GREY, PALETTE, POSTERIOR, PRIOR, TEMPLATE
 
-FOLDER = Path(__file__).resolve().parents[1] / "notebooks" / "results" / "speed"
+FOLDER = Path(__file__).resolve().parents[2] / "notebooks" / "results" / "speed"
 LABELS = {
     "covrl": "CoVRL",
     "prior only": "prior only",

@@ -1,6 +1,6 @@
 """One run on one machine: our step against TRL's GRPOTrainer, against the machine's limits, and how it grows.
 
-``python -m covrl_lab.benchmark`` (or ``make bench``) measures every part and writes one JSON file a part to
+``python -m tests.bench.benchmark`` (or ``make bench``) measures every part and writes one JSON file a part to
 ``notebooks/results/speed``, which ``notebooks/07_speed.ipynb`` draws. A part that is already there with the
 same settings on the same machine is not measured again unless ``--again`` is given; an interrupted part goes
 on where it was.
@@ -10,7 +10,7 @@ on where it was.
     limits    matrix rate and memory bandwidth, and the step's bare matrix products at its own sizes
     growth    seconds and memory of our step against rollouts, trace length and demonstrations
     memory    bytes that scoring allocates against vocabulary and packed tokens, counted, not sampled
-    plan      what covrl_lab.plan says of two models, and what they took
+    plan      what covrl_lab.train.plan says of two models, and what they took
     layout    traces under posterior prompts with demonstrations of their own (as used) or those of the prior,
               which both contexts would share
 
@@ -44,11 +44,12 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from .config import RunConfig
-from .files import write_whole
-from .plan import GIB, Device, fastest, measure, plan, shape_of
+from covrl_lab.config import RunConfig
+from covrl_lab.files import write_whole
+from covrl_lab.train.plan import GIB, Device, fastest, measure, plan, shape_of
+from covrl_lab.types import ConfigError, did_you_mean
+
 from .speed import FOLDER, report
-from .types import ConfigError, did_you_mean
 
 PRIOR_ONLY = {"alpha": 1.0, "composite_weight": 1.0, "kl_weight": 0.0}
 STEP = {"task": "arithmetic", "prompt_style": "few_shot", "demonstrations": 3}
@@ -161,8 +162,8 @@ def resident() -> float:
 
 def _ours(channel, settings: dict[str, Any], fixed: bool) -> None:
     """Serve steps of our trainer over a pipe: a message in is a step, its measurements come back."""
-    from .trainer import Trainer
-    from .tree import count_nodes
+    from covrl_lab.train.trainer import Trainer
+    from covrl_lab.train.tree import count_nodes
 
     with tempfile.TemporaryDirectory() as folder:
         # The whole step as a user has it, trace files included; checkpoints and evaluations left out.
@@ -211,9 +212,9 @@ def _ours(channel, settings: dict[str, Any], fixed: bool) -> None:
 
 def _prompts(config: RunConfig, step: int) -> tuple[list, Any]:
     """The prompts of a step (from 0), and the tokenizer."""
-    from .data import load_task
-    from .models import load_tokenizer
-    from .prompts import Prompter
+    from covrl_lab.train.models import load_tokenizer
+    from covrl_lab.train.prompts import Prompter
+    from covrl_lab.train.tasks import load_task
 
     names = ("difficulty", "demonstrations")
     task = load_task(config.task, **{name: getattr(config, name) for name in names})
@@ -232,9 +233,9 @@ def _trl(channel, settings: dict[str, Any], steps: int) -> None:
     from transformers.utils import logging
     from trl import GRPOConfig, GRPOTrainer
 
-    from .models import EMBEDDED, embedded_model_path
-    from .trainer import peak_memory_gib
-    from .tree import count_nodes
+    from covrl_lab.train.models import EMBEDDED, embedded_model_path
+    from covrl_lab.train.trainer import peak_memory_gib
+    from covrl_lab.train.tree import count_nodes
 
     config = RunConfig(**settings)
     source = str(embedded_model_path()) if config.model == EMBEDDED else config.model
@@ -451,7 +452,7 @@ def memory_part(results: Results) -> None:
 
 
 def _memory(vocabulary: int, rollouts: int) -> dict[str, int]:
-    from .models import load_policy
+    from covrl_lab.train.models import load_policy
 
     with tempfile.TemporaryDirectory() as folder:
         random_model(folder, "tiny", vocab_size=vocabulary)
@@ -465,7 +466,7 @@ def random_model(folder: str, like: str, **changes: Any) -> None:
     import torch
     import transformers
 
-    from .models import load_config, load_tokenizer
+    from covrl_lab.train.models import load_config, load_tokenizer
 
     transformers.utils.logging.disable_progress_bar()
     config = load_config(like)
@@ -482,8 +483,8 @@ def scoring_run(policy, rollouts: int, trace_tokens: int = 32) -> tuple[int, Cal
     """Packed tokens, and a function that scores random traces in groups of four and runs the backward."""
     import torch
 
-    from .scoring import packed_tokens, score
-    from .types import Prompt, TraceBatch
+    from covrl_lab.train.scoring import packed_tokens, score
+    from covrl_lab.types import Prompt, TraceBatch
 
     generator = torch.Generator().manual_seed(0)
 
@@ -556,8 +557,8 @@ def layout_part(results: Results) -> None:
 def _layout(settings: dict[str, Any], task: str, layout: str) -> dict[str, float]:
     import torch
 
-    from .scoring import packed_tokens
-    from .trainer import Trainer
+    from covrl_lab.train.scoring import packed_tokens
+    from covrl_lab.train.trainer import Trainer
 
     torch.set_num_threads(settings["threads"])
     with tempfile.TemporaryDirectory() as folder:
@@ -605,7 +606,7 @@ PARTS = ("limits", "step", "growth", "memory", "plan", "layout")
 def main() -> None:
     """Measure what is missing, then print what is stored."""
     parser = argparse.ArgumentParser(
-        prog="python -m covrl_lab.benchmark", description=__doc__.split("\n")[0], allow_abbrev=False
+        prog="python -m tests.bench.benchmark", description=__doc__.split("\n")[0], allow_abbrev=False
     )
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated; 'none' only prints")
     parser.add_argument("--model", default="smollm2-135m")

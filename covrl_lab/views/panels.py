@@ -25,13 +25,14 @@ import traitlets
 from IPython.display import HTML, display
 from plotly.offline import get_plotlyjs
 
-from . import figures, tokens
+from ..runs import reweight as tokens
+from ..runs.folder import Run, load_run, step_file
+from ..types import ConfigError, did_you_mean
+from . import figures
 from .token_view import SCALES, TokenView, colours, token_html
-from .traces import Run, load_run, step_file
-from .types import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    from .world import World
+    from ..theory.world import World
 
 _STATIC = Path(__file__).parent / "static"
 
@@ -659,7 +660,7 @@ class EstimatorPanel:
 
     def compute(self) -> pd.DataFrame:
         """The numbers at the sliders' present values."""
-        from . import estimators  # needs torch, which looking at runs does without
+        from ..theory import estimators  # needs torch, which looking at runs does without
 
         at = {name: slider.value for name, slider in self.sliders.items()}
         world = self.world.between(at["distance"], at["temperature"])

@@ -15,9 +15,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .config import METHOD_DEFAULTS, RunConfig
-from .methods import METHODS
-from .objectives import (
+from ..config import METHOD_DEFAULTS, RunConfig
+from ..train.methods import METHODS
+from ..train.objectives import (
     Totals,
     clipped_ratio,
     kl_estimate,
@@ -25,7 +25,7 @@ from .objectives import (
     log_mixture_ratio,
     responsibility,
 )
-from .types import LogProbs, TraceBatch
+from ..types import LogProbs, TraceBatch
 from .world import World
 
 PRIOR_SAMPLE = "prior sample"

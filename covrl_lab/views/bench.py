@@ -20,21 +20,21 @@ import plotly.graph_objects as go
 import torch
 from IPython.display import HTML
 
+from ..config import RunConfig
+from ..runs.folder import step_file, steps_in, trace_frame
+from ..train.models import Policy, load_adapter, load_policy, load_tokenizer
+from ..train.probe import coherence
+from ..train.prompts import Prompter
+from ..train.sampling import sample_traces
+from ..train.scoring import score
+from ..train.tasks import load_task
+from ..train.trainer import join, micro_batches, own_prompts
+from ..train.tree import final_logits
+from ..types import ConfigError, Example, Prompt
 from . import figures
-from .coherence import coherence
-from .config import RunConfig
 from .curves import coherence_curve
-from .data import load_task
-from .models import Policy, load_adapter, load_policy, load_tokenizer
 from .panels import Panel, Plot
-from .prompts import Prompter
-from .sampling import sample_traces
-from .scoring import score
 from .token_view import TokenView, colours, token_html
-from .traces import step_file, steps_in, trace_frame
-from .trainer import join, micro_batches, own_prompts
-from .tree import final_logits
-from .types import ConfigError, Example, Prompt
 
 ROWS = 512  # tokens whose logits over the vocabulary exist at once
 

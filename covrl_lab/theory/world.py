@@ -11,7 +11,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from .types import LogProbs, TraceBatch
+from ..types import LogProbs, TraceBatch
 
 VOCABULARY = 3
 REFERENCE = (0, 2)  # the reference answer's tokens; one-token answers use the first

@@ -1,0 +1,1 @@
+"""An enumerable world in which every estimator has an exact value."""
