@@ -25,6 +25,8 @@ _HOME = {
     "load_run": "runs.folder",
     "load_task": "train.tasks",
     "load_policy": "train.models",
+    "open_model": "train.opening",
+    "probe": "train.probe",
     "report": "views.report",
 }
 __all__ = [*_HOME, "__version__"]

@@ -19,9 +19,7 @@ def main() -> None:
         settings[name] = {"None": None, "True": True, "False": False}.get(value, value)
     try:
         config = RunConfig.from_dict(settings)
-        from .train.trainer import (
-            Trainer,  # after the settings have been checked: torch takes seconds to import
-        )
+        from .train.trainer import Trainer  # only now: importing torch takes seconds
 
         Trainer(config).run()
     except ConfigError as error:

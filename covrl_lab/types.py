@@ -117,7 +117,7 @@ class TraceBatch(_Rows):
     finished         (N,) bool, False where the trace was truncated or ended in a wrong format
     group_size       G, rollouts of each question
     sampler_logprobs (N, T) log-probabilities under the prompt that drew the trace, or None
-    verdict          (N,) the task's score of the model's own greedy answer after the trace, or None
+    verifier_reward  (N,) the task's score of the model's own greedy answer after the trace, or None
     """
 
     ids: Tensor
@@ -126,7 +126,7 @@ class TraceBatch(_Rows):
     finished: Tensor
     group_size: int
     sampler_logprobs: Tensor | None = None
-    verdict: Tensor | None = None
+    verifier_reward: Tensor | None = None
 
     def __post_init__(self) -> None:
         n, t = self.mask.shape
@@ -135,8 +135,8 @@ class TraceBatch(_Rows):
         _check(self.finished, (n,), "finished")
         if self.sampler_logprobs is not None:
             _check(self.sampler_logprobs, (n, t), "sampler_logprobs")
-        if self.verdict is not None:
-            _check(self.verdict, (n,), "verdict")
+        if self.verifier_reward is not None:
+            _check(self.verifier_reward, (n,), "verifier_reward")
         if self.group_size < 1 or n % self.group_size:
             raise ValueError(f"{n} rollouts do not divide into groups of {self.group_size}")
 
@@ -190,14 +190,14 @@ class Credit(_Rows):
     advantage      (N,) factor of the trace's policy-gradient term
     answer_weight  (N,) factor c_y of the answer's log-likelihood term
     kl_mask        (N,) bool, rollouts that enter the KL term
-    memory         numbers a method carries from step to step (RLPR's running deviation); checkpointed
+    method_state   numbers a method carries from step to step (RLPR's running deviation); checkpointed
     """
 
     reward: Tensor
     advantage: Tensor
     answer_weight: Tensor
     kl_mask: Tensor
-    memory: dict[str, float] = field(default_factory=dict)
+    method_state: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = (self.reward.shape[0],)

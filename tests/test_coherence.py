@@ -8,7 +8,7 @@ import torch
 from covrl_lab.train import scoring
 from covrl_lab.train.probe import coherence
 from covrl_lab.train.prompts import Prompter
-from covrl_lab.train.scoring import score
+from covrl_lab.train.scoring import trace_logprobs
 from covrl_lab.types import Demonstration, Example, TraceBatch
 from covrl_lab.views.curves import coherence_curve
 
@@ -91,7 +91,7 @@ def test_the_last_value_is_the_scored_answer_of_every_rollout(tiny_policy):
     mask = torch.arange(len(trace)) < torch.tensor([[len(trace)], [5]])
     batch = TraceBatch(ids, mask, torch.tensor([True, False]), torch.tensor([True, False]), group_size=1)
     curves = [coherence(tiny_policy, prompter, own, batch.trace(i)) for i, own in enumerate([prompt, other])]
-    answers = score(tiny_policy, [prompt, other], batch).answer.sum(1)
+    answers = trace_logprobs(tiny_policy, [prompt, other], batch).answer.sum(1)
     assert [len(curve) for curve in curves] == [len(trace) + 1, 6]
     np.testing.assert_allclose([curve[-1] for curve in curves], answers.detach(), atol=TOLERANCE)
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from covrl_lab.runs.folder import trace_frame
+from covrl_lab.train.probe import trace_frame
 from covrl_lab.types import Example, LogProbs, TraceBatch
 from covrl_lab.views import figures
 

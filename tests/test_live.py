@@ -11,7 +11,7 @@ import torch
 from covrl_lab import RunConfig, Trainer
 from covrl_lab.train.models import load_policy
 from covrl_lab.train.prompts import Prompter
-from covrl_lab.train.scoring import score
+from covrl_lab.train.scoring import trace_logprobs
 from covrl_lab.types import ConfigError, Demonstration, Example, TraceBatch
 from covrl_lab.views import bench as live
 from covrl_lab.views.bench import PromptBench, alternatives, find_source, open_source, probe, summary_html
@@ -46,7 +46,9 @@ def test_probe_equals_plain_rows(tiny_policy, prompter):
     mask = torch.arange(width) < torch.tensor([[len(z)] for z in frame["token_ids"]])
     batch = TraceBatch(ids, mask, torch.tensor([True] * 3 + [False] * 3), torch.tensor(frame["finished"]), 6)
     with torch.no_grad():
-        plain = score(tiny_policy, [prompter(Example("x", **ASK))], batch, temperature=0.7, packed=False)
+        plain = trace_logprobs(
+            tiny_policy, [prompter(Example("x", **ASK))], batch, temperature=0.7, packed=False
+        )
     for i, row in frame.iterrows():
         np.testing.assert_allclose(row["logp"], plain.prior[i][mask[i]], atol=TOLERANCE)
         np.testing.assert_allclose(row["logq"], plain.posterior[i][mask[i]], atol=TOLERANCE)

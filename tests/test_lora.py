@@ -36,7 +36,7 @@ def states_and_gradients(policy):
 @pytest.mark.parametrize("kept", [0, 2**31], ids=["unpacked-each-time", "kept-dense"])
 def test_fused_equals_peft(monkeypatch, quantization, kept):
     """To float32 rounding, of sums in another order."""
-    monkeypatch.setattr(lora, "DENSE_BYTES", kept)
+    monkeypatch.setattr(lora, "MAX_UNPACKED_BYTES", kept)
     plain, fused = both(monkeypatch, quantization=quantization, dtype="float32")
     (expected, slopes), (hidden, ours) = states_and_gradients(plain), states_and_gradients(fused)
     assert float((hidden - expected).norm() / expected.norm()) < 1e-5
@@ -57,7 +57,7 @@ def test_fused_equals_peft(monkeypatch, quantization, kept):
 @pytest.mark.parametrize("kept", [0, 2**31], ids=["unpacked-each-time", "kept-dense"])
 def test_in_bfloat16_both_are_as_far_from_float32(monkeypatch, kept):
     """We round A, B and the inner product, PEFT rounds the sum: 1.02 and 1.03 times its error, measured."""
-    monkeypatch.setattr(lora, "DENSE_BYTES", kept)
+    monkeypatch.setattr(lora, "MAX_UNPACKED_BYTES", kept)
     _, exact = both(monkeypatch, quantization="nf4", dtype="float32")
     plain, fused = both(monkeypatch, quantization="nf4", dtype="bfloat16")
     (state, slopes), theirs, ours = map(states_and_gradients, (exact, plain, fused))
@@ -128,7 +128,7 @@ def test_while_steady_the_adapter_is_read_once(monkeypatch):
 
     with torch.no_grad():
         before = states()
-        with lora.steady(policy.lora, policy.dtype):
+        with lora.cached_adapters(policy.lora, policy.dtype):
             torch.testing.assert_close(states(), before, rtol=0, atol=1e-6)
             policy.trainable()[0][1].mul_(3)
             torch.testing.assert_close(states(), before, rtol=0, atol=1e-6)

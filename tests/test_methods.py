@@ -25,7 +25,7 @@ from covrl_lab.train.methods import METHODS, repeats, rlpr_credit
 from covrl_lab.train.models import load_policy, load_tokenizer
 from covrl_lab.train.objectives import Totals, kl_estimate
 from covrl_lab.train.prompts import Prompter
-from covrl_lab.train.scoring import reference, score
+from covrl_lab.train.scoring import reference, trace_logprobs
 from covrl_lab.train.tasks import load_task
 from covrl_lab.train.trainer import Trainer
 from covrl_lab.types import Credit, Demonstration, Example, LogProbs, TraceBatch
@@ -64,11 +64,11 @@ def frozen_prior(world: World) -> World:
 def expected_gradient(world: World, config: RunConfig, group: int = 1, bare=None) -> torch.Tensor:
     """Minus the expected gradient of a method's own credit and loss, over all groups it may draw."""
     method = METHODS[config.method]
-    new, law = world.logprobs(), world.sampling_law(config.alpha)
+    new, law = world.logprobs(), world.sampling_probs(config.alpha)
     old = dataclasses.replace(
         new.detach(), ref_prior=frozen_prior(world).logprobs().prior.detach(), bare_answer=bare
     )
-    batch = dataclasses.replace(world.batch(), verdict=verdicts(world).repeat(2))
+    batch = dataclasses.replace(world.batch(), verifier_reward=verdicts(world).repeat(2))
     total = torch.zeros((), dtype=torch.float64)
     for members in product(law.nonzero()[:, 0].tolist(), repeat=group):
         index = list(members)
@@ -85,8 +85,8 @@ def likelihood(world: World) -> torch.Tensor:
 
 
 def latro_bound(world: World) -> torch.Tensor:
-    law = world.prior_law()
-    kl = (law * (law / frozen_prior(world).prior_law().detach()).log()).sum()
+    law = world.prior_probs()
+    kl = (law * (law / frozen_prior(world).prior_probs().detach()).log()).sum()
     return world.jensen_bound() - BETA * kl
 
 
@@ -96,11 +96,11 @@ def rlpr_reward(world: World, bare: float = 0.0) -> torch.Tensor:
 
 
 OBJECTIVES = {
-    "verifree": (dict(), lambda world: likelihood(world) @ world.prior_law()),
+    "verifree": (dict(), lambda world: likelihood(world) @ world.prior_probs()),
     "jlb": (dict(), World.jensen_bound),
     "latro": (dict(reference_kl_weight=BETA), latro_bound),
-    "rlpr": (dict(), lambda world: rlpr_reward(world).detach() @ world.prior_law()),
-    "grpo": (dict(), lambda world: verdicts(world) @ world.prior_law()),
+    "rlpr": (dict(), lambda world: rlpr_reward(world).detach() @ world.prior_probs()),
+    "grpo": (dict(), lambda world: verdicts(world) @ world.prior_probs()),
     "ravr_like": (dict(), lambda world: world.elbo(0)),  # E_Q[log p(y|x,z)] - KL(Q||P)
 }
 BOTH = [(name, length) for name in OBJECTIVES for length in (1, 3) if (name, length) != ("ravr_like", 3)]
@@ -138,7 +138,7 @@ def test_ppo_clip_is_off_at_the_first_update(name):
 # --- JEPO
 def jepo_bound(world: World, n: int) -> torch.Tensor:
     """E[log mean_j p(y|x,z_j)] over all n-tuples of prior traces."""
-    law, value, total = world.prior_law(), likelihood(world), 0.0
+    law, value, total = world.prior_probs(), likelihood(world), 0.0
     for members in product(range(len(law)), repeat=n):
         index = list(members)
         total = total + law[index].prod() * value[index].mean().log()
@@ -189,10 +189,10 @@ def test_rlpr_is_nine_tenths_of_verifrees_policy_term(length):
     rlpr = expected_gradient(world, exact(method="rlpr"))
     policy = expected_gradient(world, exact(method="verifree", nll_weight=0))
     whole = expected_gradient(world, exact(method="verifree"))
-    answer_term = world.gradient(world.prior_law().detach() @ likelihood(world))
+    answer_term = world.gradient(world.prior_probs().detach() @ likelihood(world))
     assert worst(rlpr, 0.9 * policy) < TOLERANCE
     assert worst(whole, rlpr / 0.9 + answer_term) < TOLERANCE
-    truth = world.gradient(rlpr_reward(world) @ world.prior_law())
+    truth = world.gradient(rlpr_reward(world) @ world.prior_probs())
     assert worst(truth - rlpr, 0.9 * answer_term) < TOLERANCE
     missing = ((truth - rlpr).norm() / truth.norm()).item()
     cosine = torch.cosine_similarity(rlpr, truth, dim=0).item()
@@ -206,14 +206,14 @@ def test_rlpr_holds_its_reward_fixed_also_below_the_baseline_score():
     assert (gap > 0).any() and (gap < 0).any()
     scores = torch.full((54, 2), math.log(bare), dtype=torch.float64)
     found = expected_gradient(world, exact(method="rlpr"), bare=scores)
-    assert worst(found, world.gradient(rlpr_reward(world, bare).detach() @ world.prior_law())) < TOLERANCE
+    assert worst(found, world.gradient(rlpr_reward(world, bare).detach() @ world.prior_probs())) < TOLERANCE
 
 
 # --- RAVR-like
 def test_posterior_only_kl_is_k3():
     """At w = 0, with samples of q: log(q/p) - 1 + p/q, unbiased for KL(Q||P), value and gradient."""
     world = World(1)
-    rows, law = select(world.logprobs(), slice(3)), world.posterior_law()
+    rows, law = select(world.logprobs(), slice(3)), world.posterior_probs()
     k3 = kl_estimate(rows, rows.detach(), torch.zeros(3, dtype=torch.bool), 0.0, "exact")[:, 0]
     log_ratio = (rows.posterior - rows.prior)[:, 0]
     assert worst(k3, log_ratio - 1 + (-log_ratio).exp()) < 1e-9
@@ -228,7 +228,7 @@ def test_ravr_like_is_exact_for_one_token_and_rough_for_three():
     config = exact(method="ravr_like")
     found, truth = expected_gradient(world, config), world.gradient(world.elbo(0))
     without = expected_gradient(world, dataclasses.replace(config, kl_weight=0))
-    value = world.posterior_law() @ world.answer_logprobs().sum(1)
+    value = world.posterior_probs() @ world.answer_logprobs().sum(1)
     assert worst(without, world.gradient(value)) < TOLERANCE
     cosine = torch.cosine_similarity(found, truth, dim=0).item()
     assert cosine == pytest.approx(0.979, abs=5e-4)
@@ -277,7 +277,7 @@ def full_step(name: str, **changes):
     finished = torch.tensor([1, 1, 0, 1, 1, 1, 1, 0], dtype=torch.bool)
     from_prior = torch.arange(8) % 4 < 4 * config.alpha
     verdict = torch.tensor([1, 0, 1, 0, 1, 0, 0, 1.0])
-    return new, old, TraceBatch(mask.long(), mask, from_prior, finished, 4, verdict=verdict), config
+    return new, old, TraceBatch(mask.long(), mask, from_prior, finished, 4, verifier_reward=verdict), config
 
 
 def live(rows: LogProbs):
@@ -310,7 +310,7 @@ def test_padding_never_matters(name, value):
 
     dirty = step_gradient(poison(new, value), poison(old, 1e4), batch, config)
     assert all(torch.equal(getattr(clean[0], n), getattr(dirty[0], n)) for n in CREDIT)
-    assert clean[0].memory == dirty[0].memory
+    assert clean[0].method_state == dirty[0].method_state
     assert torch.equal(clean[1], dirty[1])
     assert clean[2][0].any()
     for left, right in zip(clean[2], dirty[2], strict=True):
@@ -343,7 +343,7 @@ def test_a_column_of_rewards_never_becomes_a_square(name, monkeypatch):
         monkeypatch.setattr(module, "answer_reward", lambda *a: right(*a)[:, None])
     try:
         if name == "grpo":
-            batch = dataclasses.replace(batch, verdict=batch.verdict[:, None])
+            batch = dataclasses.replace(batch, verifier_reward=batch.verifier_reward[:, None])
         wrong = credit(batch, old, config, {})
     except (ValueError, RuntimeError):
         return
@@ -370,7 +370,9 @@ def test_never_stopping_never_pays(name, baseline, scale):
     assert batch.finished.view(2, 4).sum(1).tolist() == [3, 3]
     certain = dict(answer=torch.where(done, old.answer, 0.0))
     certain["ref_prior"] = torch.where(done, old.ref_prior, old.prior + 5)  # LaTRO's KL would pay, too
-    batch = dataclasses.replace(batch, verdict=torch.where(batch.finished, batch.verdict, 1.0))
+    batch = dataclasses.replace(
+        batch, verifier_reward=torch.where(batch.finished, batch.verifier_reward, 1.0)
+    )
     credit = METHODS[config.method].credit(batch, dataclasses.replace(old, **certain), config, {})
     assert (credit.advantage[~batch.finished] < 0).all()
     assert (credit.advantage[batch.finished] > 0).any()
@@ -439,7 +441,7 @@ def test_rlpr_filter_by_hand():
         before = dict(memory)
         credit = rlpr_credit(batch, rlpr_rows(batch, answer), config, MappingProxyType(memory))
         assert memory == before
-        return [bool(pair.any()) for pair in credit.advantage.view(2, 2)], credit.memory
+        return [bool(pair.any()) for pair in credit.advantage.view(2, 2)], credit.method_state
 
     memory = {}
     for t in range(9):
@@ -528,7 +530,7 @@ def test_credit_is_cut_from_the_graph(name, runs):
         assert not any(t.requires_grad for t in tensors if isinstance(t, torch.Tensor))
         needs = METHODS[runs(name).config.method].needs
         found = {n for n in ("ref_prior", "bare_answer") if getattr(old, n) is not None}
-        assert found | ({"verdict"} if batch.verdict is not None else set()) == needs
+        assert found | ({"verifier_reward"} if batch.verifier_reward is not None else set()) == needs
 
 
 def test_rewards_in_the_run_folder_are_the_methods(runs):
@@ -563,7 +565,7 @@ def test_grpo_verdicts_score_the_greedy_continuation(runs):
         )
         answer = prompter.answer_text(output[0, context.shape[1] :].tolist())
         expected.append(shade(answer, examples[row.example_id]))
-    assert batch.verdict.tolist() == pytest.approx(expected, abs=1e-6)
+    assert batch.verifier_reward.tolist() == pytest.approx(expected, abs=1e-6)
     finished = frame["finished"].tolist()
     by_hand = [v if done else 0.0 for v, done in zip(expected, finished, strict=True)]
     assert frame["reward"].tolist() == pytest.approx(by_hand, abs=1e-6)
@@ -581,9 +583,9 @@ def test_rlpr_resumes_with_its_memory(tmp_path, monkeypatch):
     memory = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
     assert memory["rlpr_steps"] == 3 and memory["rlpr_std"] > 0
     resumed = trainer("rlpr", tmp_path / "resumed", **settings)
-    assert resumed.step == 3 and resumed.memory == memory
+    assert resumed.step == 3 and resumed.method_state == memory
     resumed.run()
-    assert resumed.memory == straight.memory and straight.memory["rlpr_steps"] == 6
+    assert resumed.method_state == straight.method_state and straight.method_state["rlpr_steps"] == 6
     kinds = ["reward", "advantage", "token_ids"]
     left, right = (load_run(made.run_dir).traces()[kinds] for made in (straight, resumed))
     pd.testing.assert_frame_equal(left, right)
@@ -606,7 +608,7 @@ def scored(tiny_policies):
 
 
 def test_the_reference_is_the_policy_without_its_adapter(scored):
-    """ref_prior: score() under an adapter of zeros, at the sampling temperature; padding exactly zero."""
+    """ref_prior: trace_logprobs() under an adapter of zeros, at the sampling temperature; padding exactly zero."""
     policy, prompts, batch = scored
     zero = copy.deepcopy(policy)
     with torch.no_grad():
@@ -614,8 +616,8 @@ def test_the_reference_is_the_policy_without_its_adapter(scored):
             parameter.zero_()
     assert zero.adapter_change() == 0 < policy.adapter_change()
     with torch.no_grad():
-        base = score(zero, prompts, batch, temperature=0.7)
-        adapted = score(policy, prompts, batch, temperature=0.7)
+        base = trace_logprobs(zero, prompts, batch, temperature=0.7)
+        adapted = trace_logprobs(policy, prompts, batch, temperature=0.7)
     found = reference(policy, prompts, batch, frozenset({"ref_prior"}), 0.7)
     assert set(found) == {"ref_prior"} and found["ref_prior"].shape == batch.mask.shape
     assert worst(found["ref_prior"], base.prior) < 1e-4
@@ -639,7 +641,7 @@ def test_bare_answers_are_a_plain_forward(scored):
         assert worst(bare[i, :n], by_hand) < 1e-4
         assert not bare[i, n:].any()
     with torch.no_grad():
-        answers = score(policy, prompts, batch)
+        answers = trace_logprobs(policy, prompts, batch)
     LogProbs(answers.prior, None, answers.answer, answers.answer_mask, **found)  # the shapes fit
 
 
@@ -647,9 +649,9 @@ def test_the_adapter_is_back_after_the_reference(scored):
     policy, prompts, batch = scored
     parameters = [p.clone() for _, p in policy.trainable()]
     with torch.no_grad():
-        before = score(policy, prompts, batch)
+        before = trace_logprobs(policy, prompts, batch)
         found = reference(policy, prompts, batch, frozenset({"ref_prior", "bare_answer"}))
-        after = score(policy, prompts, batch)
+        after = trace_logprobs(policy, prompts, batch)
     for name in ("prior", "posterior", "answer"):
         assert torch.equal(getattr(before, name), getattr(after, name))
     assert all(map(torch.equal, parameters, (p for _, p in policy.trainable())))

@@ -95,7 +95,7 @@ def loss_and_gradient(new, old, batch, credit, config):
 def test_composite_is_a_law_and_the_bounds_hold(length, w):
     """sum P' = 1, ELBO and Jensen bound stay below log p(y|x), and KL(P'||P) is the sum over prefixes."""
     world = World(length, answer_tokens=2)
-    assert world.composite_law(w).sum().item() == pytest.approx(1, abs=1e-14)
+    assert world.composite_probs(w).sum().item() == pytest.approx(1, abs=1e-14)
     assert max(world.elbo(w), world.jensen_bound()) < world.log_evidence()
     assert (world.elbo(1) - world.jensen_bound()).abs() < 1e-14
     rows, p, q = world.prefixes()
@@ -159,7 +159,7 @@ def test_exact_kl_stays_exact_after_an_update(from_prior):
     """With samples of an older policy, value and gradient are still those of KL(p'_new||p_new)."""
     world, w = World(1), 0.3
     old = world.nearby(seed=5, scale=0.3)
-    law = (old.prior_law() if from_prior else old.posterior_law()).detach()
+    law = (old.prior_probs() if from_prior else old.posterior_probs()).detach()
     rows, rows_old = select(world.logprobs(), slice(3)), select(old.logprobs(), slice(3)).detach()
     mean = (law * kl_estimate(rows, rows_old, torch.full((3,), from_prior), w, "exact")[:, 0]).sum()
     assert mean.item() == pytest.approx(world.composite_kl(w).item(), abs=TOLERANCE)
@@ -210,14 +210,14 @@ def test_one_token_loss_after_an_update(alpha, w):
     world, config = World(1), exact(alpha=alpha, composite_weight=w)
     old = world.nearby(seed=7, scale=0.3)
     answer, answer_old = world.answer_logprobs().sum(1), old.answer_logprobs().sum(1).detach()
-    holds = (world.composite_law(w) * answer_old).sum() - world.composite_kl(w)
-    holds = holds + (old.composite_law(w).detach() * answer).sum()
+    holds = (world.composite_probs(w) * answer_old).sum() - world.composite_kl(w)
+    holds = holds + (old.composite_probs(w).detach() * answer).sum()
     stale = world.gradient(expected_loss(world, config, old))
     assert worst(stale, -world.gradient(holds)) < TOLERANCE
     assert worst(stale, -world.gradient(world.elbo(w))) > 1e-3
 
     reward = answer.detach().repeat(2)
-    weight = (world.composite_law(w) / old.hybrid_law(alpha)).detach().repeat(2)
+    weight = (world.composite_probs(w) / old.hybrid_probs(alpha)).detach().repeat(2)
     fresh = Credit(reward, reward, weight, torch.ones(6, dtype=torch.bool))
     mean = world.gradient(expected_loss(world, config, old, credit=fresh))
     assert worst(mean, -world.gradient(world.elbo(w))) < TOLERANCE
@@ -317,8 +317,8 @@ def test_leave_one_out_is_unbiased_and_the_mean_shrinks_by_one_over_g():
 def test_a_baseline_for_each_source_would_be_biased():
     """E_p'[grad log p'] = 0, but E_p[grad log p'] is not: the baseline must not depend on the source."""
     world, w = World(1), 0.5
-    score = world.composite_law(w).log()
-    for law, biased in ((world.composite_law(w), False), (world.prior_law(), True)):
+    score = world.composite_probs(w).log()
+    for law, biased in ((world.composite_probs(w), False), (world.prior_probs(), True)):
         size = world.gradient((law.detach() * score).sum()).norm().item()
         assert size > 0.05 if biased else size < 1e-14
 

@@ -13,11 +13,11 @@ from covrl_lab.train.models import load_config, load_policy
 from covrl_lab.train.plan import (
     BLOCK,
     CONFIGS,
-    DENSE_BYTES,
     DEVICES,
-    DIRECT,
     GIB,
-    LOGITS_BYTES,
+    MAX_LOGITS_BYTES,
+    MAX_MATMUL_KEYS,
+    MAX_UNPACKED_BYTES,
     Device,
     Plan,
     Shape,
@@ -82,8 +82,8 @@ def test_keys_and_values_take_what_the_plan_says(model):
 
 
 def test_the_sizes_of_the_torch_modules_are_known():
-    ours = (tree.BLOCK, tree.DIRECT, scoring.LOGITS_BYTES, lora.DENSE_BYTES)
-    assert ours == (BLOCK, DIRECT, LOGITS_BYTES, DENSE_BYTES)
+    ours = (tree.BLOCK, tree.MAX_MATMUL_KEYS, scoring.MAX_LOGITS_BYTES, lora.MAX_UNPACKED_BYTES)
+    assert ours == (BLOCK, MAX_MATMUL_KEYS, MAX_LOGITS_BYTES, MAX_UNPACKED_BYTES)
 
 
 @pytest.mark.parametrize("prior_only", [False, True])

@@ -14,7 +14,7 @@ from covrl_lab.train.evaluation import evaluate, predict, summarise
 from covrl_lab.train.models import load_policy, load_tokenizer
 from covrl_lab.train.prompts import Prompter
 from covrl_lab.train.sampling import PackedRows, _pick, draw_sources, generate, sample_traces
-from covrl_lab.train.scoring import score
+from covrl_lab.train.scoring import trace_logprobs
 from covrl_lab.types import Example
 
 TINIES = ["tiny", "tiny-qwen3", "tiny-gemma3"]
@@ -180,7 +180,7 @@ def test_greedy_equals_transformers_where_rows_stop_early(
         blocks.append(len(rows.seen))
 
     monkeypatch.setattr(PackedRows, "_share", spy)
-    monkeypatch.setattr(sampling, "WASTE", waste)
+    monkeypatch.setattr(sampling, "MAX_NODES_PER_PATH", waste)
     bias(policy, end_of_text=4.0)
     contexts = [(*p.prior, *suffix) for p in prompts for suffix in ((), (40,), (50, 51), (60,))]
     ids, done, _ = generate(policy, contexts, max_tokens=24, ended=never)
@@ -232,7 +232,7 @@ def sampled(policy, prompter, prompts, *, group=4, max_tokens=12, seed=0, **sett
 
 def source_logprobs(policy, prompts, batch, temperature):
     with torch.no_grad():
-        scores = score(policy, prompts, batch, temperature=temperature)
+        scores = trace_logprobs(policy, prompts, batch, temperature=temperature)
     return torch.where(batch.from_prior[:, None], scores.prior.cpu(), scores.posterior.cpu())
 
 
@@ -249,7 +249,7 @@ def test_sampler_and_scores_agree(tiny_policies, prompter, prompts, bias, name, 
     assert bool((batch.sampler_logprobs[~batch.mask] == 0).all())
     assert bool((batch.ids[~batch.mask] == 0).all()) and not bool(batch.mask.all())
     # The other context would give other numbers.
-    swapped = score(policy, prompts, batch, temperature=temperature)
+    swapped = trace_logprobs(policy, prompts, batch, temperature=temperature)
     other = torch.where(batch.from_prior[:, None], swapped.posterior.cpu(), swapped.prior.cpu())
     assert float((batch.sampler_logprobs - other.detach()).abs().max()) > 0.1
 

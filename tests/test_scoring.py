@@ -28,10 +28,11 @@ from transformers import (
 
 from covrl_lab.train import scoring
 from covrl_lab.train import tree as tree_module
-from covrl_lab.train.models import Policy, load_tokenizer
+from covrl_lab.train.models import load_tokenizer
+from covrl_lab.train.policy import Policy
 from covrl_lab.train.prompts import Prompter
 from covrl_lab.train.sampling import generate
-from covrl_lab.train.scoring import packed_tokens, score
+from covrl_lab.train.scoring import packed_tokens, trace_logprobs
 from covrl_lab.train.tree import BLOCK, TreeAttention, build_tree, count_nodes, run_tree
 from covrl_lab.types import Demonstration, Example, TraceBatch
 
@@ -180,7 +181,7 @@ def test_packed_equals_padded_equals_one_by_one(policies, prompts, batch, name):
     expected = by_hand(policy, prompts, batch, temperature)
     reference = gradients(policy, weighted(expected))
     for packed in (True, False):
-        rows = unpadded(score(policy, prompts, batch, temperature=temperature, packed=packed), batch)
+        rows = unpadded(trace_logprobs(policy, prompts, batch, temperature=temperature, packed=packed), batch)
         assert_same_rows(rows, expected)
         assert_same_gradients(gradients(policy, weighted(rows)), reference)
     # These sizes give the tolerance its meaning.
@@ -191,12 +192,12 @@ def test_packed_equals_padded_equals_one_by_one(policies, prompts, batch, name):
 def test_blocks_of_attention_change_nothing(policies, prompts, batch, name, monkeypatch):
     policy = policies(name)
     monkeypatch.setattr(tree_module, "BLOCK", 10_000)
-    whole = unpadded(score(policy, prompts, batch), batch)
+    whole = unpadded(trace_logprobs(policy, prompts, batch), batch)
     reference = gradients(policy, weighted(whole))
     monkeypatch.setattr(tree_module, "BLOCK", 7)
     for direct in (0, 512):  # with the fused kernel, from plain products
-        monkeypatch.setattr(tree_module, "DIRECT", direct)
-        rows = unpadded(score(policy, prompts, batch), batch)
+        monkeypatch.setattr(tree_module, "MAX_MATMUL_KEYS", direct)
+        rows = unpadded(trace_logprobs(policy, prompts, batch), batch)
         assert_same_rows(rows, whole)
         assert_same_gradients(gradients(policy, weighted(rows)), reference)
 
@@ -240,7 +241,7 @@ class TestModelsThatCannotPack:
 
     @torch.no_grad()
     def test_scores_are_those_of_one_sequence_at_a_time(self, policy, prompts, batch):
-        rows = unpadded(score(policy, prompts, batch, temperature=0.7), batch)
+        rows = unpadded(trace_logprobs(policy, prompts, batch, temperature=0.7), batch)
         assert_same_rows(rows, by_hand(policy, prompts, batch, 0.7))
 
     def test_greedy_rows_are_those_of_one_sequence_at_a_time(self, policy, prompts):
@@ -258,15 +259,18 @@ def test_windows_matter_at_these_lengths(policies, prompts, batch, monkeypatch):
     policy = policies("phi3-window")
     assert policy.decoder.config.sliding_window == 8 < min(len(p.prior) for p in prompts)
     with torch.no_grad():
-        windowed = score(policy, prompts, batch)
+        windowed = trace_logprobs(policy, prompts, batch)
         monkeypatch.setattr(policy.decoder.config, "sliding_window", None)
-        full = score(policy, prompts, batch)
+        full = trace_logprobs(policy, prompts, batch)
     assert float((full.prior - windowed.prior).abs().max()) > 0.01
 
 
 def test_without_posterior(policies, prompts, batch):
     policy = policies("tiny")
-    both, prior_only = score(policy, prompts, batch), score(policy, prompts, batch, posterior=False)
+    both, prior_only = (
+        trace_logprobs(policy, prompts, batch),
+        trace_logprobs(policy, prompts, batch, posterior=False),
+    )
     assert prior_only.posterior is None
     torch.testing.assert_close(prior_only.prior, both.prior, atol=LOGPROB_TOLERANCE, rtol=0)
     torch.testing.assert_close(prior_only.answer, both.answer, atol=LOGPROB_TOLERANCE, rtol=0)
@@ -275,9 +279,11 @@ def test_without_posterior(policies, prompts, batch):
 def test_no_gradient_mode_gives_the_same_numbers(policies, prompts, batch):
     policy = policies("tiny")
     with torch.no_grad():
-        plain = score(policy, prompts, batch)
+        plain = trace_logprobs(policy, prompts, batch)
     assert not plain.prior.requires_grad
-    torch.testing.assert_close(plain.prior, score(policy, prompts, batch).prior.detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        plain.prior, trace_logprobs(policy, prompts, batch).prior.detach(), atol=1e-5, rtol=0
+    )
 
 
 # --- what is scored, and where
@@ -291,7 +297,7 @@ def test_the_ids_that_reach_the_model(policies, prompts, batch, monkeypatch):
 
     monkeypatch.setattr(scoring, "build_tree", spy)
     with torch.no_grad():
-        score(policies("tiny"), prompts, batch)
+        trace_logprobs(policies("tiny"), prompts, batch)
     expected = []
     for i in range(len(batch)):
         p, z = prompts[i // 4], tuple(batch.ids[i][batch.mask[i]].tolist())
@@ -306,11 +312,11 @@ def test_the_ids_that_reach_the_model(policies, prompts, batch, monkeypatch):
 def test_answers_see_the_prior_prompt_and_not_the_posterior(policies, prompts, batch):
     policy = policies("tiny")
     with torch.no_grad():
-        base = score(policy, prompts, batch)
+        base = trace_logprobs(policy, prompts, batch)
         hint = [dataclasses.replace(p, posterior=(*p.posterior[:-3], 9, 9, 9)) for p in prompts]
-        changed_posterior = score(policy, hint, batch)
+        changed_posterior = trace_logprobs(policy, hint, batch)
         question = [dataclasses.replace(p, prior=(*p.prior[:-3], 9, 9, 9)) for p in prompts]
-        changed_prior = score(policy, question, batch)
+        changed_prior = trace_logprobs(policy, question, batch)
     torch.testing.assert_close(changed_posterior.answer, base.answer, atol=LOGPROB_TOLERANCE, rtol=0)
     torch.testing.assert_close(changed_posterior.prior, base.prior, atol=LOGPROB_TOLERANCE, rtol=0)
     torch.testing.assert_close(changed_prior.posterior, base.posterior, atol=LOGPROB_TOLERANCE, rtol=0)
@@ -322,7 +328,7 @@ def test_answers_see_the_prior_prompt_and_not_the_posterior(policies, prompts, b
 def test_temperature_changes_traces_and_never_answers(policies, prompts, batch):
     policy = policies("tiny")
     with torch.no_grad():
-        cold, warm = (score(policy, prompts, batch, temperature=t) for t in (0.5, 2.0))
+        cold, warm = (trace_logprobs(policy, prompts, batch, temperature=t) for t in (0.5, 2.0))
     torch.testing.assert_close(cold.answer, warm.answer, atol=0, rtol=0)
     for name in ("prior", "posterior"):
         assert bool(((getattr(cold, name) - getattr(warm, name)).abs().cpu()[batch.mask] > 1e-4).all())
@@ -331,7 +337,7 @@ def test_temperature_changes_traces_and_never_answers(policies, prompts, batch):
 @pytest.mark.parametrize("packed", [True, False])
 def test_scored_length_is_answer_length(policies, prompts, batch, packed):
     with torch.no_grad():
-        scores = score(policies("tiny"), prompts, batch, packed=packed)
+        scores = trace_logprobs(policies("tiny"), prompts, batch, packed=packed)
     lengths = [len(prompts[i // 4].answer) for i in range(8)]
     assert lengths[0] != lengths[-1]
     assert scores.answer_mask.sum(1).tolist() == lengths
@@ -341,7 +347,7 @@ def test_scored_length_is_answer_length(policies, prompts, batch, packed):
 
 def test_duplicated_traces_score_the_same(policies, prompts, batch):
     with torch.no_grad():
-        scores = score(policies("tiny"), prompts, batch)
+        scores = trace_logprobs(policies("tiny"), prompts, batch)
     for name in ("prior", "posterior", "answer"):
         values = getattr(scores, name)
         assert torch.equal(values[0], values[3]) and torch.equal(values[4], values[6])
@@ -349,12 +355,12 @@ def test_duplicated_traces_score_the_same(policies, prompts, batch):
 
 def test_head_chunks_change_nothing(policies, prompts, batch, monkeypatch):
     policy = policies("tiny")
-    whole = unpadded(score(policy, prompts, batch), batch)
+    whole = unpadded(trace_logprobs(policy, prompts, batch), batch)
     reference = gradients(policy, weighted(whole))
     sizes, head = [], policy.head.forward
-    monkeypatch.setattr(scoring, "LOGITS_BYTES", 3 * 4 * VOCABULARY)
+    monkeypatch.setattr(scoring, "MAX_LOGITS_BYTES", 3 * 4 * VOCABULARY)
     monkeypatch.setattr(policy.head, "forward", lambda x: sizes.append(len(x)) or head(x))
-    rows = unpadded(score(policy, prompts, batch), batch)
+    rows = unpadded(trace_logprobs(policy, prompts, batch), batch)
     # Each distinct (context, token) is scored once: rollouts 3 and 6 repeat others, 5 starts one.
     contexts = set()
     for i in range(len(batch)):
@@ -373,7 +379,7 @@ def test_final_logit_soft_cap(policies, prompts, batch, monkeypatch):
     """Gemma 2's cap, which its model applies after the head."""
     policy = policies("tiny-gemma3")
     monkeypatch.setattr(policy.causal_lm.config, "final_logit_softcapping", 2.0)
-    capped = unpadded(score(policy, prompts, batch, temperature=1.5), batch)
+    capped = unpadded(trace_logprobs(policy, prompts, batch, temperature=1.5), batch)
     expected = by_hand(policy, prompts, batch, 1.5)
     assert_same_rows(capped, expected)
     assert_same_gradients(gradients(policy, weighted(capped)), gradients(policy, weighted(expected)))

@@ -22,11 +22,15 @@ from safetensors import SafetensorError
 
 from covrl_lab.config import RunConfig
 from covrl_lab.runs.folder import load_run, read_jsonl, step_file, steps_in
+from covrl_lab.train import checkpoints, opening
 from covrl_lab.train import trainer as trainer_module
-from covrl_lab.train.models import load_adapter, load_policy
-from covrl_lab.train.scoring import score
-from covrl_lab.train.tasks import is_held_out
-from covrl_lab.train.trainer import StepRecord, Trainer, micro_batches
+from covrl_lab.train.models import load_policy
+from covrl_lab.train.policy import load_adapter
+from covrl_lab.train.prompts import Prompter
+from covrl_lab.train.records import StepRecord
+from covrl_lab.train.scoring import micro_batches, trace_logprobs
+from covrl_lab.train.tasks import is_held_out, load_task
+from covrl_lab.train.trainer import Trainer
 from covrl_lab.types import ConfigError, TraceBatch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -267,7 +271,7 @@ def test_stored_traces_equal_a_fresh_scoring_of_their_ids(reference, step):
         group_size=6,
     )
     with torch.no_grad():
-        fresh = score(policy, [reference.prompter(e) for e in examples], batch, packed=False)
+        fresh = trace_logprobs(policy, [reference.prompter(e) for e in examples], batch, packed=False)
     for i, row in enumerate(traces.itertuples()):
         size = len(row.token_ids)
         # float32 rounding of sums over the tiny model's width, in another order
@@ -365,14 +369,17 @@ def test_killed_before_the_first_checkpoint(short_reference, tmp_path):
     assert_same_run(run, short_reference.run_dir)
 
 
-@pytest.mark.parametrize("place", ["sample_traces", "score", "evaluate", "_record", "_append"])
+@pytest.mark.parametrize(
+    "place", ["sample_traces", "trace_logprobs", "evaluate", "step_record", "append_line"]
+)
 def test_an_interruption_anywhere_changes_nothing(short_reference, tmp_path, monkeypatch, place):
     """Ctrl-C while sampling, in the second update, in an evaluation, or before the record is written."""
     trainer, calls = make(tmp_path / "run", SHORT), []
-    owner = Trainer if place.startswith("_") else trainer_module
-    working = getattr(owner, place)
+    working = getattr(trainer_module, place)
     # The call that falls into step 2; a step of two updates scores twice, steps 0 and 2 are evaluated.
-    fatal = {"sample_traces": 2, "score": 4, "evaluate": 2, "_record": 2, "_append": 4}[place]
+    fatal = {"sample_traces": 2, "trace_logprobs": 4, "evaluate": 2, "step_record": 2, "append_line": 4}[
+        place
+    ]
 
     def interrupted(*args, **kwargs):
         calls.append(trainer.step)
@@ -380,10 +387,10 @@ def test_an_interruption_anywhere_changes_nothing(short_reference, tmp_path, mon
             raise KeyboardInterrupt
         return working(*args, **kwargs)
 
-    monkeypatch.setattr(owner, place, interrupted)
+    monkeypatch.setattr(trainer_module, place, interrupted)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
-    assert calls[-1] == (1 if place in ("sample_traces", "score") else 2)
+    assert calls[-1] == (1 if place in ("sample_traces", "trace_logprobs") else 2)
     # Whatever happened, the files agree with each other: no checkpoint is ahead of the records.
     assert max(steps_in(tmp_path / "run" / "checkpoints"), default=0) <= len(lines(tmp_path / "run"))
     if place == "sample_traces":
@@ -418,17 +425,17 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(short_reference, tmp_path
 
 def test_a_full_disk_under_a_checkpoint(short_reference, tmp_path, monkeypatch):
     """safetensors reports it in its own way; the half checkpoint never counts."""
-    trainer, working = make(tmp_path / "run", SHORT), trainer_module.save_file
+    trainer, working = make(tmp_path / "run", SHORT), checkpoints.save_file
 
     def full(tensors, path):
         Path(path).write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(trainer_module, "save_file", full)
+    monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(ConfigError, match="no space left"):
         trainer.run()
     assert steps_in(tmp_path / "run" / "checkpoints") == []
-    monkeypatch.setattr(trainer_module, "save_file", working)
+    monkeypatch.setattr(checkpoints, "save_file", working)
     trainer.run()
     assert_same_run(tmp_path / "run", short_reference.run_dir)
 
@@ -527,7 +534,7 @@ def test_learning_rate_tables(settings, table):
 
 def test_a_policy_that_never_finishes_learns_nothing(tmp_path, monkeypatch):
     """Without a finished trace there is no advantage, no answer term and no KL, so no update at all."""
-    monkeypatch.setattr(trainer_module.Prompter, "ends", lambda *args: False)
+    monkeypatch.setattr(Prompter, "ends", lambda *args: False)
     trainer = make(tmp_path / "run", max_trace_tokens=3, steps=2, eval_every=0, nll_gate="none")
     for record in trainer:
         assert record.finished_share == 0 and record.answer_term_share == 0
@@ -572,7 +579,7 @@ def no_model(monkeypatch):
     def loaded(*args, **kwargs):
         pytest.fail("a model was loaded before everything had been checked")
 
-    monkeypatch.setattr(trainer_module, "load_policy", loaded)
+    monkeypatch.setattr(opening, "load_policy", loaded)
 
 
 def test_another_configuration_in_the_folder_is_refused(reference, no_model):
@@ -598,7 +605,7 @@ def test_a_foreign_folder_is_refused(tmp_path, no_model):
 
 def test_too_little_space_is_refused(tmp_path, monkeypatch, no_model):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(trainer_module.shutil, "disk_usage", lambda path: usage(10**12, 10**12, 10**6))
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage(10**12, 10**12, 10**6))
     with pytest.raises(ConfigError, match="less than 200 MiB are free for .*; free some space"):
         make(tmp_path / "deep" / "run")
     assert not (tmp_path / "deep").exists()
@@ -655,7 +662,7 @@ def test_a_row_that_turns_out_unusable_later_costs_no_step(tmp_path, answer, wor
     rows = [{"question": q, "answer": "7"} for q in [*questions, held_out]]
     settings = {"difficulty": None, "questions_per_step": 1, "eval_questions": 1, "eval_every": 0, "steps": 6}
     task = write_rows(tmp_path / "rows.jsonl", rows)
-    fifth = trainer_module.load_task(task).train(4, 1, SMALL["seed"])[0]
+    fifth = load_task(task).train(4, 1, SMALL["seed"])[0]
     rows[questions.index(fifth.question)]["answer"] = answer
     write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(ConfigError, match=words):

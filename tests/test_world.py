@@ -33,8 +33,8 @@ def test_between_moves_the_posterior_and_scales_the_traces(distance, temperature
     before = [x.clone() for x in world.parameters]
     moved = world.between(distance, temperature)
     p, q = laws(world, distance, temperature)
-    np.testing.assert_allclose(moved.prior_law().detach(), p, atol=1e-14)
-    np.testing.assert_allclose(moved.posterior_law().detach(), q, atol=1e-14)
+    np.testing.assert_allclose(moved.prior_probs().detach(), p, atol=1e-14)
+    np.testing.assert_allclose(moved.posterior_probs().detach(), q, atol=1e-14)
     assert torch.equal(moved.answer_logprobs(), world.answer_logprobs())
     assert all(torch.equal(x, y) for x, y in zip(before, world.parameters, strict=True))
     assert all(x.requires_grad and x.is_leaf for x in moved.parameters)
@@ -115,7 +115,7 @@ def test_gradient_noise_against_a_sum_by_hand():
 
 def test_ratios_stay_between_their_bounds_and_the_clip_share_is_the_sum():
     world, w, epsilon = World(1).between(1.5), 0.3, 0.3
-    p, q = (law.detach().numpy() for law in (world.prior_law(), world.posterior_law()))
+    p, q = (law.detach().numpy() for law in (world.prior_probs(), world.posterior_probs()))
     alphas = [0.05, 0.3, 0.6, 0.95]
     frame = estimators.ratio_range(world, alphas, w, epsilon, samples=4000, seed=1)
     for row in frame.itertuples():

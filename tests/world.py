@@ -31,7 +31,7 @@ def expected_loss(
     Goes through likelihood_credit and coupled_loss once a group; probabilities are constants.
     """
     new, before, batch = world.logprobs(), (old or world).logprobs().detach(), world.batch()
-    law, total = (old or world).sampling_law(config.alpha), torch.zeros((), dtype=torch.float64)
+    law, total = (old or world).sampling_probs(config.alpha), torch.zeros((), dtype=torch.float64)
     for members in product(range(len(batch)), repeat=group):
         index = list(members)
         part, part_old = select(batch, index, group_size=group), select(before, index)

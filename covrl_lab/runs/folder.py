@@ -12,7 +12,6 @@ run_dir/
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,34 +52,6 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return []
     text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def trace_frame(examples: Sequence[Any], batch: Any, logprobs: Any, prompter: Any) -> pd.DataFrame:
-    """One row a rollout of a ``TraceBatch`` with its ``LogProbs``; columns as in ``Run.traces``.
-
-    Without the columns that only training knows: step, log_ratio, reward, advantage, answer_weight.
-    """
-    batch, logprobs = batch.to("cpu"), logprobs.detach().to("cpu")
-    rows = []
-    for i in range(len(batch)):
-        example, ids, keep = examples[i // batch.group_size], batch.trace(i), batch.mask[i]
-        rows.append(
-            {
-                "rollout": i,
-                "example_id": example.id,
-                "question": example.question,
-                "answer": example.answer,
-                "source": "prior" if batch.from_prior[i] else "posterior",
-                "finished": bool(batch.finished[i]),
-                "trace": prompter.trace_text(ids),
-                "tokens": [prompter.tokenizer.decode([token]) for token in ids],
-                "token_ids": ids,
-                "logp": logprobs.prior[i][keep].tolist(),
-                "logq": None if logprobs.posterior is None else logprobs.posterior[i][keep].tolist(),
-                "answer_logp": logprobs.answer[i][logprobs.answer_mask[i]].tolist(),
-            }
-        )
-    return pd.DataFrame(rows)
 
 
 @dataclass(frozen=True)

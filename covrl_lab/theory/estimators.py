@@ -33,7 +33,7 @@ CORRECTED = "posterior sample, c = (1−w)/w"
 PUBLISHED = "posterior sample, c = 1"
 KNOBS = ("distance", "composite_weight")
 # The setting in which every method's gradient is exact: nothing traded for lower noise.
-UNTRADED = {
+EXACT_SETTINGS = {
     "clip": "none",
     "loss_aggregation": "trace_sum",
     "baseline": "none",
@@ -71,7 +71,7 @@ def kl_estimators(world: World, weight: float, samples: int = 0, seed: int = 0) 
         raise ValueError(f"the estimators are per token: the world needs length 1, not {world.length}")
     with torch.no_grad():
         tokens = world.logprobs().rows(slice(len(world.traces)))
-        p, q = world.prior_law(), world.posterior_law()
+        p, q = world.prior_probs(), world.posterior_probs()
         exact = world.composite_kl(weight).item()
 
         def library(from_prior: bool) -> Tensor:
@@ -127,7 +127,7 @@ def kl_sweep(
 # --- gradients
 
 
-def _verdict(world: World) -> Tensor:
+def _verifier_reward(world: World) -> Tensor:
     """A verifier's score of each trace: 1 where the answer is more probable than after the median trace."""
     likely = world.answer_logprobs().sum(1).detach()
     return (likely > likely.median()).double()
@@ -135,7 +135,7 @@ def _verdict(world: World) -> Tensor:
 
 def _objective(world: World, name: str, weight: float, reference: Tensor) -> Tensor:
     """What a method's gradient is the gradient of, when nothing is traded for lower noise; a scalar."""
-    law, answer = world.prior_law(), world.answer_logprobs()
+    law, answer = world.prior_probs(), world.answer_logprobs()
     if name in ("covrl", "ravr_like"):
         return world.elbo(weight)
     if name == "verifree":
@@ -143,7 +143,7 @@ def _objective(world: World, name: str, weight: float, reference: Tensor) -> Ten
     if name == "rlpr":  # the reward is a constant to the policy: no answer term
         return (law * (0.9 * answer.exp().mean(1) + 0.1).detach()).sum()
     if name == "grpo":
-        return (law * _verdict(world)).sum()
+        return (law * _verifier_reward(world)).sum()
     bound = world.jensen_bound()
     if name == "latro":
         kl = (law * (law.log() - reference)).sum()
@@ -171,10 +171,10 @@ def method_gradients(
 
     ``reference`` is log p of each trace under the frozen base, (traces,).
     """
-    method, law = METHODS[name], world.sampling_law(config.alpha)
+    method, law = METHODS[name], world.sampling_probs(config.alpha)
     new = world.logprobs()
     old = dataclasses.replace(new.detach(), ref_prior=reference.repeat(2)[:, None])
-    batch = dataclasses.replace(world.batch(), verdict=_verdict(world).repeat(2))
+    batch = dataclasses.replace(world.batch(), verifier_reward=_verifier_reward(world).repeat(2))
     drawn, gradients = law.nonzero()[:, 0], []
     for i in drawn.tolist():
         part, part_old = batch.rows([i]), old.rows([i])
@@ -209,7 +209,7 @@ def gradient_quality(
 
     tokens = world.logprobs().rows(slice(len(world.traces)))
     truth = world.gradient(world.composite_kl(composite_weight))
-    for source, law in (("prior", world.prior_law()), ("posterior", world.posterior_law())):
+    for source, law in (("prior", world.prior_probs()), ("posterior", world.posterior_probs())):
         for kind in ("exact", "published"):
             from_prior = torch.full((len(law),), source == "prior")
             values = kl_estimate(tokens, tokens.detach(), from_prior, composite_weight, kind)[:, 0]
@@ -228,7 +228,7 @@ def gradient_quality(
     for label, changes in variants.items():
         name = label.split(",")[0]
         own = {"alpha": alpha, "composite_weight": composite_weight, "nll_gate": "none"}
-        settings = UNTRADED | (own if name == "covrl" else {}) | changes
+        settings = EXACT_SETTINGS | (own if name == "covrl" else {}) | changes
         config = RunConfig(method=name, **settings)
         add("whole loss", label, *method_gradients(world, name, config, reference))
     order = {"covrl": 0, "covrl, published KL gradient": 1, "covrl, clipped": 2}
@@ -263,7 +263,7 @@ def ratio_range(
     for alpha in alphas:
         alpha = float(alpha)
         log_ratio = log_mixture(old, composite_weight) - log_mixture(old, alpha)
-        law = world.sampling_law(alpha)
+        law = world.sampling_probs(alpha)
         held = {
             sign: clipped_ratio(log_ratio, torch.full((len(batch),), value), "ppo", clip_range)[1]
             for sign, value in (("positive", 1.0), ("negative", -1.0))
@@ -311,7 +311,7 @@ def responsibilities(
             ("prior", batch.from_prior, 1.0),
             ("posterior", ~batch.from_prior, 0.0),
         ):
-            law, values = moved.sampling_law(alpha)[keep], rho[keep].mean(1)
+            law, values = moved.sampling_probs(alpha)[keep], rho[keep].mean(1)
             row = {"distance": float(distance), "source": source, "expected": (law @ values).item()}
             row |= {"lowest": rho.min().item(), "highest": rho.max().item()}
             if samples:

@@ -82,36 +82,36 @@ class World:
         return LogProbs(column, q.reshape(-1, 1), torch.zeros_like(column), mask), p.exp(), q.exp()
 
     # --- probabilities of whole traces, (traces,)
-    def prior_law(self) -> Tensor:
+    def prior_probs(self) -> Tensor:
         return self.trace_logprobs(self.prior).exp().prod(1)
 
-    def posterior_law(self) -> Tensor:
+    def posterior_probs(self) -> Tensor:
         return self.trace_logprobs(self.posterior).exp().prod(1)
 
-    def composite_law(self, w: float) -> Tensor:
+    def composite_probs(self, w: float) -> Tensor:
         """P' = prod_t (w p + (1-w) q), which for T > 1 is not w P + (1-w) Q."""
         p, q = (self.trace_logprobs(tables).exp() for tables in (self.prior, self.posterior))
         return (w * p + (1 - w) * q).prod(1)
 
-    def hybrid_law(self, alpha: float) -> Tensor:
+    def hybrid_probs(self, alpha: float) -> Tensor:
         """H = alpha P + (1-alpha) Q, the law of traces drawn whole from one prompt or the other."""
-        return alpha * self.prior_law() + (1 - alpha) * self.posterior_law()
+        return alpha * self.prior_probs() + (1 - alpha) * self.posterior_probs()
 
     # --- exact quantities, scalars
     def log_evidence(self) -> Tensor:
         """log p(y|x) = log sum_z P(z) p(y|x,z)."""
-        return (self.prior_law() * self.answer_logprobs().sum(1).exp()).sum().log()
+        return (self.prior_probs() * self.answer_logprobs().sum(1).exp()).sum().log()
 
     def jensen_bound(self) -> Tensor:
-        return (self.prior_law() * self.answer_logprobs().sum(1)).sum()
+        return (self.prior_probs() * self.answer_logprobs().sum(1)).sum()
 
     def composite_kl(self, w: float) -> Tensor:
         """KL(P'||P) over whole traces."""
-        law = self.composite_law(w)
-        return (law * (law / self.prior_law()).log()).sum()
+        law = self.composite_probs(w)
+        return (law * (law / self.prior_probs()).log()).sum()
 
     def elbo(self, w: float) -> Tensor:
-        return (self.composite_law(w) * self.answer_logprobs().sum(1)).sum() - self.composite_kl(w)
+        return (self.composite_probs(w) * self.answer_logprobs().sum(1)).sum() - self.composite_kl(w)
 
     def gradient(self, value: Tensor) -> Tensor:
         """Gradient of a scalar by every logit, as one vector."""
@@ -130,6 +130,6 @@ class World:
         mask, rows = torch.ones_like(ids, dtype=torch.bool), torch.ones(len(ids), dtype=torch.bool)
         return TraceBatch(ids, mask, torch.arange(len(ids)) < len(self.traces), rows, group_size=1)
 
-    def sampling_law(self, alpha: float) -> Tensor:
+    def sampling_probs(self, alpha: float) -> Tensor:
         """Probability of each rollout of ``batch``."""
-        return torch.cat([alpha * self.prior_law(), (1 - alpha) * self.posterior_law()]).detach()
+        return torch.cat([alpha * self.prior_probs(), (1 - alpha) * self.posterior_probs()]).detach()

@@ -15,14 +15,17 @@ from tqdm.auto import tqdm
 
 from ..runs.stats import bootstrap_interval, share_interval
 from ..types import Example
+from .policy import Policy
+from .prompts import Prompter
 from .sampling import generate
+from .tasks import Task
 
 ROWS = 32  # generations decoded together
 
 
 def predict(
-    policy,
-    prompter,
+    policy: Policy,
+    prompter: Prompter,
     prompts: Sequence,
     *,
     max_trace_tokens: int,
@@ -61,7 +64,7 @@ def predict(
 
 
 def predict_answers(
-    policy, prompter, contexts: Sequence[Sequence[int]], max_tokens: int, **sampling
+    policy: Policy, prompter: Prompter, contexts: Sequence[Sequence[int]], max_tokens: int, **sampling
 ) -> list[str]:
     """Decode the answer after each context (prompt, trace and seam ids); greedy without ``uniforms``."""
     end = prompter.style.answer_end
@@ -72,9 +75,9 @@ def predict_answers(
 
 
 def evaluate(
-    policy,
-    prompter,
-    task,
+    policy: Policy,
+    prompter: Prompter,
+    task: Task,
     examples: Sequence[Example],
     *,
     max_trace_tokens: int,

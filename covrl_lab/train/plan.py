@@ -45,7 +45,7 @@ from ..types import ConfigError, did_you_mean
 
 GIB = 2**30
 # As in tree.py, scoring.py and lora.py, which need torch; tests/test_plan.py holds them equal.
-BLOCK, DIRECT, LOGITS_BYTES, DENSE_BYTES = 128, 512, 32 * 2**20, 4 * 2**30
+BLOCK, MAX_MATMUL_KEYS, MAX_LOGITS_BYTES, MAX_UNPACKED_BYTES = 128, 512, 32 * 2**20, 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -359,7 +359,7 @@ def pick_device(device: str | Device) -> Device:
 
 def keeps_unpacked(config: RunConfig, shape: Shape, device: Device) -> bool:
     """Whether 4-bit matrices stay in memory unpacked, too (``lora.fuse``)."""
-    return config.quantization == "nf4" and not device.unpacks and 4 * shape.parameters <= DENSE_BYTES
+    return config.quantization == "nf4" and not device.unpacks and 4 * shape.parameters <= MAX_UNPACKED_BYTES
 
 
 def memory_parts(config: RunConfig, shape: Shape, tokens: Tokens, device: Device) -> dict[str, float]:
@@ -374,7 +374,7 @@ def memory_parts(config: RunConfig, shape: Shape, tokens: Tokens, device: Device
     layer = 4 * shape.norms * h + 4 * (q + kv) * shape.head_norms
     layer += e * (2 * h + 3 * q + 2 * kv * (1 + length / BLOCK) + 4 * shape.intermediate)
     layer += e * 7 * config.lora_rank
-    if not device.unpacks and length + BLOCK <= DIRECT:
+    if not device.unpacks and length + BLOCK <= MAX_MATMUL_KEYS:
         layer += e * shape.heads * (length + BLOCK)  # attention weights
     kept = shape.layers * e * h + layer if config.gradient_checkpointing else (shape.layers + 0.5) * layer
     stored = 3 * tokens.prompts + tokens.rows * tokens.length  # once as computed, in blocks up to twice
@@ -386,7 +386,7 @@ def memory_parts(config: RunConfig, shape: Shape, tokens: Tokens, device: Device
         "logits": 20 * tokens.rows * shape.vocabulary,
         "activations": c * kept,
         "masks": c * e * (shape.heads // shape.kv_heads) * (length + BLOCK),
-        "head": 1.5 * min(LOGITS_BYTES, 4 * scored * shape.vocabulary) + 2 * scored * e * h,
+        "head": 1.5 * min(MAX_LOGITS_BYTES, 4 * scored * shape.vocabulary) + 2 * scored * e * h,
     }
 
 

@@ -13,12 +13,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..types import Prompt, TraceBatch
-from .lora import steady
+from .lora import cached_adapters
+from .policy import Policy
+from .prompts import Prompter
 from .tree import LayerStore, additive, attention_window, build_tree, final_logits, forward, run_tree
 
-# Rows share a block while its prompt nodes are at most this many times the longest prompt: products of many
-# rows with many keys are cheaper by that much than each row's own with its own.
-WASTE = 2
+# Rows share a block while it has at most this many times the nodes of the longest prompt. A shared block
+# multiplies every row with every node, also those off the row's path; up to about this factor, one large
+# product is still faster than one small product a row.
+MAX_NODES_PER_PATH = 2
 
 
 def draw_sources(
@@ -27,8 +30,8 @@ def draw_sources(
     """(N,) bool, True where the prior draws the trace; a share alpha of them.
 
     "bernoulli": each trace on its own, as in the paper (section on hybrid sampling). "stratified": every
-    group gets floor(alpha G) or ceil(alpha G) prior traces, the fraction by chance: same law of each
-    trace, less variance. Prior traces come first in their group.
+    group gets floor(alpha G) or ceil(alpha G) prior traces, the fraction by chance: same distribution
+    of each trace, less variance. Prior traces come first in their group.
     """
     if split == "bernoulli":
         return torch.rand(questions * group_size, generator=generator) < alpha
@@ -47,7 +50,7 @@ class PackedRows:
 
     is_compileable = False
 
-    def __init__(self, policy, contexts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    def __init__(self, policy: Policy, contexts: Sequence[Sequence[int]], max_tokens: int) -> None:
         self.policy, self.config = policy, policy.decoder.config
         self.tree, self.store = build_tree(contexts), LayerStore()
         last = torch.stack([path[-1] for path in self.tree.paths])
@@ -64,13 +67,13 @@ class PackedRows:
         self._share([self.tree.paths[row] for row in order])
 
     def _share(self, paths: list[Tensor]) -> None:
-        """Halve the rows into blocks until none has more nodes than WASTE times the longest path."""
+        """Halve the rows into blocks until each has at most MAX_NODES_PER_PATH x the longest path nodes."""
         self.paths, rows, longest = paths, len(paths), max(map(len, paths))
         self.block = 2 * rows
         while True:
             self.block = -(-self.block // 2)
             parts = [torch.cat(paths[i : i + self.block]).unique() for i in range(0, rows, self.block)]
-            if self.block == 1 or max(map(len, parts)) <= WASTE * longest:
+            if self.block == 1 or max(map(len, parts)) <= MAX_NODES_PER_PATH * longest:
                 break
         nodes = pad_sequence(parts, batch_first=True, padding_value=len(self.tree))  # (b, m)
         on_path = torch.zeros(len(parts) * self.block, len(self.tree) + 1, dtype=torch.bool)
@@ -154,7 +157,7 @@ class PackedRows:
 class PlainRows:
     """The same with transformers' own cache and left-padded prompts, for models that cannot pack."""
 
-    def __init__(self, policy, contexts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    def __init__(self, policy: Policy, contexts: Sequence[Sequence[int]], max_tokens: int) -> None:
         self.policy, self.cache = policy, None
         width = max(map(len, contexts))
         ids = torch.tensor([[0] * (width - len(c)) + list(c) for c in contexts], device=policy.device)
@@ -187,7 +190,7 @@ class PlainRows:
 
 @torch.no_grad()
 def generate(
-    policy,
+    policy: Policy,
     contexts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
@@ -207,7 +210,7 @@ def generate(
     logprobs: list[list[float]] = [[] for _ in contexts]
     done = [False] * len(contexts)
     active = list(range(len(contexts)))
-    with steady(policy.lora, policy.dtype):
+    with cached_adapters(policy.lora, policy.dtype):
         rows = (PackedRows if policy.packs else PlainRows)(policy, contexts, max_tokens)
         hidden = rows.hidden
         for t in range(max_tokens):
@@ -228,7 +231,7 @@ def generate(
     return ids, done, logprobs
 
 
-def _end_of_text(policy) -> set[int]:
+def _end_of_text(policy: Policy) -> set[int]:
     eos = policy.causal_lm.generation_config.eos_token_id
     eos = eos if isinstance(eos, list) else [eos]
     return {i for i in [*eos, policy.tokenizer.eos_token_id] if i is not None}
@@ -250,8 +253,8 @@ def _pick(logp: Tensor, uniform: Tensor | None, top_p: float) -> Tensor:
 
 
 def sample_traces(
-    policy,
-    prompter,
+    policy: Policy,
+    prompter: Prompter,
     prompts: Sequence[Prompt],
     from_prior: Tensor,
     *,

@@ -1,24 +1,25 @@
 """Teacher-forced log-probabilities of traces under both prompts and of answers, packed as a prefix tree.
 
 For each rollout up to three sequences are scored: trace after the prior prompt, the same trace ids after
-the posterior prompt, and seam + answer after prior prompt + trace. ``score`` packs all of them into one
-tree (see tree.py) and applies the output head only at scored positions, a chunk at a time.
+the posterior prompt, and seam + answer after prior prompt + trace. ``trace_logprobs`` packs all of
+them into one tree (see tree.py) and applies the output head only at scored positions, a chunk at a time.
 ``packed=False`` is the plain reference: one padded row per sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..types import LogProbs, Prompt, TraceBatch
+from .policy import Policy
 from .tree import build_tree, count_nodes, final_logits, logit_cap, run_tree
 
-LOGITS_BYTES = 32 * 2**20  # float32 logits that exist at once
+MAX_LOGITS_BYTES = 32 * 2**20  # float32 logits that exist at once
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class _HeadLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, targets: Tensor, temperature: Tensor, policy) -> Tensor:
+    def forward(ctx, hidden: Tensor, targets: Tensor, temperature: Tensor, policy: Policy) -> Tensor:
         weight, needed = policy.head.weight, ctx.needs_input_grad[0]
         cap = logit_cap(policy)
         logprobs = torch.empty(len(hidden), device=hidden.device)
         slope = torch.empty_like(hidden) if needed else None
-        rows = max(1, LOGITS_BYTES // (4 * len(weight)))
+        rows = max(1, MAX_LOGITS_BYTES // (4 * len(weight)))
         for i in range(0, len(hidden), rows):
             part, target = slice(i, i + rows), targets[i : i + rows, None]
             logits = final_logits(policy, hidden[part])
@@ -68,15 +69,15 @@ class _HeadLogprobs(torch.autograd.Function):
         return (grad[:, None] * slope).to(slope.dtype), None, None, None
 
 
-def token_logprobs(policy, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
+def token_logprobs(policy: Policy, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
     """log softmax(head(hidden) / temperature)[targets], (k,) float32, for hidden (k, size).
 
-    The (k, vocabulary) logits never exist at once, but LOGITS_BYTES of them.
+    The (k, vocabulary) logits never exist at once, but MAX_LOGITS_BYTES of them.
     """
     return _HeadLogprobs.apply(hidden, targets, temperature, policy)
 
 
-def score_segments(policy, segments: Sequence[Segment], packed: bool = True) -> list[Tensor]:
+def score_segments(policy: Policy, segments: Sequence[Segment], packed: bool = True) -> list[Tensor]:
     """Each segment's (scored tokens,) log-probabilities, all in one forward.
 
     ``packed=False``, or a model that cannot run a tree: one padded row a segment.
@@ -89,13 +90,13 @@ def _read(segment: Segment) -> list[int]:
     return segment.ids[:-1]
 
 
-def _score_packed(policy, segments: Sequence[Segment]) -> list[Tensor]:
+def _score_packed(policy: Policy, segments: Sequence[Segment]) -> list[Tensor]:
     tree = build_tree([_read(s) for s in segments])
     before = torch.cat([path[s.start - 1 :] for s, path in zip(segments, tree.paths, strict=True)])
     return _scored(policy, segments, run_tree(policy, tree), before)
 
 
-def _score_rows(policy, segments: Sequence[Segment]) -> list[Tensor]:
+def _score_rows(policy: Policy, segments: Sequence[Segment]) -> list[Tensor]:
     """The same numbers from right-padded rows, as every trainer computes them; the tests' reference."""
     device = policy.device
     rows = [torch.tensor(s.ids) for s in segments]
@@ -107,7 +108,7 @@ def _score_rows(policy, segments: Sequence[Segment]) -> list[Tensor]:
     return _scored(policy, segments, hidden.flatten(0, 1), torch.cat(before))
 
 
-def _scored(policy, segments: Sequence[Segment], hidden: Tensor, before: Tensor) -> list[Tensor]:
+def _scored(policy: Policy, segments: Sequence[Segment], hidden: Tensor, before: Tensor) -> list[Tensor]:
     """hidden (n, size); before (k,) is its row that predicts each of the segments' scored tokens."""
     lengths = [len(s.ids) - s.start for s in segments]
     targets = torch.tensor([t for s in segments for t in s.ids[s.start :]])
@@ -146,8 +147,8 @@ def _pad(rows: list[Tensor], width: int) -> Tensor:
     return torch.nn.functional.pad(padded, (0, width - padded.shape[1]))
 
 
-def score(
-    policy,
+def trace_logprobs(
+    policy: Policy,
     prompts: Sequence[Prompt],
     batch: TraceBatch,
     *,
@@ -178,7 +179,11 @@ def score(
 
 @torch.no_grad()
 def reference(
-    policy, prompts: Sequence[Prompt], batch: TraceBatch, needs: frozenset[str], temperature: float = 1.0
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    batch: TraceBatch,
+    needs: frozenset[str],
+    temperature: float = 1.0,
 ) -> dict[str, Tensor]:
     """Log-probabilities under the frozen base (adapter off), by name of the ``LogProbs`` field.
 
@@ -202,3 +207,45 @@ def packed_tokens(prompts: Sequence[Prompt], batch: TraceBatch, posterior: bool 
     """(tokens a packed forward computes, tokens plain padded rows would compute)."""
     flat = [s for g in _segments(prompts, batch, 1.0, posterior).values() for s in g]
     return count_nodes([_read(s) for s in flat]), sum(len(s.ids) for s in flat)
+
+
+# --- micro-batches
+
+
+def own_prompts(prompts: Sequence[Prompt], batch: TraceBatch, rows: torch.Tensor) -> list[Prompt]:
+    """The prompt of each of the rollouts at ``rows``."""
+    return [prompts[i // batch.group_size] for i in rows.tolist()]
+
+
+def micro_batches(
+    prompts: Sequence[Prompt], batch: TraceBatch, posterior: bool, max_tokens: int
+) -> list[torch.Tensor]:
+    """Cut a step into parts whose packed trees have at most ``max_tokens`` nodes; each part's row numbers.
+
+    Parts are halved between questions first, because rollouts of one question share its prompt. A single
+    rollout is never cut.
+    """
+
+    def cut(rows: torch.Tensor) -> list[torch.Tensor]:
+        own = own_prompts(prompts, batch, rows)
+        if len(rows) == 1 or packed_tokens(own, batch.rows(rows), posterior)[0] <= max_tokens:
+            return [rows]
+        half = len(rows) // 2
+        if half > batch.group_size:
+            half -= half % batch.group_size
+        return cut(rows[:half]) + cut(rows[half:])
+
+    return cut(torch.arange(len(batch)))
+
+
+def join(parts: Sequence[LogProbs]) -> LogProbs:
+    """The log-probabilities of micro-batches as those of the whole step, in row order."""
+    names = [f.name for f in fields(LogProbs)]
+    columns = {name: [getattr(part, name) for part in parts] for name in names}
+    return LogProbs(**{n: None if c[0] is None else pad_and_cat(c) for n, c in columns.items()})
+
+
+def pad_and_cat(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Stack (rows, width) tensors of different widths, padded on the right with zeros (False)."""
+    width = max(p.shape[1] for p in parts)
+    return torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in parts])

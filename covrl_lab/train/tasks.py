@@ -11,21 +11,21 @@ import csv
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from decimal import Decimal, DecimalException
 from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from covrl_lab.types import ConfigError, Demonstration, Example, did_you_mean
+from ..types import ConfigError, Demonstration, Example, did_you_mean
+from .answers import gym_scorer, match_answer
+from .builtin_tasks import NUMBER_RANGES, TASKS
 
 HELD_OUT_EVERY = 5  # one question in five is held out
 MAX_DEMONSTRATIONS = 8
 DEFAULT_DIFFICULTY = 2
-PATIENCE = 1000  # fruitless draws in a row before a generator counts as exhausted; 0.8**1000 is never
+MAX_FAILED_DRAWS = 1000  # in a row, until a generator counts as exhausted
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -41,83 +41,6 @@ def _digest(question: str) -> str:
 def is_held_out(question: str) -> bool:
     """Whether a question belongs to the held-out fifth; depends on nothing but its text."""
     return int(_digest(question)[:16], 16) % HELD_OUT_EVERY == 0
-
-
-# --- Built-in tasks: each maps (rng, level 1..5, variant >= 0) to question, trace, answer. The variant picks
-# --- the kind of question (sign, position, story), so that demonstrations can go through the kinds in turn.
-
-NUMBERS = {1: (1, 9), 2: (10, 60), 3: (10, 99), 4: (100, 999), 5: (1000, 9999)}  # by level, inclusive
-WORDS = (
-    "ant arm bag bed bee box bus cap cat cow cup day dog ear egg eye fan fox gas hat ice jam key leg lip "
-    "map net oak oil owl pan pie pig rug sea sky sun tea toy van apple beach brick bridge candle chair "
-    "circus cloud comet copper dragon eagle field flower garden glass hammer hotel island jacket kitchen "
-    "ladder lemon market mirror moon music needle ocean pencil piano river silver spider summit table "
-    "tiger train tunnel valley violin wheel window winter"
-).split()  # the first 40 have three letters
-STORIES = (
-    "A shop has {} apples. It gets {} more and then sells {}. How many apples are left?",
-    "A shop has {} books. It sells {} and then gets {} more. How many books does it have?",
-    "A shop has {} lamps. It sells {} on Monday and {} on Tuesday. How many lamps are left?",
-    "A shop has {} pens. It gets {} on Monday and {} on Tuesday. How many pens does it have?",
-)
-SIGNS = ("+-", "-+", "--", "++")  # the two steps of each story
-
-
-def arithmetic(rng: Random, level: int, variant: int) -> tuple[str, str, str]:
-    """a + b or a - b >= 0. Levels: both numbers from 1-9, 10-60 (default), 10-99, 100-999, 1000-9999."""
-    a, b = rng.randint(*NUMBERS[level]), rng.randint(*NUMBERS[level])
-    if variant % 2 == 0:
-        return f"What is {a} + {b}?", f"{a} + {b} = {a + b}.", str(a + b)
-    a, b = max(a, b), min(a, b)
-    return f"What is {a} - {b}?", f"{a} - {b} = {a - b}.", str(a - b)
-
-
-def last_letters(rng: Random, level: int, variant: int) -> tuple[str, str, str]:
-    """Last letters of words. Levels: 2 three-letter words, 2 words (default), 3, 4, 5 words."""
-    words = rng.sample(WORDS[:40] if level == 1 else WORDS, max(2, level))
-    quoted = [f"'{word}'" for word in words]
-    question = f"Join the last letters of {', '.join(quoted[:-1])} and {quoted[-1]}."
-    trace = " ".join(f"The last letter of '{word}' is {word[-1]}." for word in words)
-    return question, trace, "".join(word[-1] for word in words)
-
-
-def largest_of_three(rng: Random, level: int, variant: int) -> tuple[str, str, str]:
-    """Largest of three different numbers. Levels: from 1-9, 10-60 (default), 10-99, 100-999, 1000-9999."""
-    low, high = NUMBERS[level]
-    *rest, largest = sorted(rng.sample(range(low, high + 1), 3))
-    rng.shuffle(rest)
-    numbers = list(rest)
-    numbers.insert(variant % 3, largest)
-    question = "Which number is the largest: {}, {} or {}?".format(*numbers)
-    return question, f"{largest} is larger than {rest[0]} and {rest[1]}.", str(largest)
-
-
-def _two_steps(rng: Random, level: int, signs: str) -> tuple[tuple[int, int, int], str, str]:
-    """Three numbers of the level, the trace of joining them by two signs, and the result >= 0."""
-    while True:
-        a, b, c = (rng.randint(*NUMBERS[level]) for _ in range(3))
-        first = a + b if signs[0] == "+" else a - b
-        last = first + c if signs[1] == "+" else first - c
-        if first >= 0 and last >= 0:
-            return (a, b, c), f"{a} {signs[0]} {b} = {first}. {first} {signs[1]} {c} = {last}.", str(last)
-
-
-def chained_arithmetic(rng: Random, level: int, variant: int) -> tuple[str, str, str]:
-    """a +- b +- c >= 0. Levels: numbers from 1-9, 10-60 (default), 10-99, 100-999, 1000-9999."""
-    signs = SIGNS[variant % 4]
-    (a, b, c), trace, answer = _two_steps(rng, level, signs)
-    return f"What is {a} {signs[0]} {b} {signs[1]} {c}?", trace, answer
-
-
-def shop(rng: Random, level: int, variant: int) -> tuple[str, str, str]:
-    """Two-step shop story. Levels: numbers from 1-9, 10-60 (default), 10-99, 100-999, 1000-9999."""
-    numbers, trace, answer = _two_steps(rng, level, SIGNS[variant % 4])
-    return STORIES[variant % 4].format(*numbers), trace, answer
-
-
-TASKS: dict[str, Callable[[Random, int, int], tuple[str, str, str]]] = {
-    task.__name__: task for task in (arithmetic, last_letters, largest_of_three, chained_arithmetic, shop)
-}
 
 
 def _worked_examples(generate: Callable, level: int) -> list[Demonstration]:
@@ -151,12 +74,14 @@ class _Stream:
         return [self._train_one(index, seed) for index in range(start, start + count)]
 
     def _train_one(self, index: int, seed: int) -> Example:
-        for attempt in range(PATIENCE):
+        for attempt in range(MAX_FAILED_DRAWS):
             example = self._example(f"train/{seed}/{index}/{attempt}")
             if example and not is_held_out(example.question):
                 if normalise_question(example.question) not in self.reserved:
                     return example
-        raise ConfigError(f"task {self.name!r} gave no training question in {PATIENCE} draws; choose another")
+        raise ConfigError(
+            f"task {self.name!r} gave no training question in {MAX_FAILED_DRAWS} draws; choose another"
+        )
 
     def held_out(self, count: int) -> list[Example]:
         found: dict[str, Example] = {}
@@ -165,7 +90,7 @@ class _Stream:
             example = self._example(f"held_out/{attempt}")
             if example and is_held_out(example.question) and example.id not in found:
                 found[example.id], last_hit = example, attempt
-            elif attempt - last_hit > PATIENCE:
+            elif attempt - last_hit > MAX_FAILED_DRAWS:
                 raise ConfigError(
                     f"task {self.name!r} has about {len(found)} different held-out questions, not {count}; "
                     "ask for fewer or raise the difficulty"
@@ -228,82 +153,10 @@ class Task:
         return self._score(prediction, example)
 
 
-# --- Scoring.
-
-
-def match_answer(prediction: str, reference: str) -> float:
-    """1.0 for the same text, number or formula, else 0.0. ``"7+7"`` does not answer ``"14"``."""
-    prediction, reference = _normalise_answer(prediction), _normalise_answer(reference)
-    if not prediction or not reference:
-        return 0.0
-    if prediction == reference:
-        return 1.0
-    number, predicted_number = _number(reference), _number(prediction)
-    if number is not None and predicted_number is not None:
-        return float(number == predicted_number)
-    return float(_same_formula(prediction, reference, number))
-
-
-def _normalise_answer(text: str) -> str:
-    text = " ".join(text.casefold().split()).rstrip(".").rstrip()
-    return text.replace(",", "") if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text) else text
-
-
-def _number(text: str) -> Decimal | None:
-    try:
-        number = Decimal(text)
-    except DecimalException:
-        return None
-    return number if number.is_finite() else None
-
-
-def _same_formula(prediction: str, reference: str, number: Decimal | None) -> bool:
-    """Compare by math_verify, which reads LaTeX and evaluates; the guards keep out what is no answer."""
-    if len(prediction) > 200 or len(re.findall(r"\^|\*\*|!", prediction)) > reference.count("^") + 1:
-        return False  # towers of powers take for ever
-    if re.search(r"(\^|\*\*)[\s{(]*\d{4}|\d{3}\s*!", prediction):
-        return False
-    if number is not None:  # one number or fraction: "23 + 45" restates the question, "7 or 14" hedges
-        whole = number == number.to_integral_value()
-        if len(re.findall(r"\d[\d,]*(?:\.\d+)?", prediction)) > (1 if whole else 2):
-            return False
-    elif not re.search(r"[\d\\^+=$]", reference) or re.search(r"(?<![\\a-z])[a-z]{2,}", reference):
-        return False  # words: as formulas, "en" and "ne" would be the same product
-
-    from math_verify import parse, verify
-
-    # Its timeouts are signals, which exist on the main thread only.
-    limit = 3 if threading.current_thread() is threading.main_thread() else None
-    try:
-        # Inside $...$ the whole text has to be the formula, else a number would be fished out of prose.
-        texts = (text if "$" in text else f"${text}$" for text in (reference, prediction))
-        gold, guess = (parse(text, parsing_timeout=limit) for text in texts)
-        return bool(verify(gold, guess, timeout_seconds=limit))
-    except Exception:  # whatever a parser makes of arbitrary text, it is no match
-        return False
-
-
 # --- reasoning-gym.
 
 # These build their rows in advance or cap them; the others make row i on demand, for any i.
 _GYM_SIZE = {"acre": 2_000, "gsm_symbolic": 20_000, "list_functions": 20_000, "word_ladder": 20_000}
-# Scorers that hand the answer to eval, or to sympy.parse_expr, which evals.
-_GYM_EVAL = "string_insertion spiral_matrix binary_matrix n_queens".split()
-_GYM_SYMPY = (
-    "simple_integration intermediate_integration polynomial_multiplication puzzle24 countdown".split()
-)
-_FUNCTIONS = set("sin cos tan asin acos atan sinh cosh tanh exp log sqrt pi Abs Integral".split())
-
-
-def _harmless(name: str, prediction: str) -> bool:
-    """Whether a scorer may evaluate a model's text: no unknown calls, strings, attributes or huge powers."""
-    if name in _GYM_EVAL:
-        return not re.search(r"[(*]", prediction)
-    if name in _GYM_SYMPY:
-        words = set(re.findall(r"[A-Za-z]\w+", prediction))
-        odd = re.search(r"""["'_!\[{:;\\]|\.\s*[A-Za-z]|\*\*[\s(]*(\d{3}|\w+\s*\*\*)""", prediction)
-        return prediction.isascii() and not odd and words <= _FUNCTIONS and len(prediction) <= 500
-    return True
 
 
 def _gym_task(name: str) -> Task:
@@ -330,17 +183,7 @@ def _gym_task(name: str) -> Task:
             else None
         )
 
-    def score(prediction: str, example: Example) -> float:
-        prediction = prediction.strip()
-        if not prediction or not _harmless(short, prediction):
-            return 0.0
-        entry = {"question": example.question, "answer": example.answer, "metadata": example.metadata}
-        try:
-            return min(1.0, max(0.0, float(dataset.score_answer(prediction, entry))))
-        except Exception:  # a scorer that trips over a malformed answer has found a wrong one
-            return 0.0
-
-    return Task(name, (), _Stream(name, draw), score)
+    return Task(name, (), _Stream(name, draw), gym_scorer(dataset, short))
 
 
 # --- Files and Hugging Face data sets.
@@ -449,8 +292,10 @@ def check_task(
         raise ConfigError(f"demonstrations must be 0 to {MAX_DEMONSTRATIONS}, not {demonstrations}")
     if difficulty is not None and name not in TASKS:
         raise ConfigError(f"difficulty is for built-in tasks ({', '.join(TASKS)}), not {name!r}")
-    if difficulty is not None and difficulty not in NUMBERS:
-        raise ConfigError(f"difficulty must be a whole number from 1 to {max(NUMBERS)}, not {difficulty!r}")
+    if difficulty is not None and difficulty not in NUMBER_RANGES:
+        raise ConfigError(
+            f"difficulty must be a whole number from 1 to {max(NUMBER_RANGES)}, not {difficulty!r}"
+        )
     columns = (question_column, answer_column, trace_column)
     on_hub, is_file = name.startswith("hf/"), Path(name).suffix in FILE_SUFFIXES
     if any(columns) and not (on_hub or is_file):

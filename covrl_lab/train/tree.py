@@ -16,6 +16,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,10 +26,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+if TYPE_CHECKING:
+    from .policy import Policy
+
 BLOCK = 128  # nodes whose attention is computed together
-# Keys of a block up to which a CPU computes attention from plain products, which are faster there than the
-# flash kernel but keep the weights for the backward pass.
-DIRECT = 512
+# Up to this many keys a block, a CPU computes attention with plain matrix products. They are faster there
+# than the flash kernel, but keep the attention weights for the backward pass.
+MAX_MATMUL_KEYS = 512
 ATTENTION = "covrl_tree"  # the name under which transformers knows ``attend``
 
 log = logging.getLogger(__name__)
@@ -107,7 +111,7 @@ class TreeAttention:
     made once for each sliding window and number of query heads that share a key head.
     """
 
-    def __init__(self, tree: TokenTree, policy) -> None:
+    def __init__(self, tree: TokenTree, policy: Policy) -> None:
         self.tree, self.device, self.dtype = tree, policy.device, policy.dtype
         self.config = policy.decoder.config
         starts = range(0, len(tree), BLOCK)
@@ -139,7 +143,7 @@ class TreeAttention:
         # index_select and not an index: its backward pass is faster.
         k, v = (x[0].index_select(1, self.keys.flatten()).unflatten(1, (blocks, width)) for x in (key, value))
         mask = self.mask(attention_window(self.config, layer), groups)
-        if self.device.type == "cpu" and width <= DIRECT:
+        if self.device.type == "cpu" and width <= MAX_MATMUL_KEYS:
             scores = torch.matmul(rows * scaling, k.mT).add_(mask)
             out = torch.matmul(scores.softmax(-1), v)
         else:
@@ -199,7 +203,7 @@ class LayerStore:
         return 0
 
 
-def forward(policy, ids: Tensor, position: Tensor, tree, cache=None) -> Tensor:
+def forward(policy: Policy, ids: Tensor, position: Tensor, tree, cache=None) -> Tensor:
     """Hidden states (batch, n, hidden) before the output head, of ids and positions (batch, n).
 
     tree is called for attention in each layer, cache stands in for transformers' own.
@@ -218,24 +222,24 @@ def forward(policy, ids: Tensor, position: Tensor, tree, cache=None) -> Tensor:
     return output.last_hidden_state
 
 
-def run_tree(policy, tree: TokenTree, store: LayerStore | None = None) -> Tensor:
+def run_tree(policy: Policy, tree: TokenTree, store: LayerStore | None = None) -> Tensor:
     """Forward a whole tree; returns hidden states (n, hidden) before the output head."""
     return forward(policy, tree.ids[None], tree.position[None], TreeAttention(tree, policy), store)[0]
 
 
-def logit_cap(policy) -> float | None:
+def logit_cap(policy: Policy) -> float | None:
     """The soft cap of the final logits (Gemma), if there is one."""
     return getattr(policy.causal_lm.config, "final_logit_softcapping", None)
 
 
-def final_logits(policy, hidden: Tensor) -> Tensor:
+def final_logits(policy: Policy, hidden: Tensor) -> Tensor:
     """The output head on hidden states (k, hidden): float32 logits (k, vocabulary), soft-capped for Gemma."""
     logits, cap = policy.head(hidden).float(), logit_cap(policy)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 @torch.no_grad()
-def enable_packing(policy) -> bool:
+def enable_packing(policy: Policy) -> bool:
     """Switch a model's attention to ``attend`` if it then computes a tree right; says so in the log if not.
 
     Tried on a small tree against plain rows, so that an architecture need not be known here.

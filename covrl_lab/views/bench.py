@@ -21,14 +21,14 @@ import torch
 from IPython.display import HTML
 
 from ..config import RunConfig
-from ..runs.folder import step_file, steps_in, trace_frame
-from ..train.models import Policy, load_adapter, load_policy, load_tokenizer
-from ..train.probe import coherence
+from ..runs.folder import step_file, steps_in
+from ..train.models import load_policy, load_tokenizer
+from ..train.policy import Policy, load_adapter
+from ..train.probe import coherence, trace_frame
 from ..train.prompts import Prompter
 from ..train.sampling import sample_traces
-from ..train.scoring import score
+from ..train.scoring import join, micro_batches, own_prompts, trace_logprobs
 from ..train.tasks import load_task
-from ..train.trainer import join, micro_batches, own_prompts
 from ..train.tree import final_logits
 from ..types import ConfigError, Example, Prompt
 from . import figures
@@ -128,7 +128,7 @@ def probe(
     for rows in micro_batches([prompt], batch, True, max_packed_tokens):
         tick(0)
         own = own_prompts([prompt], batch, rows)
-        parts.append(score(policy, own, batch.rows(rows), temperature=temperature))
+        parts.append(trace_logprobs(policy, own, batch.rows(rows), temperature=temperature))
     frame = trace_frame([example], batch, join(parts), prompter)
     reward = figures.answer_logprob(frame)
     deviation = reward.std(ddof=0)

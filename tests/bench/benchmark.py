@@ -212,16 +212,11 @@ def _ours(channel, settings: dict[str, Any], fixed: bool) -> None:
 
 def _prompts(config: RunConfig, step: int) -> tuple[list, Any]:
     """The prompts of a step (from 0), and the tokenizer."""
-    from covrl_lab.train.models import load_tokenizer
-    from covrl_lab.train.prompts import Prompter
-    from covrl_lab.train.tasks import load_task
+    from covrl_lab.train.opening import open_task
 
-    names = ("difficulty", "demonstrations")
-    task = load_task(config.task, **{name: getattr(config, name) for name in names})
-    tokenizer = load_tokenizer(config.model)
-    prompter = Prompter(tokenizer, task.demonstrations, config.prompt_style)
+    task, prompter = open_task(config)
     count = config.questions_per_step
-    return [prompter(e) for e in task.train(step * count, count, config.seed)], tokenizer
+    return [prompter(e) for e in task.train(step * count, count, config.seed)], prompter.tokenizer
 
 
 def _trl(channel, settings: dict[str, Any], steps: int) -> None:
@@ -233,8 +228,8 @@ def _trl(channel, settings: dict[str, Any], steps: int) -> None:
     from transformers.utils import logging
     from trl import GRPOConfig, GRPOTrainer
 
-    from covrl_lab.train.models import EMBEDDED, embedded_model_path
-    from covrl_lab.train.trainer import peak_memory_gib
+    from covrl_lab.train.embedded import EMBEDDED, embedded_model_path
+    from covrl_lab.train.records import peak_memory_gib
     from covrl_lab.train.tree import count_nodes
 
     config = RunConfig(**settings)
@@ -483,7 +478,7 @@ def scoring_run(policy, rollouts: int, trace_tokens: int = 32) -> tuple[int, Cal
     """Packed tokens, and a function that scores random traces in groups of four and runs the backward."""
     import torch
 
-    from covrl_lab.train.scoring import packed_tokens, score
+    from covrl_lab.train.scoring import packed_tokens, trace_logprobs
     from covrl_lab.types import Prompt, TraceBatch
 
     generator = torch.Generator().manual_seed(0)
@@ -500,7 +495,7 @@ def scoring_run(policy, rollouts: int, trace_tokens: int = 32) -> tuple[int, Cal
     batch = TraceBatch(ids(rollouts, trace_tokens), yes, yes[:, 0], yes[:, 0], group_size=4)
 
     def run() -> None:
-        scores = score(policy, prompts, batch)
+        scores = trace_logprobs(policy, prompts, batch)
         (scores.prior.sum() + scores.posterior.sum() + scores.answer.sum()).backward()
         for _, parameter in policy.trainable():
             parameter.grad = None
@@ -570,7 +565,7 @@ def _layout(settings: dict[str, Any], task: str, layout: str) -> dict[str, float
         for step in range(settings["steps"]):
             _, prompts, batch = trainer.sample(step)
             with torch.no_grad():
-                logprobs = trainer.score(prompts, batch, torch.arange(len(batch)))
+                logprobs = trainer.logprobs(prompts, batch, torch.arange(len(batch)))
             answers.append(logprobs.answer.sum(1)[~batch.from_prior])
             finished.append(batch.finished[~batch.from_prior])
             packed.append(packed_tokens(prompts, batch)[0])

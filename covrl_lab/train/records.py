@@ -1,0 +1,156 @@
+"""What a step measures: its line of ``metrics.jsonl`` and its rows of ``traces``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ..config import RunConfig
+from ..types import Credit, Example, LogProbs, Prompt, TraceBatch
+from .objectives import log_mixture, needs_posterior, responsibility
+from .probe import trace_frame
+from .prompts import Prompter
+from .scoring import packed_tokens
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step measured; a line of ``metrics.jsonl``. A mean over no trace is None.
+
+    Rewards and log-probabilities are in nats (or probabilities, where the method's reward is one), KL in
+    nats a token, seconds are wall-clock. ``*_prior`` and ``*_posterior`` are means over traces by source.
+    """
+
+    step: int
+    loss: float
+    policy_loss: float
+    nll: float | None  # weighted by c_y: nats an answer token of all traces (token_mean), or a trace
+    kl: float | None
+    reward: float
+    reward_prior: float | None
+    reward_posterior: float | None
+    answer_logprob_prior: float | None  # log p(y|x,z), also after unfinished traces
+    answer_logprob_posterior: float | None
+    finished_share: float
+    trace_tokens: float
+    trace_tokens_prior: float | None
+    trace_tokens_posterior: float | None
+    answer_term_share: float  # traces in the answer term
+    clipped_share: float  # tokens whose gradient the clip holds back
+    effective_sample_share: float  # (sum W)^2 / (N sum W^2) of the trace weights W = prod p'/h
+    responsibility_prior: float | None  # mean rho on traces of each source
+    responsibility_posterior: float | None
+    log_ratio_extreme_share: float  # tokens with |log q - log p| above 10 nats
+    gradient_norm: float
+    learning_rate: float
+    accuracy: float | None  # greedy held-out accuracy after this step, where it was evaluated
+    seconds: float
+    seconds_sampling: float
+    seconds_update: float
+    packed_tokens: int  # tokens a scoring forward computed, and what padded rows would have
+    padded_tokens: int
+    peak_memory_gib: float | None  # None where the system does not report it
+
+
+def step_record(
+    config: RunConfig,
+    step: int,
+    prompts: Sequence[Prompt],
+    batch: TraceBatch,
+    old: LogProbs,
+    credit: Credit,
+    losses: Mapping[str, float],
+    *,
+    norm: float,
+    learning_rate: float,
+    accuracy: float | None,
+    seconds_sampling: float,
+    seconds_update: float,
+) -> StepRecord:
+    """The record of step ``step`` (from 1). ``old`` are the log-probabilities before its update."""
+    prior, posterior = batch.from_prior, ~batch.from_prior
+
+    def mean(values: Tensor, keep: Tensor | None = None) -> float | None:
+        values = values.float() if keep is None else values[keep].float()
+        return float(values.mean()) if values.numel() else None
+
+    lengths, answer = batch.mask.sum(1), old.answer.sum(1)
+    weight = log_ratio(old, config).sum(1).double()
+    weight = (weight - weight.max()).exp()
+    rho = gap = None
+    if old.posterior is not None:
+        rho = responsibility(old, config.composite_weight)
+        gap = (old.posterior - old.prior).abs() > 10
+    packed, padded = packed_tokens(prompts, batch, needs_posterior(config))
+    return StepRecord(
+        step=step,
+        loss=losses["loss"],
+        policy_loss=losses["policy"],
+        nll=losses["nll"] if config.nll_weight and (credit.answer_weight != 0).any() else None,
+        kl=losses.get("kl"),
+        reward=mean(credit.reward),
+        reward_prior=mean(credit.reward, prior),
+        reward_posterior=mean(credit.reward, posterior),
+        answer_logprob_prior=mean(answer, prior),
+        answer_logprob_posterior=mean(answer, posterior),
+        finished_share=mean(batch.finished),
+        trace_tokens=mean(lengths),
+        trace_tokens_prior=mean(lengths, prior),
+        trace_tokens_posterior=mean(lengths, posterior),
+        answer_term_share=mean(credit.answer_weight != 0),
+        clipped_share=losses["clipped_share"],
+        effective_sample_share=float(weight.sum() ** 2 / (len(batch) * (weight**2).sum())),
+        responsibility_prior=None if rho is None else mean(rho, batch.mask & prior[:, None]),
+        responsibility_posterior=None if rho is None else mean(rho, batch.mask & posterior[:, None]),
+        log_ratio_extreme_share=0.0 if gap is None else mean(gap, batch.mask),
+        gradient_norm=norm,
+        learning_rate=learning_rate,
+        accuracy=accuracy,
+        seconds=seconds_sampling + seconds_update,
+        seconds_sampling=seconds_sampling,
+        seconds_update=seconds_update,
+        packed_tokens=packed,
+        padded_tokens=padded,
+        peak_memory_gib=peak_memory_gib(batch.mask.device),
+    )
+
+
+def log_ratio(old: LogProbs, config: RunConfig) -> Tensor:
+    """log p'/h of each token, (N, T) nats, before the update."""
+    return log_mixture(old, config.composite_weight) - log_mixture(old, config.alpha)
+
+
+def trace_rows(
+    config: RunConfig,
+    step: int,
+    examples: Sequence[Example],
+    batch: TraceBatch,
+    old: LogProbs,
+    credit: Credit,
+    prompter: Prompter,
+) -> pd.DataFrame:
+    """One row a rollout of step ``step`` (from 1), with the columns of ``Run.traces``."""
+    frame = trace_frame(examples, batch, old, prompter)
+    frame.insert(0, "step", step)
+    ratios = zip(log_ratio(old, config), batch.mask, strict=True)
+    frame["log_ratio"] = [row[keep].tolist() for row, keep in ratios]
+    for name in ("reward", "advantage", "answer_weight"):
+        frame[name] = getattr(credit, name).tolist()
+    return frame
+
+
+def peak_memory_gib(device: torch.device) -> float | None:
+    """The process's peak so far: GPU memory allocated, or resident memory on a CPU. None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource  # Unix only
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
