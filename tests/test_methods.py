@@ -608,7 +608,7 @@ def scored(tiny_policies):
 
 
 def test_the_reference_is_the_policy_without_its_adapter(scored):
-    """ref_prior: trace_logprobs() under an adapter of zeros, at the sampling temperature; padding exactly zero."""
+    """ref_prior: as under an adapter of zeros, at the sampling temperature; padding exactly zero."""
     policy, prompts, batch = scored
     zero = copy.deepcopy(policy)
     with torch.no_grad():

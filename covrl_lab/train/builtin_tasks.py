@@ -10,7 +10,7 @@ from collections.abc import Callable
 from random import Random
 
 # Smallest and largest number by level, inclusive.
-NUMBER_RANGES = {1: (1, 9), 2: (10, 60), 3: (10, 99), 4: (100, 999), 5: (1000, 9999)}
+RANGES = {1: (1, 9), 2: (10, 60), 3: (10, 99), 4: (100, 999), 5: (1000, 9999)}
 WORDS = (
     "ant arm bag bed bee box bus cap cat cow cup day dog ear egg eye fan fox gas hat ice jam key leg lip "
     "map net oak oil owl pan pie pig rug sea sky sun tea toy van apple beach brick bridge candle chair "
@@ -29,7 +29,7 @@ SIGNS = ("+-", "-+", "--", "++")  # the two steps of each story
 
 def arithmetic(rng: Random, level: int, variant: int) -> tuple[str, str, str]:
     """a + b or a - b >= 0. Levels: both numbers from 1-9, 10-60 (default), 10-99, 100-999, 1000-9999."""
-    a, b = rng.randint(*NUMBER_RANGES[level]), rng.randint(*NUMBER_RANGES[level])
+    a, b = rng.randint(*RANGES[level]), rng.randint(*RANGES[level])
     if variant % 2 == 0:
         return f"What is {a} + {b}?", f"{a} + {b} = {a + b}.", str(a + b)
     a, b = max(a, b), min(a, b)
@@ -47,7 +47,7 @@ def last_letters(rng: Random, level: int, variant: int) -> tuple[str, str, str]:
 
 def largest_of_three(rng: Random, level: int, variant: int) -> tuple[str, str, str]:
     """Largest of three different numbers. Levels: from 1-9, 10-60 (default), 10-99, 100-999, 1000-9999."""
-    low, high = NUMBER_RANGES[level]
+    low, high = RANGES[level]
     *rest, largest = sorted(rng.sample(range(low, high + 1), 3))
     rng.shuffle(rest)
     numbers = list(rest)
@@ -59,7 +59,7 @@ def largest_of_three(rng: Random, level: int, variant: int) -> tuple[str, str, s
 def _two_steps(rng: Random, level: int, signs: str) -> tuple[tuple[int, int, int], str, str]:
     """Three numbers of the level, the trace of joining them by two signs, and the result >= 0."""
     while True:
-        a, b, c = (rng.randint(*NUMBER_RANGES[level]) for _ in range(3))
+        a, b, c = (rng.randint(*RANGES[level]) for _ in range(3))
         first = a + b if signs[0] == "+" else a - b
         last = first + c if signs[1] == "+" else first - c
         if first >= 0 and last >= 0:

@@ -23,7 +23,7 @@ from ..runs.folder import read_jsonl, step_file, steps_in
 from ..types import ConfigError
 from .policy import Policy, load_adapter, save_adapter
 
-ALLOWED_IN_NEW_FOLDER = {".ipynb", ".ipynb_checkpoints", ".html", ".log", ".tmp", ".yaml"}
+ALLOWED_SUFFIXES = {".ipynb", ".ipynb_checkpoints", ".html", ".log", ".tmp", ".yaml"}
 MIN_FREE_BYTES = 200 * 2**20  # a run folder of the embedded model with its checkpoints stays below this
 METHOD_STATE = "memory.json"
 KEPT_CHECKPOINTS = 2
@@ -44,9 +44,7 @@ def check_run_dir(config: RunConfig) -> None:
                 f"{str(run_dir)!r} holds a run with another configuration ({name} is {theirs!r} "
                 f"there, {mine!r} here); choose another run_dir"
             )
-    elif run_dir.exists() and any(
-        (p.suffix or p.name) not in ALLOWED_IN_NEW_FOLDER for p in run_dir.iterdir()
-    ):
+    elif run_dir.exists() and any((p.suffix or p.name) not in ALLOWED_SUFFIXES for p in run_dir.iterdir()):
         raise ConfigError(f"{str(run_dir)!r} is not empty and not a run folder; choose another run_dir")
     if shutil.disk_usage(parent).free < MIN_FREE_BYTES:
         raise ConfigError(

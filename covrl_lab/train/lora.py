@@ -49,7 +49,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 class _Weight:
-    """The frozen (out, in) W of layers with the same input: ``forward`` x -> x W' + bias, ``backward`` dy -> dy W."""
+    """The frozen (out, in) W of layers with one input: ``forward`` x W' + bias, ``backward`` dy W."""
 
     def __init__(self, layers: Sequence[torch.nn.Module], keep: bool) -> None:
         bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])

@@ -25,10 +25,10 @@ from .objectives import (
     likelihood_credit,
 )
 
-MethodState = Mapping[str, float]
+State = Mapping[str, float]
 
 
-def covrl_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: MethodState) -> Credit:
+def covrl_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: State) -> Credit:
     """CoVRL (arXiv 2512.12576): traces from prior and posterior, one joint group baseline.
 
     R = log p(y|x,z) in the prior context; A = (R - group mean) / group deviation; c_y = 1 for finished
@@ -39,7 +39,7 @@ def covrl_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_sta
     return likelihood_credit(batch, old, config)
 
 
-def jlb_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: MethodState) -> Credit:
+def jlb_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: State) -> Credit:
     """JLB and JEPO (arXiv 2503.19618): the Jensen bound E_P[log (1/n) sum_j p(y|x,z_j)], n = ``n_sample``.
 
     n = 1 (JLB): R = log p(y|x,z), leave-one-out baseline, c_y = 1. n > 1 (JEPO): groups are cut into sets
@@ -66,7 +66,7 @@ def jlb_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state
     return Credit(reward, advantage, answer_weight, batch.finished)
 
 
-def verifree_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: MethodState) -> Credit:
+def verifree_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: State) -> Credit:
     """VeriFree (arXiv 2505.21493): maximises E_P[p(y|x,z)] = p(y|x).
 
     R = p(y|x,z), the product over answer tokens; A = R - mean of the others; c_y = R. Unfinished traces
@@ -77,7 +77,7 @@ def verifree_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_
     return likelihood_credit(batch, old, config)
 
 
-def latro_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: MethodState) -> Credit:
+def latro_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: State) -> Credit:
     """LaTRO (arXiv 2411.04282): E_P[log p(y|x,z)] - beta KL(P||P_ref), the KL inside the reward.
 
     R = log p(y|x,z) - beta log(P(z|x) / P_ref(z|x)) with beta = ``reference_kl_weight`` and P_ref the
@@ -97,7 +97,7 @@ def latro_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_sta
 RLPR_WARMUP, RLPR_DECAY = 10, 0.99  # steps before the filter acts; decay of its running mean
 
 
-def rlpr_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: MethodState) -> Credit:
+def rlpr_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: State) -> Credit:
     """RLPR (arXiv 2506.18254): GRPO on the mean probability of the answer's tokens.
 
     R = 0.9 max(0, B - B_0) + 0.1 format - repetition, with B the mean token probability of y after the
@@ -141,9 +141,7 @@ def repeats(batch: TraceBatch, window: int = 10, times: int = 10) -> Tensor:
     return torch.tensor(found, device=batch.mask.device)
 
 
-def ravr_like_credit(
-    batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: MethodState
-) -> Credit:
+def ravr_like_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: State) -> Credit:
     """RAVR-like (arXiv 2510.25206, no full text or code public): the posterior-only bound, w = alpha = 0.
 
     Known from its abstract and reviews: an evidence bound with z ~ Q and KL(Q||P), utilities from the
@@ -154,7 +152,7 @@ def ravr_like_credit(
     return likelihood_credit(batch, old, config)
 
 
-def grpo_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: MethodState) -> Credit:
+def grpo_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: State) -> Credit:
     """GRPO (arXiv 2402.03300) with a verifier, the upper reference: R = the task's score, A = group-scaled.
 
     The score is that of the model's own greedy answer after the trace, 0 where unfinished, so that R is a
@@ -174,7 +172,7 @@ class Method:
     needs: any of "ref_prior" and "bare_answer" (``LogProbs``) and "verifier_reward" (``TraceBatch``).
     """
 
-    credit: Callable[[TraceBatch, LogProbs, RunConfig, MethodState], Credit]
+    credit: Callable[[TraceBatch, LogProbs, RunConfig, State], Credit]
     loss: Callable[..., tuple[Tensor, dict[str, Tensor]]] = coupled_loss
     needs: frozenset[str] = frozenset()
 

@@ -20,12 +20,12 @@ from typing import Any
 
 from ..types import ConfigError, Demonstration, Example, did_you_mean
 from .answers import gym_scorer, match_answer
-from .builtin_tasks import NUMBER_RANGES, TASKS
+from .builtin_tasks import RANGES, TASKS
 
 HELD_OUT_EVERY = 5  # one question in five is held out
 MAX_DEMONSTRATIONS = 8
 DEFAULT_DIFFICULTY = 2
-MAX_FAILED_DRAWS = 1000  # in a row, until a generator counts as exhausted
+MAX_DRAWS = 1000  # in a row, until a generator counts as exhausted
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -74,13 +74,13 @@ class _Stream:
         return [self._train_one(index, seed) for index in range(start, start + count)]
 
     def _train_one(self, index: int, seed: int) -> Example:
-        for attempt in range(MAX_FAILED_DRAWS):
+        for attempt in range(MAX_DRAWS):
             example = self._example(f"train/{seed}/{index}/{attempt}")
             if example and not is_held_out(example.question):
                 if normalise_question(example.question) not in self.reserved:
                     return example
         raise ConfigError(
-            f"task {self.name!r} gave no training question in {MAX_FAILED_DRAWS} draws; choose another"
+            f"task {self.name!r} gave no training question in {MAX_DRAWS} draws; choose another"
         )
 
     def held_out(self, count: int) -> list[Example]:
@@ -90,7 +90,7 @@ class _Stream:
             example = self._example(f"held_out/{attempt}")
             if example and is_held_out(example.question) and example.id not in found:
                 found[example.id], last_hit = example, attempt
-            elif attempt - last_hit > MAX_FAILED_DRAWS:
+            elif attempt - last_hit > MAX_DRAWS:
                 raise ConfigError(
                     f"task {self.name!r} has about {len(found)} different held-out questions, not {count}; "
                     "ask for fewer or raise the difficulty"
@@ -292,10 +292,8 @@ def check_task(
         raise ConfigError(f"demonstrations must be 0 to {MAX_DEMONSTRATIONS}, not {demonstrations}")
     if difficulty is not None and name not in TASKS:
         raise ConfigError(f"difficulty is for built-in tasks ({', '.join(TASKS)}), not {name!r}")
-    if difficulty is not None and difficulty not in NUMBER_RANGES:
-        raise ConfigError(
-            f"difficulty must be a whole number from 1 to {max(NUMBER_RANGES)}, not {difficulty!r}"
-        )
+    if difficulty is not None and difficulty not in RANGES:
+        raise ConfigError(f"difficulty must be a whole number from 1 to {max(RANGES)}, not {difficulty!r}")
     columns = (question_column, answer_column, trace_column)
     on_hub, is_file = name.startswith("hf/"), Path(name).suffix in FILE_SUFFIXES
     if any(columns) and not (on_hub or is_file):

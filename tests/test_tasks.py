@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from covrl_lab.train.tasks import TASKS, check_task, is_held_out, load_task, match_answer, normalise_question
+from covrl_lab.train.answers import match_answer
+from covrl_lab.train.builtin_tasks import TASKS
+from covrl_lab.train.tasks import check_task, is_held_out, load_task, normalise_question
 from covrl_lab.types import ConfigError, Example
 
 GYM = ["reasoning_gym/chain_sum", "reasoning_gym/leg_counting", "reasoning_gym/gsm_symbolic"]
