@@ -18,7 +18,7 @@ from typing import Any
 from .files import write_whole
 from .types import ConfigError, did_you_mean
 
-# What each method fixes, with the paper it comes from; the definitions are in objectives.py.
+# What each method fixes, with the paper it comes from; train/methods.py defines them.
 _COMMON = {
     "alpha": 1.0,
     "composite_weight": 1.0,
@@ -125,8 +125,19 @@ CHOICES: dict[str, tuple[str, ...]] = {
 _LITERALS = str | int | float | bool | None | list | tuple | dict
 
 
+class _Checked(type):
+    """Makes a keyword that is no field a ConfigError that gives the nearest name."""
+
+    def __call__(cls, *args: Any, **settings: Any) -> Any:
+        valid = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for name in settings:
+            if name not in valid:
+                raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, valid)}")
+        return super().__call__(*args, **settings)
+
+
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(metaclass=_Checked):
     """Everything that decides a run's numbers. Units are in the names; ``None`` means the method's own.
 
     Raises ``ConfigError`` with one sentence for the first setting that cannot work.
@@ -311,30 +322,18 @@ class RunConfig:
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> RunConfig:
         """Build from settings by name; an unknown name is an error that gives the nearest valid one."""
-        valid = [f.name for f in fields(cls)]
-        for name in settings:
-            if name not in valid:
-                raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, valid)}")
         return cls(**settings)
 
     @classmethod
     def from_namespace(cls, names: dict[str, Any], also: Iterable[str] = ()) -> RunConfig:
-        """Build from a notebook's variables, ``globals()``: every plain value there must be a setting.
+        """Build from a notebook's variables, ``globals()``, after ``check_parameters``.
 
-        So a misspelt parameter is an error whether papermill injected it or a person typed it. Call it in the
-        first cell after the parameters. Not looked at: names with an underscore, IPython's own, and values
-        that are no literals (modules, functions, objects). ``also`` names the notebook's own parameters.
+        ``also`` names the notebook's own parameters.
         """
-        valid = {f.name for f in fields(cls)}
-        plain = {
-            name: value
-            for name, value in names.items()
-            if not name.startswith("_") and name not in ("In", "Out") and isinstance(value, _LITERALS)
-        }
-        for name in plain:
-            if name not in valid and name not in also:
-                raise ConfigError(f"unknown parameter {name!r}{did_you_mean(name, [*valid, *also])}")
-        return cls(**{name: value for name, value in plain.items() if name in valid})
+        valid = [f.name for f in fields(cls)]
+        check_parameters(names, [*valid, *also])
+        plain = {name: names[name] for name in valid if name in names}
+        return cls(**{name: value for name, value in plain.items() if isinstance(value, _LITERALS)})
 
     def save(self, path: str | Path) -> None:
         """Write ``config.json``."""
@@ -364,3 +363,21 @@ class RunConfig:
         """The settings that change a run's numbers."""
         others = ("run_dir", "tracker", "checkpoint_every")
         return {k: v for k, v in self.to_dict().items() if k not in others}
+
+
+def check_parameters(names: dict[str, Any], valid: Iterable[str]) -> None:
+    """ConfigError for a plain value in a notebook's variables, ``globals()``, that is none of its parameters.
+
+    So a misspelt parameter is an error whether papermill injected it or a person typed it. Call it in the
+    first cell after the parameters. Not looked at: names with an underscore, IPython's own, and values that
+    are no literals (modules, functions, objects). Later calls check nothing: by then the notebook's own
+    variables stand beside its parameters.
+    """
+    if names.get("_parameters_checked"):
+        return
+    valid = list(valid)
+    for name, value in names.items():
+        plain = not name.startswith("_") and name not in ("In", "Out") and isinstance(value, _LITERALS)
+        if plain and name not in valid:
+            raise ConfigError(f"unknown parameter {name!r}{did_you_mean(name, valid)}")
+    names["_parameters_checked"] = True
