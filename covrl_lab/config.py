@@ -122,6 +122,30 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tracker": ("none", "tensorboard", "wandb", "trackio"),
 }
 
+# Least and largest value, and the rule in words. The least positive float stands for "above 0".
+_TINY = math.ulp(0.0)
+_SHARE = (0, 1, "between 0 and 1")
+_POSITIVE = (_TINY, math.inf, "above 0")
+_NOT_NEGATIVE = (0, math.inf, "0 or more")
+_COUNT = (1, math.inf, "1 or more")
+RANGES: dict[str, tuple[float, float, str]] = {
+    **dict.fromkeys(("alpha", "composite_weight"), _SHARE),
+    "top_p": (_TINY, 1, "above 0 and at most 1"),
+    "temperature": (_TINY, math.inf, "above 0 (greedy decoding belongs to evaluation)"),
+    **dict.fromkeys("clip_range clip_range_high learning_rate max_grad_norm".split(), _POSITIVE),
+    **dict.fromkeys(
+        "kl_weight nll_weight advantage_clip unfinished_penalty weight_decay reference_kl_weight std_filter "
+        "steps eval_every eval_samples warmup_steps demonstrations".split(),
+        _NOT_NEGATIVE,
+    ),
+    **dict.fromkeys(
+        "questions_per_step rollouts_per_question max_trace_tokens eval_questions checkpoint_every "
+        "updates_per_step n_sample max_answer_tokens max_packed_tokens lora_rank lora_alpha".split(),
+        _COUNT,
+    ),
+    "seed": (0, 2**32 - 1, "from 0 to 2**32 - 1"),
+}
+
 _LITERALS = str | int | float | bool | None | list | tuple | dict
 
 
@@ -258,33 +282,8 @@ class RunConfig(metaclass=_Checked):
             if not ok:
                 raise ConfigError(f"{name} must be {rule}, not {getattr(self, name)!r}")
 
-        for name in ("alpha", "composite_weight"):
-            need(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
-        need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        for name in ("clip_range", "clip_range_high"):
-            need(getattr(self, name) > 0, name, "above 0")
-        need(self.temperature > 0, "temperature", "above 0 (greedy decoding belongs to evaluation)")
-        need(self.learning_rate > 0, "learning_rate", "above 0")
-        need(self.max_grad_norm > 0, "max_grad_norm", "above 0")
-        for name in ("kl_weight", "nll_weight", "advantage_clip", "unfinished_penalty", "weight_decay"):
-            need(getattr(self, name) >= 0, name, "0 or more")
-        for name in ("reference_kl_weight", "std_filter"):
-            need(getattr(self, name) >= 0, name, "0 or more")
-        for name in ("questions_per_step", "rollouts_per_question", "max_trace_tokens", "eval_questions"):
-            need(getattr(self, name) >= 1, name, "1 or more")
-        for name in (
-            "checkpoint_every",
-            "updates_per_step",
-            "n_sample",
-            "max_answer_tokens",
-            "max_packed_tokens",
-        ):
-            need(getattr(self, name) >= 1, name, "1 or more")
-        for name in ("lora_rank", "lora_alpha"):
-            need(getattr(self, name) >= 1, name, "1 or more")
-        for name in ("steps", "eval_every", "eval_samples", "warmup_steps", "demonstrations"):
-            need(getattr(self, name) >= 0, name, "0 or more")
-        need(0 <= self.seed < 2**32, "seed", "from 0 to 2**32 - 1")
+        for name, (low, high, rule) in RANGES.items():
+            need(low <= getattr(self, name) <= high, name, rule)
         if self.n_sample > 1:
             need(self.method == "jlb", "n_sample", "1 unless method='jlb'")
             need(self.reward == "sum_logprob", "reward", "'sum_logprob' when n_sample is above 1")
