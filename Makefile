@@ -26,8 +26,8 @@ lint: .venv/.installed
 	.venv/bin/python -m ruff format --check .
 
 # The learning curves of notebooks/08_results.ipynb: six runs, about 8 minutes each on one free core. An
-# interrupted run goes on where it was; the files to look at are copied next to the notebook.
-TRAIN := OMP_NUM_THREADS=1 .venv/bin/python -m covrl_lab --steps 30 --eval_questions 200 --run_dir runs/learning
+# interrupted run resumes; the files to look at are copied next to the notebook.
+TRAIN := OMP_NUM_THREADS=1 .venv/bin/covrl-lab train --steps 30 --eval_questions 200 --run_dir runs/learning
 learning: .venv/.installed
 	for seed in 0 1 2; do \
 		$(TRAIN)/covrl-s$$seed --seed $$seed && \

@@ -18,13 +18,15 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 # Resolved on first use, so that looking at run folders never imports torch.
 _HOME = {
-    "RunConfig": "config",
     "ConfigError": "types",
     "Example": "types",
+    "RunConfig": "config",
+    "Sweep": "runs.sweep",
     "Trainer": "train.trainer",
+    "check_parameters": "config",
+    "load_policy": "train.models",
     "load_run": "runs.folder",
     "load_task": "train.tasks",
-    "load_policy": "train.models",
     "open_model": "train.opening",
     "probe": "train.probe",
     "report": "views.report",

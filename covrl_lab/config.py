@@ -18,7 +18,7 @@ from typing import Any
 from .files import write_whole
 from .types import ConfigError, did_you_mean
 
-# What each method fixes, with the paper it comes from; the definitions are in objectives.py.
+# What each method fixes, with the paper it comes from; train/methods.py defines them.
 _COMMON = {
     "alpha": 1.0,
     "composite_weight": 1.0,
@@ -122,11 +122,46 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tracker": ("none", "tensorboard", "wandb", "trackio"),
 }
 
+# Least and largest value, and the rule in words. The least positive float stands for "above 0".
+_TINY = math.ulp(0.0)
+_SHARE = (0, 1, "between 0 and 1")
+_POSITIVE = (_TINY, math.inf, "above 0")
+_NOT_NEGATIVE = (0, math.inf, "0 or more")
+_COUNT = (1, math.inf, "1 or more")
+RANGES: dict[str, tuple[float, float, str]] = {
+    **dict.fromkeys(("alpha", "composite_weight"), _SHARE),
+    "top_p": (_TINY, 1, "above 0 and at most 1"),
+    "temperature": (_TINY, math.inf, "above 0 (greedy decoding belongs to evaluation)"),
+    **dict.fromkeys("clip_range clip_range_high learning_rate max_grad_norm".split(), _POSITIVE),
+    **dict.fromkeys(
+        "kl_weight nll_weight advantage_clip unfinished_penalty weight_decay reference_kl_weight std_filter "
+        "steps eval_every eval_samples warmup_steps demonstrations".split(),
+        _NOT_NEGATIVE,
+    ),
+    **dict.fromkeys(
+        "questions_per_step rollouts_per_question max_trace_tokens eval_questions checkpoint_every "
+        "updates_per_step n_sample max_answer_tokens max_packed_tokens lora_rank lora_alpha".split(),
+        _COUNT,
+    ),
+    "seed": (0, 2**32 - 1, "from 0 to 2**32 - 1"),
+}
+
 _LITERALS = str | int | float | bool | None | list | tuple | dict
 
 
+class _Checked(type):
+    """Makes a keyword that is no field a ConfigError that gives the nearest name."""
+
+    def __call__(cls, *args: Any, **settings: Any) -> Any:
+        valid = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for name in settings:
+            if name not in valid:
+                raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, valid)}")
+        return super().__call__(*args, **settings)
+
+
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(metaclass=_Checked):
     """Everything that decides a run's numbers. Units are in the names; ``None`` means the method's own.
 
     Raises ``ConfigError`` with one sentence for the first setting that cannot work.
@@ -247,33 +282,8 @@ class RunConfig:
             if not ok:
                 raise ConfigError(f"{name} must be {rule}, not {getattr(self, name)!r}")
 
-        for name in ("alpha", "composite_weight"):
-            need(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
-        need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        for name in ("clip_range", "clip_range_high"):
-            need(getattr(self, name) > 0, name, "above 0")
-        need(self.temperature > 0, "temperature", "above 0 (greedy decoding belongs to evaluation)")
-        need(self.learning_rate > 0, "learning_rate", "above 0")
-        need(self.max_grad_norm > 0, "max_grad_norm", "above 0")
-        for name in ("kl_weight", "nll_weight", "advantage_clip", "unfinished_penalty", "weight_decay"):
-            need(getattr(self, name) >= 0, name, "0 or more")
-        for name in ("reference_kl_weight", "std_filter"):
-            need(getattr(self, name) >= 0, name, "0 or more")
-        for name in ("questions_per_step", "rollouts_per_question", "max_trace_tokens", "eval_questions"):
-            need(getattr(self, name) >= 1, name, "1 or more")
-        for name in (
-            "checkpoint_every",
-            "updates_per_step",
-            "n_sample",
-            "max_answer_tokens",
-            "max_packed_tokens",
-        ):
-            need(getattr(self, name) >= 1, name, "1 or more")
-        for name in ("lora_rank", "lora_alpha"):
-            need(getattr(self, name) >= 1, name, "1 or more")
-        for name in ("steps", "eval_every", "eval_samples", "warmup_steps", "demonstrations"):
-            need(getattr(self, name) >= 0, name, "0 or more")
-        need(0 <= self.seed < 2**32, "seed", "from 0 to 2**32 - 1")
+        for name, (low, high, rule) in RANGES.items():
+            need(low <= getattr(self, name) <= high, name, rule)
         if self.n_sample > 1:
             need(self.method == "jlb", "n_sample", "1 unless method='jlb'")
             need(self.reward == "sum_logprob", "reward", "'sum_logprob' when n_sample is above 1")
@@ -311,30 +321,18 @@ class RunConfig:
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> RunConfig:
         """Build from settings by name; an unknown name is an error that gives the nearest valid one."""
-        valid = [f.name for f in fields(cls)]
-        for name in settings:
-            if name not in valid:
-                raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, valid)}")
         return cls(**settings)
 
     @classmethod
     def from_namespace(cls, names: dict[str, Any], also: Iterable[str] = ()) -> RunConfig:
-        """Build from a notebook's variables, ``globals()``: every plain value there must be a setting.
+        """Build from a notebook's variables, ``globals()``, after ``check_parameters``.
 
-        So a misspelt parameter is an error whether papermill injected it or a person typed it. Call it in the
-        first cell after the parameters. Not looked at: names with an underscore, IPython's own, and values
-        that are no literals (modules, functions, objects). ``also`` names the notebook's own parameters.
+        ``also`` names the notebook's own parameters.
         """
-        valid = {f.name for f in fields(cls)}
-        plain = {
-            name: value
-            for name, value in names.items()
-            if not name.startswith("_") and name not in ("In", "Out") and isinstance(value, _LITERALS)
-        }
-        for name in plain:
-            if name not in valid and name not in also:
-                raise ConfigError(f"unknown parameter {name!r}{did_you_mean(name, [*valid, *also])}")
-        return cls(**{name: value for name, value in plain.items() if name in valid})
+        valid = [f.name for f in fields(cls)]
+        check_parameters(names, [*valid, *also])
+        plain = {name: names[name] for name in valid if name in names}
+        return cls(**{name: value for name, value in plain.items() if isinstance(value, _LITERALS)})
 
     def save(self, path: str | Path) -> None:
         """Write ``config.json``."""
@@ -364,3 +362,21 @@ class RunConfig:
         """The settings that change a run's numbers."""
         others = ("run_dir", "tracker", "checkpoint_every")
         return {k: v for k, v in self.to_dict().items() if k not in others}
+
+
+def check_parameters(names: dict[str, Any], valid: Iterable[str]) -> None:
+    """ConfigError for a plain value in a notebook's variables, ``globals()``, that is none of its parameters.
+
+    So a misspelt parameter is an error whether papermill injected it or a person typed it. Call it in the
+    first cell after the parameters. Not looked at: names with an underscore, IPython's own, and values that
+    are no literals (modules, functions, objects). Later calls check nothing: by then the notebook's own
+    variables stand beside its parameters.
+    """
+    if names.get("_parameters_checked"):
+        return
+    valid = list(valid)
+    for name, value in names.items():
+        plain = not name.startswith("_") and name not in ("In", "Out") and isinstance(value, _LITERALS)
+        if plain and name not in valid:
+            raise ConfigError(f"unknown parameter {name!r}{did_you_mean(name, valid)}")
+    names["_parameters_checked"] = True

@@ -85,6 +85,19 @@ def test_an_unknown_name_is_answered_with_the_nearest_valid_one(settings, near):
     assert "unknown" in message and near in message
 
 
+def test_a_misspelt_keyword_is_answered_like_any_unknown_name():
+    with pytest.raises(ConfigError, match="unknown setting 'alhpa'; did you mean 'alpha'?"):
+        RunConfig(alhpa=0.3)
+
+
+def test_the_command_line_asks_for_a_command():
+    done = python("-m", "covrl_lab", "--method", "jlb")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "covrl-lab: a command comes first; to train a run use: covrl-lab train --method ...\n"
+    )
+
+
 @pytest.mark.parametrize("name", CHOICES)
 def test_every_choice_is_checked_and_every_valid_one_named(name):
     assert all(valid in refused(**{name: "?"}) for valid in sorted(CHOICES[name])[:12])
@@ -219,13 +232,13 @@ def python(*args: str, **kwargs) -> subprocess.CompletedProcess:
     ],
 )
 def test_the_command_line_refuses_in_one_sentence_without_torch(flags, words):
-    done = python("-X", "importtime", "-m", "covrl_lab", *flags)
+    done = python("-X", "importtime", "-m", "covrl_lab", "train", *flags)
     imported = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line]
     message = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == 2 and done.stdout == ""
     assert "covrl_lab.config" in imported and not {"torch", "transformers", "pandas"} & set(imported)
     assert len(message) == 1 and all(word in message[0] for word in words), message
-    assert message[0].startswith("python -m covrl_lab: ")
+    assert message[0].startswith("covrl-lab train: ")
 
 
 def test_the_run_id_is_the_same_in_another_process():

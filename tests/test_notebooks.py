@@ -145,3 +145,18 @@ def test_the_hooks_clean_what_can_be_cleaned_and_refuse_the_rest(tmp_path):
     path.write_text(json.dumps(notebook), encoding="utf-8")
     hook("nbstripout", path)
     assert hook("notebook-noise", path)[0] == 1
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if parameters(path)], ids=lambda path: path.stem)
+def test_a_misspelt_parameter_is_refused_before_anything_loads(path):
+    cells = nbformat.read(path, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    first = next(i for i, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", []))
+    name = next(iter(parameters(path)))
+    script = (
+        f"import sys\nnames = {{}}\nexec({code[first].source!r}, names)\nnames[{name + 'x'!r}] = 1\n"
+        f"try:\n    exec({code[first + 1].source!r}, names)\n"
+        "except ValueError as error:\n    print(error, {'torch', 'pandas'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == f"unknown parameter {name + 'x'!r}; did you mean {name!r}? set()\n", done.stderr

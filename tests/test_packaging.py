@@ -1,6 +1,10 @@
 """pyproject.toml, environment.yml, constraints.txt and the commit hooks agree on packages and versions."""
 
+import os
+import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -61,3 +65,60 @@ def test_commit_hooks_use_the_pinned_tools():
     tools = parse({line for hook in hooks for line in hook["additional_dependencies"]})
     for name, specifier in tools.items():
         assert str(specifier) == f"=={pinned[name]}"
+
+
+TINY = [
+    *("--model=tiny", "--quantization=none", "--dtype=float32", "--steps=2", "--demonstrations=1"),
+    *("--questions_per_step=2", "--rollouts_per_question=2", "--max_trace_tokens=6", "--eval_questions=2"),
+]
+EVERY_MODULE = """
+import importlib, pathlib, pkgutil, sys
+import covrl_lab
+assert pathlib.Path(covrl_lab.__file__).is_relative_to(sys.argv[1]), covrl_lab.__file__
+for module in pkgutil.walk_packages(covrl_lab.__path__, "covrl_lab."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+"""
+
+
+def test_an_installed_wheel_trains_sweeps_and_reports_without_the_checkout(tmp_path):
+    source, wheels, site, work = (tmp_path / name for name in ("source", "wheels", "site", "work"))
+    work.mkdir()
+    # A copy, so that building leaves nothing in the checkout.
+    kept = ["pyproject.toml", "README.md", "LICENSE", "covrl_lab", "notebooks/03_train.ipynb"]
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *kept],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout.splitlines()  # fmt: skip
+    for name in files:
+        if (ROOT / name).exists():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+
+    def run(*command):
+        done = subprocess.run(
+            [sys.executable, *map(str, command)], cwd=work, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    pip = ("-m", "pip", "--no-input", "--disable-pip-version-check")
+    run(*pip, "wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", wheels, source)
+    (wheel,) = wheels.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "covrl_lab/notebooks/03_train.ipynb" in names and "covrl_lab/views/static/plot.js" in names
+    assert not [name for name in names if not name.startswith(("covrl_lab/", "covrl_lab-", "covrl_lab_"))]
+    assert len([name for name in names if name.endswith(".ipynb")]) == 1
+    assert wheel.stat().st_size < 1_000_000
+    run(*pip, "install", "--no-deps", "--no-index", "--target", site, wheel)
+
+    environment["PYTHONPATH"] = str(site)
+    run("-c", EVERY_MODULE, site)
+    command = site / "bin" / "covrl-lab"
+    run(command, "train", *TINY, "--run_dir=run")
+    assert (work / "run" / "metrics.jsonl").read_text("utf-8").count("\n") == 2
+    run(command, "sweep", "grid", *TINY, "--grid=seed=0,1", "--workers=1")
+    assert len(list(work.glob("grid/*/done.json"))) == 2
+    assert "Report: " in run(command, "report", "run")
+    assert (work / "run" / "report.html").exists()

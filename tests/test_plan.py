@@ -196,7 +196,7 @@ def test_the_decoding_time_by_hand():
 
 def test_the_command_prints_a_table_and_refuses_unknown_devices():
     def run(*flags):
-        command = [sys.executable, "-m", "covrl_lab.train.plan", "--model", "Qwen/Qwen2.5-7B", *flags]
+        command = [sys.executable, "-m", "covrl_lab", "plan", "--model", "Qwen/Qwen2.5-7B", *flags]
         return subprocess.run(command, capture_output=True, text=True)
 
     done = run("--device", "a100-40", "--gradient_checkpointing", "True")

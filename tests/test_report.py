@@ -172,7 +172,7 @@ def test_command_line_and_errors(tmp_path):
         report(tmp_path)
     with pytest.raises(ConfigError, match="does not exist"):
         report(EXAMPLE, tmp_path / "nowhere" / "report.html")
-    command = [sys.executable, "-m", "covrl_lab.views.report"]
+    command = [sys.executable, "-m", "covrl_lab", "report"]
     out = tmp_path / "out.html"
     done = subprocess.run([*command, EXAMPLE, out], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == f"Report: {out}\n" and out.exists()

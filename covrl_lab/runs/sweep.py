@@ -7,245 +7,31 @@ folder/
     lock               held by the process that executes the run; says where that is
     done.json, failed.json, cancelled.json   how it ended; absent while it waits or runs
 
-A run is executed by a process of its own. That process, its kernel and whoever watches it share the operating
-system's lock on ``lock``, which is free when the last of them is gone. So nothing is left locked by a crash,
-two sweeps on one folder never execute a run at the same time, and every process that sees the folder sees the
-same table. A run that was interrupted goes on from its checkpoint.
-
-``python -m covrl_lab.runs.sweep FOLDER --grid alpha=0,0.5,1 --grid seed=0,1 --steps 20`` does the same.
+Every process that sees the folder sees the same table. An interrupted run resumes from its checkpoint.
 """
 
 from __future__ import annotations
 
-import argparse
-import ctypes
-import fcntl
 import itertools
-import json
-import math
 import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Future
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pandas as pd
 
 from ..config import RunConfig
-from ..files import write_whole
 from ..types import ConfigError
 from .folder import read_jsonl
+from .worker import ENDS, POLL_SECONDS, check_platform, first_line, status, steps_done, supervise, write_end
 
-NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "03_train.ipynb"
-ENDS = ("done", "cancelled", "failed")  # markers a run folder can hold, the first one present counts
-POLL_SECONDS = 0.3
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
-
-
-# --- one run folder
-
-
-def _end(folder: Path, how: str, reason: str = "", **more: Any) -> None:
-    write_whole(folder / f"{how}.json", json.dumps({"reason": reason, **more}) + "\n")
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[TextIO | None]:
-    """Try to hold the run; yields the locked file, or None where others hold it.
-
-    Processes that inherit the file share the lock; it is free when all of them have closed it or died.
-    """
-    with open(folder / "lock", "a", encoding="utf-8") as file:
-        for _ in range(20):  # a process that only looks holds the lock for an instant
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                time.sleep(0.05)
-        else:
-            yield None
-            return
-        yield file
-
-
-def _locked(folder: Path) -> bool:
-    """Whether some process executes the run now."""
-    try:
-        with open(folder / "lock", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
-
-
-def status(folder: str | Path) -> tuple[str, str]:
-    """("queued" | "running" | "done" | "cancelled" | "failed", reason in one sentence) of a run folder."""
-    folder = Path(folder)
-    for how in ENDS:
-        try:
-            return how, json.loads((folder / f"{how}.json").read_text(encoding="utf-8"))["reason"]
-        except FileNotFoundError:
-            continue
-    return ("running" if _locked(folder) else "queued"), ""
-
-
-def _steps_done(folder: Path) -> int:
-    return len(read_jsonl(folder / "metrics.jsonl"))
-
-
-def _sentence(text: str) -> str:
-    """The first line of a message, in at most 300 characters."""
-    lines = str(text).strip().splitlines() or [""]
-    return lines[0][:300]
-
-
-# --- the process that executes a run
-
-
-def _die_with_parent() -> None:
-    """Ask the system to kill this process when its parent dies; on Linux only."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    """The notebook's parameters: every setting that is not the field's default."""
-    defaults = {field.name: field.default for field in fields(RunConfig)}
-    return {name: value for name, value in config.to_dict().items() if value != defaults[name]}
-
-
-def execute(folder: Path, notebook: Path, lock: int, sockets: str) -> None:
-    """Execute a run in this process, and write down how it ended; raises what the notebook raised.
-
-    lock: file descriptor of the run's lock, which the kernel inherits. The kernel dies with this process.
-    sockets: folder for the kernel's sockets, which whoever watches this process removes.
-    """
-    import papermill
-    from jupyter_client.manager import AsyncKernelManager
-
-    class Kernel(AsyncKernelManager):
-        """Talks through sockets in a folder: TCP ports found free may be taken by a run beside this one."""
-
-        def __init__(self, **kwargs: Any) -> None:
-            super().__init__(transport="ipc", ip=f"{sockets}/kernel", **kwargs)
-
-        async def start_kernel(self, **kwargs: Any) -> None:
-            await super().start_kernel(preexec_fn=_die_with_parent, pass_fds=(lock,), **kwargs)
-
-    config = RunConfig.load(folder / "config.json")
-    started, first = time.time(), _steps_done(folder)
-    print(f"--- started after step {first} of {config.steps}", flush=True)
-    try:
-        papermill.execute_notebook(
-            notebook,
-            folder / "notebook.ipynb",
-            _settings(config) | {"run_dir": str(folder)},
-            kernel_name="python3",
-            language="python",
-            start_timeout=300,
-            progress_bar=False,
-            log_output=True,
-            kernel_manager_class=Kernel,
-            store_widget_state=False,
-        )
-    except papermill.PapermillExecutionError as error:
-        _end(folder, "failed", _sentence(f"{error.ename}: {error.evalue}"))
-        raise
-    except Exception as error:
-        _end(folder, "failed", _sentence(f"{type(error).__name__}: {error}"))
-        raise
-    steps = _steps_done(folder)
-    if steps < config.steps:
-        _end(folder, "cancelled", f"stopped after step {steps} of {config.steps} by a file STOP")
-    else:
-        _end(folder, "done", seconds=round(time.time() - started, 1), first_step=first)
-        print("--- done", flush=True)
-
-
-# --- what an executor calls
-
-
-def supervise(
-    folder: str,
-    notebook: str,
-    threads: int | None = None,
-    timeout_minutes: float | None = None,
-    stop: threading.Event | None = None,
-) -> str:
-    """Execute one run in a process of its own and watch it; returns the run's status.
-
-    Does nothing for a run that has ended or is at work elsewhere. threads: of the run's numerical libraries;
-    None leaves the environment's. The process is killed when the run is cancelled, after ``timeout_minutes``,
-    or when ``stop`` is set, which leaves the run queued.
-    """
-    path = Path(folder)
-    with _lock(path) as lock:
-        if lock is not None and status(path)[0] not in ENDS:
-            # Here, as the process that executes the run may be killed. Its kernel may live an instant longer.
-            with tempfile.TemporaryDirectory(prefix="covrl", ignore_cleanup_errors=True) as sockets:
-                child = _start(path, notebook, threads, lock, sockets)
-                why = _watch(path, child, timeout_minutes, stop)
-            if why is not None and status(path)[0] not in ENDS:
-                _end(path, "failed", why)
-    return status(path)[0]
-
-
-def _start(path: Path, notebook: str, threads: int | None, lock: TextIO, sockets: str) -> subprocess.Popen:
-    """The process that executes a run."""
-    environment = dict(os.environ, JUPYTER_PREFER_ENV_PATH="1", COVRL_LAB_PARENT=str(os.getpid()))
-    if threads is None and "SLURM_CPUS_PER_TASK" in os.environ:
-        threads = int(os.environ["SLURM_CPUS_PER_TASK"])
-    if threads is not None:
-        environment |= {name: str(threads) for name in _THREAD_VARIABLES}
-    command = [sys.executable, "-m", "covrl_lab.runs.sweep", "--execute"]
-    command += [str(path), notebook, str(lock.fileno()), sockets]
-    with open(path / "log.txt", "ab") as log:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            pass_fds=(lock.fileno(),),
-            start_new_session=True,  # Ctrl-C reaches the driver only, which ends its runs itself
-        )
-    lock.truncate(0)
-    lock.write(json.dumps({"host": socket.gethostname(), "pid": child.pid}))
-    lock.flush()
-    return child
-
-
-def _watch(
-    path: Path, child: subprocess.Popen, timeout_minutes: float | None, stop: threading.Event | None
-) -> str | None:
-    """Wait for the process, or kill it; why the run counts as failed, if it has not written an end itself."""
-    deadline = math.inf if timeout_minutes is None else time.monotonic() + 60 * timeout_minutes
-    try:
-        while child.poll() is None:
-            if stop is not None and stop.is_set():
-                return None
-            if (path / "cancelled.json").exists():
-                return None
-            if time.monotonic() > deadline:
-                return f"ran for longer than {timeout_minutes:g} minutes"
-            time.sleep(POLL_SECONDS)
-    finally:
-        child.kill()
-        code = child.wait()
-    killed = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-    return f"{killed} after step {_steps_done(path)}; log.txt has what it wrote"
+# In a checkout the notebooks lie beside the package; an installed wheel holds this one inside it.
+_PLACES = [Path(__file__).resolve().parents[up] / "notebooks" / "03_train.ipynb" for up in (2, 1)]
+NOTEBOOK = next((place for place in _PLACES if place.is_file()), _PLACES[0])
 
 
 class LocalExecutor:
@@ -274,7 +60,7 @@ class Sweep:
     folder: holds the run folders. Without a grid, the sweep is what the folder holds already.
     base, grid: fields of ``RunConfig``; a point given twice, also by two spellings of the same configuration,
     is one run. ``run_dir`` is the sweep's own.
-    notebook: the papermill target, ``notebooks/03_train.ipynb`` unless given.
+    notebook: the papermill target, ``03_train.ipynb`` unless given.
     threads: of each run's numerical libraries; None: this machine's cores shared by the runs of the default
     executor, and with another executor what its workers' environment says.
     timeout_minutes: a run that takes longer is killed and counts as failed.
@@ -374,7 +160,7 @@ class Sweep:
         return self._driver is not None and self._driver.is_alive()
 
     def submit(self, executor: Any = None, workers: int | None = None) -> Sweep:
-        """Start driving in the background; returns at once. A sweep that is being driven goes on as it is.
+        """Start driving in the background; returns at once. A sweep that is driven already is left as it is.
 
         executor: anything with ``submit(function, *args)`` whose futures have ``done()`` and ``result()``
         and whose workers see ``folder``; None: processes on this machine. workers: runs at once; None: as
@@ -382,6 +168,7 @@ class Sweep:
         """
         if self.driven:
             return self
+        check_platform()
         for run_id, config in self.runs.items():
             self._prepare(self.path(run_id), config)
         self._stop, self.error = threading.Event(), None
@@ -424,7 +211,7 @@ class Sweep:
                 try:
                     self._flying[run_id] = executor.submit(supervise, *arguments, **extra)
                 except Exception as error:
-                    self.error = _sentence(
+                    self.error = first_line(
                         f"the executor takes no more runs: {type(error).__name__}: {error}"
                     )
                     break
@@ -437,11 +224,11 @@ class Sweep:
         try:
             future.result()
         except BrokenExecutor as error:  # nobody knows which run it was: they stay queued
-            self.error = _sentence(f"the executor broke: {error}")
+            self.error = first_line(f"the executor broke: {error}")
         except Exception as error:
             if status(self.path(run_id))[0] not in ENDS:
                 why = f"lost by its executor: {type(error).__name__}: {error}"
-                _end(self.path(run_id), "failed", _sentence(why))
+                write_end(self.path(run_id), "failed", first_line(why))
 
     def wait(self, timeout_seconds: float | None = None) -> Sweep:
         """Wait until the driver has nothing left to do, or for ``timeout_seconds``."""
@@ -450,7 +237,7 @@ class Sweep:
         return self
 
     def run(self, executor: Any = None, workers: int | None = None, progress: bool = True) -> pd.DataFrame:
-        """Drive to the end and return the table. Ctrl-C ends the runs on this machine; they go on next time.
+        """Drive to the end and return the table. Ctrl-C ends the runs on this machine; they resume next time.
 
         progress: print a line when a run starts or ends. RuntimeError where the executor broke; the runs it
         had not finished stay queued.
@@ -478,9 +265,9 @@ class Sweep:
         return f"{' '.join([run_id, *values])}: {how}{f' ({reason})' if reason else ''}"
 
     def stop(self) -> None:
-        """End the driver and the runs it started on this machine; they stay queued and go on next time.
+        """End the driver and the runs it started on this machine; they stay queued and resume next time.
 
-        What waits on a cluster is withdrawn; what has begun there may go on, unless it is cancelled.
+        What waits on a cluster is withdrawn; what has begun there continues unless it is cancelled.
         """
         self._stop.set()
         self.wait()
@@ -493,12 +280,12 @@ class Sweep:
         """Leave runs out: a queued one does not start, a running one is killed within a second, anywhere."""
         for run_id in self._known(run_ids):
             if status(self.path(run_id))[0] in ("queued", "running"):
-                _end(self.path(run_id), "cancelled", f"after step {_steps_done(self.path(run_id))}")
+                write_end(self.path(run_id), "cancelled", f"after step {steps_done(self.path(run_id))}")
 
     def retry(self, *run_ids: str) -> list[str]:
         """Queue failed or cancelled runs again (without arguments all that failed); returns their ids.
 
-        They go on from their last checkpoint as soon as the sweep is driven.
+        They resume from their last checkpoint as soon as the sweep is driven.
         """
         chosen = self._known(run_ids) or [i for i, how in self.statuses.items() if how == "failed"]
         chosen = [i for i in chosen if status(self.path(i))[0] in ("failed", "cancelled")]
@@ -531,68 +318,3 @@ def _points(grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
         if not isinstance(values, Sequence) or not values:
             raise ConfigError(f"grid {name!r} needs a list of values, not {values!r}")
     return (dict(zip(columns, point, strict=True)) for point in itertools.product(*columns.values()))
-
-
-def limit_cells(minutes: float) -> None:
-    """From the next cell on, a cell of this notebook that runs for longer fails; 0: no limit.
-
-    The limit is the kernel's own, so that it holds by hand and under papermill alike.
-    """
-    from IPython import get_ipython
-
-    def expired(*_: Any) -> None:
-        raise TimeoutError(f"the cell ran for longer than {minutes:g} minutes (cell_minutes)")
-
-    signal.signal(signal.SIGALRM, expired)
-    events = get_ipython().events
-    events.register("pre_run_cell", lambda _: signal.setitimer(signal.ITIMER_REAL, 60 * minutes))
-    events.register("post_run_cell", lambda _: signal.setitimer(signal.ITIMER_REAL, 0))
-
-
-# --- command line
-
-
-def main() -> None:
-    """Parse the flags, drive the sweep and print its table; or execute one run for ``supervise``."""
-    if sys.argv[1:2] == ["--execute"]:
-        _die_with_parent()
-        if os.getppid() != int(os.environ["COVRL_LAB_PARENT"]):
-            sys.exit("the process that supervises this run has gone")
-        folder, notebook, lock, sockets = sys.argv[2:]
-        execute(Path(folder), Path(notebook), int(lock), sockets)
-        return
-    parser = argparse.ArgumentParser(prog="python -m covrl_lab.runs.sweep", allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
-    parser.add_argument("folder", help="holds the runs; without further settings, they go on")
-    parser.add_argument("--grid", action="append", default=[], metavar="NAME=VALUE,VALUE")
-    parser.add_argument("--workers", type=int, default=1, help="runs at once")
-    parser.add_argument("--threads", type=int, help="of each run; default: cores / workers")
-    parser.add_argument("--timeout_minutes", type=float, help="of a run")
-    parser.add_argument("--notebook", help="papermill target")
-    parser.add_argument("--retry", action="store_true", help="also run again what failed")
-    for field in fields(RunConfig):
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar=field.type.split(" |")[0])
-    options = vars(parser.parse_args())
-    own = ("folder", "grid", "workers", "threads", "timeout_minutes", "notebook", "retry")
-    words = {"None": None, "True": True, "False": False}
-    base = {name: words.get(value, value) for name, value in options.items() if name not in own}
-    grid = {}
-    for argument in options["grid"]:
-        name, _, values = argument.partition("=")
-        grid[name] = [words.get(value, value) for value in listed(values)]
-    named = {name: options[name] for name in ("notebook", "threads", "timeout_minutes")}
-    try:
-        sweep = Sweep(options["folder"], base or None, grid or None, **named)
-        if options["retry"]:
-            sweep.retry()
-        table = sweep.run(workers=options["workers"])
-    except (ConfigError, RuntimeError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted; the same command goes on\n")
-    print(table.to_string(index=False))
-    sys.exit(int((table["status"] != "done").any()))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Before a run: memory and minutes a step, from the configuration alone. No weights are loaded.
 
-``python -m covrl_lab.train.plan --model Qwen/Qwen2.5-7B --device rtx4090`` prints the table; every field of
+``covrl-lab plan --model Qwen/Qwen2.5-7B --device rtx4090`` prints the table; every field of
 ``RunConfig`` is a flag. Without ``--device`` this machine is measured, which takes a few seconds.
 
 A step has N = questions x rollouts traces of T tokens in contexts of w tokens. Its scoring tree has n nodes,
@@ -31,12 +31,11 @@ Seconds: a product costs the larger of FLOPs / (share x rate) and bytes / bandwi
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -447,29 +446,3 @@ def plan(
     tokens = Tokens.of(config, prompt_tokens, question_tokens, answer_tokens, trace_tokens)
     memory = memory_parts(config, shape, tokens, device)
     return Plan(config, device, memory, step_seconds(config, shape, tokens, device))
-
-
-def main() -> None:
-    """Print the plan of a configuration given by flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m covrl_lab.train.plan", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
-    parser.add_argument("--device", default="auto", help=f"auto (measured here), {', '.join(DEVICES)}")
-    for name in ("prompt_tokens", "question_tokens", "answer_tokens", "trace_tokens"):
-        parser.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS)
-    for field in fields(RunConfig):
-        if field.name != "device":
-            parser.add_argument(
-                f"--{field.name}", default=argparse.SUPPRESS, metavar=field.type.split(" |")[0]
-            )
-    settings = vars(parser.parse_args())
-    for name, value in settings.items():
-        settings[name] = {"None": None, "True": True, "False": False}.get(value, value)
-    try:
-        print(plan(**settings).table())
-    except ConfigError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,12 +7,10 @@ it names may run, plotly.js and the lines that draw.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import html
 import platform
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -198,19 +196,3 @@ def mixing_table(traces: dict[int, pd.DataFrame], settings: Settings) -> str:
     ]
     header = [f"at α = {settings.alpha:g}, w = {settings.composite_weight:g}", *(f"step {s}" for s in traces)]
     return f'<div class="wide">{figures._table(header, rows)}</div>'
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m covrl_lab.views.report", description=report.__doc__)
-    parser.add_argument("run_dir")
-    parser.add_argument("out", nargs="?", help="HTML file to write; default: report.html in the run folder")
-    given = parser.parse_args(arguments)
-    try:
-        print(f"Report: {report(given.run_dir, given.out)}")
-    except ConfigError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,8 @@ import pytest
 from nbclient import NotebookClient
 
 from covrl_lab import ConfigError, RunConfig
-from covrl_lab.runs.sweep import LocalExecutor, Sweep, status, supervise
+from covrl_lab.runs.sweep import LocalExecutor, Sweep
+from covrl_lab.runs.worker import status, supervise
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -130,7 +131,7 @@ def driver(folder, *more):
     """A sweep of the grid in a process of its own."""
     grid = [f"--grid={name}={','.join(map(str, values))}" for name, values in GRID.items()]
     base = [f"--{name}={value}" for name, value in SMALL.items()]
-    command = [sys.executable, "-m", "covrl_lab.runs.sweep", str(folder), *grid, *base, *more]
+    command = [sys.executable, "-m", "covrl_lab", "sweep", str(folder), *grid, *base, *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -363,7 +364,7 @@ def test_a_cell_that_runs_too_long_fails_and_the_next_one_has_its_own_time(monke
     """In a real kernel: the alarm is set while a cell runs, and off between cells."""
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
     sources = [
-        "import signal, time\nfrom covrl_lab.runs.sweep import limit_cells\nlimit_cells(60)\nbetween = []",
+        "import signal, time\nfrom covrl_lab.runs.worker import limit_cells\nlimit_cells(60)\nbetween = []",
         "after = lambda _: between.append(signal.getitimer(signal.ITIMER_REAL)[0])\n"
         "get_ipython().events.register('post_run_cell', after)",
         "print(0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 3600, between)",
@@ -429,10 +430,8 @@ def test_other_refusals(tmp_path):
 
 
 def test_command_line_refuses_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "covrl_lab.runs.sweep", str(tmp_path), "--grid", "alhpa=1"]
+    command = [sys.executable, "-m", "covrl_lab", "sweep", str(tmp_path), "--grid", "alhpa=1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith(
-        "python -m covrl_lab.runs.sweep: unknown setting 'alhpa'; did you mean 'alpha'?"
-    )
+    assert done.stderr.startswith("covrl-lab sweep: unknown setting 'alhpa'; did you mean 'alpha'?")
     assert len(done.stderr.splitlines()) == 1

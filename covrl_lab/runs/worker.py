@@ -1,0 +1,281 @@
+"""One run of a sweep: its lock, its status, the process that executes it and the function that watches it.
+
+A run is executed by a process of its own, ``python -m covrl_lab.runs.worker``. That process, its kernel and
+whoever watches it share the operating system's lock on ``lock``, which is free when the last of them is gone.
+So a crash leaves nothing locked, and two sweeps on one folder never execute a run at the same time.
+
+Executing runs needs Linux or macOS. Looking at run folders works everywhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..config import RunConfig
+from ..files import write_whole
+from ..types import ConfigError
+from .folder import read_jsonl
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+ENDS = ("done", "cancelled", "failed")  # markers a run folder can hold, the first one present counts
+POLL_SECONDS = 0.3
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+
+
+def check_platform() -> None:
+    """ConfigError where this system cannot execute the runs of a sweep."""
+    if fcntl is None:
+        raise ConfigError("a sweep needs Linux or macOS; train one run at a time here, or use WSL")
+
+
+# --- one run folder
+
+
+def write_end(folder: Path, how: str, reason: str = "", **more: Any) -> None:
+    write_whole(folder / f"{how}.json", json.dumps({"reason": reason, **more}) + "\n")
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[TextIO | None]:
+    """Try to hold the run; yields the locked file, or None where others hold it.
+
+    Processes that inherit the file share the lock; it is free when all of them have closed it or died.
+    """
+    with open(folder / "lock", "a", encoding="utf-8") as file:
+        for _ in range(20):  # a process that only looks holds the lock for an instant
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(0.05)
+        else:
+            yield None
+            return
+        yield file
+
+
+def _locked(folder: Path) -> bool:
+    """Whether some process executes the run now; no process does where there are no locks."""
+    if fcntl is None:
+        return False
+    try:
+        with open(folder / "lock", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def status(folder: str | Path) -> tuple[str, str]:
+    """("queued" | "running" | "done" | "cancelled" | "failed", reason in one sentence) of a run folder."""
+    folder = Path(folder)
+    for how in ENDS:
+        try:
+            return how, json.loads((folder / f"{how}.json").read_text(encoding="utf-8"))["reason"]
+        except FileNotFoundError:
+            continue
+    return ("running" if _locked(folder) else "queued"), ""
+
+
+def steps_done(folder: Path) -> int:
+    return len(read_jsonl(folder / "metrics.jsonl"))
+
+
+def first_line(text: str) -> str:
+    """The first line of a message, in at most 300 characters."""
+    lines = str(text).strip().splitlines() or [""]
+    return lines[0][:300]
+
+
+# --- the process that executes a run
+
+
+def _die_with_parent() -> None:
+    """Ask the system to kill this process when its parent dies; on Linux only."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """The notebook's parameters: every setting that is not the field's default."""
+    defaults = {field.name: field.default for field in fields(RunConfig)}
+    return {name: value for name, value in config.to_dict().items() if value != defaults[name]}
+
+
+def execute(folder: Path, notebook: Path, lock: int, sockets: str) -> None:
+    """Execute a run in this process, and write down how it ended; raises what the notebook raised.
+
+    lock: file descriptor of the run's lock, which the kernel inherits. The kernel dies with this process.
+    sockets: folder for the kernel's sockets, which whoever watches this process removes.
+    """
+    import papermill
+    from jupyter_client.manager import AsyncKernelManager
+
+    class Kernel(AsyncKernelManager):
+        """Talks through sockets in a folder: TCP ports found free may be taken by a run beside this one."""
+
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(transport="ipc", ip=f"{sockets}/kernel", **kwargs)
+
+        async def start_kernel(self, **kwargs: Any) -> None:
+            await super().start_kernel(preexec_fn=_die_with_parent, pass_fds=(lock,), **kwargs)
+
+    config = RunConfig.load(folder / "config.json")
+    started, first = time.time(), steps_done(folder)
+    print(f"--- started after step {first} of {config.steps}", flush=True)
+    try:
+        papermill.execute_notebook(
+            notebook,
+            folder / "notebook.ipynb",
+            _settings(config) | {"run_dir": str(folder)},
+            kernel_name="python3",
+            language="python",
+            start_timeout=300,
+            progress_bar=False,
+            log_output=True,
+            kernel_manager_class=Kernel,
+            store_widget_state=False,
+        )
+    except papermill.PapermillExecutionError as error:
+        write_end(folder, "failed", first_line(f"{error.ename}: {error.evalue}"))
+        raise
+    except Exception as error:
+        write_end(folder, "failed", first_line(f"{type(error).__name__}: {error}"))
+        raise
+    steps = steps_done(folder)
+    if steps < config.steps:
+        write_end(folder, "cancelled", f"stopped after step {steps} of {config.steps} by a file STOP")
+    else:
+        write_end(folder, "done", seconds=round(time.time() - started, 1), first_step=first)
+        print("--- done", flush=True)
+
+
+# --- what an executor calls
+
+
+def supervise(
+    folder: str,
+    notebook: str,
+    threads: int | None = None,
+    timeout_minutes: float | None = None,
+    stop: threading.Event | None = None,
+) -> str:
+    """Execute one run in a process of its own and watch it; returns the run's status.
+
+    Does nothing for a run that has ended or is at work elsewhere. threads: of the run's numerical libraries;
+    None leaves the environment's. The process is killed when the run is cancelled, after ``timeout_minutes``,
+    or when ``stop`` is set, which leaves the run queued.
+    """
+    check_platform()
+    path = Path(folder)
+    with _lock(path) as lock:
+        if lock is not None and status(path)[0] not in ENDS:
+            # Here, as the process that executes the run may be killed. Its kernel may live an instant longer.
+            with tempfile.TemporaryDirectory(prefix="covrl", ignore_cleanup_errors=True) as sockets:
+                child = _start(path, notebook, threads, lock, sockets)
+                why = _watch(path, child, timeout_minutes, stop)
+            if why is not None and status(path)[0] not in ENDS:
+                write_end(path, "failed", why)
+    return status(path)[0]
+
+
+def _start(path: Path, notebook: str, threads: int | None, lock: TextIO, sockets: str) -> subprocess.Popen:
+    """The process that executes a run."""
+    environment = dict(os.environ, JUPYTER_PREFER_ENV_PATH="1", COVRL_LAB_PARENT=str(os.getpid()))
+    if threads is None and "SLURM_CPUS_PER_TASK" in os.environ:
+        threads = int(os.environ["SLURM_CPUS_PER_TASK"])
+    if threads is not None:
+        environment |= {name: str(threads) for name in _THREAD_VARIABLES}
+    command = [sys.executable, "-m", "covrl_lab.runs.worker"]
+    command += [str(path), notebook, str(lock.fileno()), sockets]
+    with open(path / "log.txt", "ab") as log:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            pass_fds=(lock.fileno(),),
+            start_new_session=True,  # Ctrl-C reaches the driver only, which ends its runs itself
+        )
+    lock.truncate(0)
+    lock.write(json.dumps({"host": socket.gethostname(), "pid": child.pid}))
+    lock.flush()
+    return child
+
+
+def _watch(
+    path: Path, child: subprocess.Popen, timeout_minutes: float | None, stop: threading.Event | None
+) -> str | None:
+    """Wait for the process, or kill it; why the run counts as failed, if it has not written an end itself."""
+    deadline = math.inf if timeout_minutes is None else time.monotonic() + 60 * timeout_minutes
+    try:
+        while child.poll() is None:
+            if stop is not None and stop.is_set():
+                return None
+            if (path / "cancelled.json").exists():
+                return None
+            if time.monotonic() > deadline:
+                return f"ran for longer than {timeout_minutes:g} minutes"
+            time.sleep(POLL_SECONDS)
+    finally:
+        child.kill()
+        code = child.wait()
+    killed = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    return f"{killed} after step {steps_done(path)}; log.txt has what it wrote"
+
+
+def limit_cells(minutes: float) -> None:
+    """From the next cell on, a cell of this notebook that runs for longer fails; 0: no limit.
+
+    The limit is the kernel's own, so that it holds by hand and under papermill alike.
+    ConfigError on Windows, which has no such alarm, unless ``minutes`` is 0.
+    """
+    if not hasattr(signal, "SIGALRM"):
+        if minutes:
+            raise ConfigError("cell_minutes needs Linux or macOS; set it to 0 here")
+        return
+    from IPython import get_ipython
+
+    def expired(*_: Any) -> None:
+        raise TimeoutError(f"the cell ran for longer than {minutes:g} minutes (cell_minutes)")
+
+    signal.signal(signal.SIGALRM, expired)
+    events = get_ipython().events
+    events.register("pre_run_cell", lambda _: signal.setitimer(signal.ITIMER_REAL, 60 * minutes))
+    events.register("post_run_cell", lambda _: signal.setitimer(signal.ITIMER_REAL, 0))
+
+
+def main() -> None:
+    """Execute one run for ``supervise``."""
+    _die_with_parent()
+    if os.getppid() != int(os.environ["COVRL_LAB_PARENT"]):
+        sys.exit("the process that supervises this run has gone")
+    folder, notebook, lock, sockets = sys.argv[1:]
+    execute(Path(folder), Path(notebook), int(lock), sockets)
+
+
+if __name__ == "__main__":
+    main()
