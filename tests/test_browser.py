@@ -10,7 +10,7 @@ from hostile import BAIT, HOSTILE, hostile_run
 from test_tokens import EXAMPLE
 
 from covrl_lab import load_run
-from covrl_lab.views import figures
+from covrl_lab.views.html import visible
 
 TOKEN = ".covrl-list [role=option]"
 SELECTED = f"{TOKEN}[aria-selected=true]"
@@ -71,7 +71,7 @@ def test_choosing_a_question_and_clicking_a_token_shows_its_numbers(lab, traces)
     question = row.locator("td").nth(1).inner_text()
     row.click()
     prior, posterior = (row_of(lab, question, source) for source in ("prior", "posterior"))
-    shown = [figures.visible(t, spaces=True) for t in [*prior["tokens"], *posterior["tokens"]]]
+    shown = [visible(t, spaces=True) for t in [*prior["tokens"], *posterior["tokens"]]]
     wait_until(traces, lambda: traces.locator(TOKEN).all_inner_texts() == shown)
 
     at = 5
@@ -115,7 +115,7 @@ def test_the_keyboard_moves_the_selection(lab, traces):
     traces.keyboard.press("ArrowDown")
     question = table.locator("tbody tr").nth(2).locator("td").nth(1).inner_text()
     prior = row_of(lab, question, "prior")
-    shown = [figures.visible(t, spaces=True) for t in prior["tokens"]]
+    shown = [visible(t, spaces=True) for t in prior["tokens"]]
     wait_until(
         traces,
         lambda: traces.locator(".covrl-list").first.locator("[role=option]").all_inner_texts() == shown,
@@ -206,15 +206,13 @@ def test_hostile_text_stays_text(lab, capsys):
     page = lab.page
     page.wait_for_selector(".covrl-plot.js-plotly-plot")
     shown = page.locator(".covrl-list").first.locator("[role=option]").all_inner_texts()
-    # Runs of spaces inside a line are drawn as signs, so the text is the same as what figures.visible says.
-    assert [text.replace("\n", "") for text in shown] == [figures.visible(t, spaces=True) for t in HOSTILE]
+    # Runs of spaces inside a line are drawn as signs, so the text is the same as what visible says.
+    assert [text.replace("\n", "") for text in shown] == [visible(t, spaces=True) for t in HOSTILE]
     questions = page.locator(".covrl-table").first.locator("tbody tr td:nth-child(2)").all_inner_texts()
-    assert questions == [figures.visible(t) for t in HOSTILE[:8]]
+    assert questions == [visible(t) for t in HOSTILE[:8]]
     for k in (0, 1, 3, 10, 11):  # hover boxes of the widget and of plotly
         page.locator(".covrl-list").first.locator("[role=option]").nth(k).hover()
-        assert page.locator(".covrl-tip strong:visible").inner_text() == figures.visible(
-            HOSTILE[k], spaces=True
-        )
+        assert page.locator(".covrl-tip strong:visible").inner_text() == visible(HOSTILE[k], spaces=True)
         page.locator(".covrl-list").first.locator("[role=option]").nth(k).click()
         page.wait_for_timeout(300)
     plot = page.locator(".covrl-plot.js-plotly-plot").first
@@ -286,7 +284,7 @@ def test_a_plot_brings_plotly_to_a_page_that_has_none(lab):
         "bare.ipynb",
         "import ipywidgets\n"
         "import plotly.graph_objects as go\n"
-        "from covrl_lab.views.panels import Plot\n"
+        "from covrl_lab.views.widgets import Plot\n"
         "plots = [Plot(), Plot()]\n"
         "for plot in plots:\n    plot.draw(go.Figure(go.Scatter(y=[1, 3, 2])))\n"
         "button = ipywidgets.Button(description='empty')\n"

@@ -8,7 +8,8 @@ import pytest
 from browser import ROOT, jupyterlab
 
 from covrl_lab import load_run
-from covrl_lab.views.bench import find_source, open_source, probe
+from covrl_lab.train.bench_probe import open_source, probe
+from covrl_lab.views.bench import find_source
 
 # A step takes about a second: a page that draws a figure for every one of hundreds a minute gets no rest.
 SMALL = (
@@ -104,7 +105,7 @@ def test_the_bench_samples_and_shows_what_the_files_and_the_model_give(lab, runn
     has_text(lab, ".covrl-bench", "done")
     page.wait_for_selector(".covrl-bench .js-plotly-plot .main-svg")
 
-    policy, prompter = open_source(find_source(run))
+    policy, prompter = open_source(find_source(run).config, find_source(run).checkpoint())
     frame = probe(policy, prompter, question, answer, 2, max_tokens=6)
     for source, own in frame.groupby("source"):
         cell = page.locator(f'.covrl-bench [data-cell="after training/{source}"]')

@@ -16,18 +16,18 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 from IPython.display import HTML
-from plotly.subplots import make_subplots
 
 from ..config import METHOD_DEFAULTS, RunConfig
-from ..runs.folder import load_run, read_jsonl
-from ..runs.stats import bootstrap_interval
+from ..runs.compare import curves
+from ..runs.folder import Run, load_run, read_jsonl
 from ..runs.sweep import ENDS, Sweep
-from ..train.tasks import TASKS
 from ..types import ConfigError
-from . import figures
-from .panels import Panel, Plot, TraceExplorer
+from .comparison import plot_against_alpha
+from .explorer import TraceExplorer
+from .figures import plot_evaluation_curve
+from .html import html_row, html_table, html_text
+from .widgets import Panel, Plot
 
 SIGNS = {"queued": "◦", "running": "▸", "done": "✓", "cancelled": "⊘", "failed": "✗"}
 REFRESH_SECONDS = 1.0
@@ -66,105 +66,17 @@ def results(sweep: Sweep) -> pd.DataFrame:
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
 
 
-def over_seeds(frame: pd.DataFrame, value: str) -> pd.DataFrame:
-    """Mean of ``value`` by method and alpha, with its 95% bootstrap interval over seeds.
-
-    Columns: method, alpha, runs, mean, low, high. One run gives a point. Up to three give an interval from
-    the lowest to the highest.
-    """
-    rows = []
-    for (method, alpha), group in frame.dropna(subset=[value]).groupby(["method", "alpha"], sort=True):
-        mean, low, high = bootstrap_interval(group[value].to_numpy(float))
-        rows.append((method, alpha, len(group), mean, low, high))
-    return pd.DataFrame(rows, columns=["method", "alpha", "runs", "mean", "low", "high"])
-
-
 def learning(sweep: Sweep) -> dict[str, pd.DataFrame]:
-    """ "method, alpha" -> evaluations of its runs with their seed, for ``figures.evaluation_curve``."""
-    curves: dict[str, list[pd.DataFrame]] = {}
+    """ "method, alpha" -> evaluations of its runs with their seed, for ``plot_evaluation_curve``."""
+    methods: dict[str, list[Run]] = {}
     for run_id, config in sorted(sweep.runs.items(), key=lambda item: (item[1].method, item[1].alpha)):
         path = sweep.path(run_id)
         if (path / "evaluations.jsonl").exists():
-            frame = load_run(path).evaluations
-            label = f"{config.method}, α {config.alpha:g}"
-            curves.setdefault(label, []).append(frame.assign(seed=config.seed))
-    return {label: pd.concat(frames) for label, frames in curves.items()}
+            methods.setdefault(f"{config.method}, α {config.alpha:g}", []).append(load_run(path))
+    return next(iter(curves(methods).values()), {})  # a grid has one task
 
 
 # --- figures and tables
-
-
-def against_alpha(frame: pd.DataFrame) -> go.Figure:
-    """Held-out accuracy, and reward by source, against alpha: points are runs, bars 95% over seeds.
-
-    frame: from ``results``. Runs that are still going count with what they have measured so far. Lines of a
-    plot stand a little beside each other, so that no interval hides another.
-    """
-    figure = make_subplots(
-        cols=2,
-        horizontal_spacing=0.12,
-        subplot_titles=["Held-out accuracy", "Reward in the last fifth of the steps"],
-    )
-    sources = {"reward_prior": ("prior", "solid"), "reward_posterior": ("posterior", "dot")}
-    methods = sorted(set(frame["method"]))
-    room = min([0.06, *0.4 * np.diff(np.unique(frame["alpha"].astype(float)))])  # left and right of an alpha
-    shifts = np.linspace(-room, room, len(methods) + 2)[1:-1]
-    halves = np.linspace(-room, room, 2 * len(methods) + 2)[1:-1].reshape(-1, 2)
-    for k, method in enumerate(methods):
-        own, colour = frame[frame["method"] == method], figures.PALETTE[k % len(figures.PALETTE)]
-        _means(figure, 1, own, "accuracy", method, colour, "solid", shifts[k])
-        for (value, (source, dash)), shift in zip(sources.items(), halves[k], strict=True):
-            _means(figure, 2, own, value, f"{method}, {source} traces", colour, dash, shift)
-    figure.update_xaxes(title_text="mixing ratio α: share of traces from the prior", range=[-0.06, 1.06])
-    figure.update_yaxes(title_text="share of questions", tickformat=".0%", rangemode="tozero", col=1)
-    figure.update_yaxes(title_text="the method's reward", col=2)
-    return figure.update_layout(template=figures.TEMPLATE, height=380, legend={"y": 1.12}, margin={"t": 90})
-
-
-def _means(
-    figure: go.Figure,
-    column: int,
-    frame: pd.DataFrame,
-    value: str,
-    name: str,
-    colour: str,
-    dash: str,
-    shift: float,
-) -> None:
-    """Add the runs as faint points, and the means with their intervals as a line, ``shift`` beside alpha."""
-    known, means = frame.dropna(subset=[value]), over_seeds(frame, value)
-    if known.empty:
-        return
-    shared = {"legendgroup": name, "row": 1, "col": column}
-    figure.add_scatter(
-        x=known["alpha"] + shift,
-        y=known[value],
-        mode="markers",
-        opacity=0.45,
-        marker={"color": colour, "size": 6, "symbol": "circle-open" if dash == "dot" else "circle"},
-        customdata=known[["id", "seed"]],
-        hovertemplate="run %{customdata[0]}, seed %{customdata[1]}: %{y:.3g}<extra></extra>",
-        showlegend=False,
-        **shared,
-    )
-    figure.add_scatter(
-        x=means["alpha"] + shift,
-        y=means["mean"],
-        mode="lines+markers",
-        name=name,
-        line={"color": colour, "dash": dash, "width": 2},
-        marker={"size": 9, "symbol": "diamond-open" if dash == "dot" else "diamond"},
-        error_y={
-            "array": means["high"] - means["mean"],
-            "arrayminus": means["mean"] - means["low"],
-            "thickness": 1.5,
-            "width": 4,
-        },
-        customdata=means[["alpha", "runs", "low", "high"]],
-        hovertemplate="α %{customdata[0]:g}: %{y:.3g} (95%: %{customdata[2]:.3g} to %{customdata[3]:.3g}, "
-        "%{customdata[1]} runs)",
-        **shared,
-    )
 
 
 def _state(row: Mapping[str, Any]) -> str:
@@ -196,8 +108,8 @@ HEADER = ["run", "method", "α", "seed", "status", "accuracy", "seconds"]
 def table(sweep: Sweep) -> str:
     """HTML table of the runs as their files say now."""
     rows = [_cells(row, sweep.runs[row["id"]]) for row in sweep.table().to_dict("records")]
-    texts = [[html.escape(figures.visible(cell)) for cell in row] for row in rows]
-    return figures._table(HEADER, [figures._row(row) for row in texts])
+    texts = [[html_text(cell) for cell in row] for row in rows]
+    return html_table(HEADER, [html_row(row) for row in texts])
 
 
 # --- cost
@@ -275,7 +187,7 @@ class _Row:
         self.box.add_class("covrl-run-row")
 
     def update(self, row: Mapping[str, Any], config: RunConfig) -> None:
-        texts = [html.escape(figures.visible(text)) for text in _cells(row, config)]
+        texts = [html_text(text) for text in _cells(row, config)]
         run, method, alpha, seed, state, accuracy, seconds = texts
         bar = f'<progress value="{row["step"]}" max="{max(1, row["steps"])}"></progress>'
         cells = [f"<code>{run}</code>", method, alpha, seed, state, bar]
@@ -313,6 +225,8 @@ class Ablation(Panel):
         workers: int = 1,
         notebook: str | Path | None = None,
     ) -> None:
+        from ..train.tasks import TASKS  # their names, for the field
+
         self.folder, self.base, self.notebook = Path(folder), dict(base or {}), notebook
         self._estimates: dict[tuple[Any, ...], float] = {}  # like runs -> seconds a step
         self._watcher: threading.Thread | None = None
@@ -509,8 +423,8 @@ class Ablation(Panel):
             return
         self._drawn = state
         if any(record["step"] for record in records):
-            self.alpha_plot.draw(against_alpha(results(self.sweep)))
-            self.learning_plot.draw(figures.evaluation_curve(learning(self.sweep)))
+            self.alpha_plot.draw(plot_against_alpha(results(self.sweep)))
+            self.learning_plot.draw(plot_evaluation_curve(learning(self.sweep)))
         else:
             self.alpha_plot.figure = self.learning_plot.figure = ""
 

@@ -1,150 +1,31 @@
-"""Look at a live model: traces of one's own question from both prompts, before and after training.
-
-``probe`` is the computation, a data frame from a policy; ``PromptBench`` puts fields and buttons on it.
-"""
+"""The prompt bench: traces of your own question from both prompts, before and after training."""
 
 from __future__ import annotations
 
 import html
-import math
 import threading
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 import pandas as pd
 import plotly.graph_objects as go
-import torch
 from IPython.display import HTML
 
 from ..config import RunConfig
-from ..runs.folder import step_file, steps_in, trace_frame
-from ..train.models import Policy, load_adapter, load_policy, load_tokenizer
-from ..train.probe import coherence
-from ..train.prompts import Prompter
-from ..train.sampling import sample_traces
-from ..train.scoring import score
-from ..train.tasks import load_task
-from ..train.trainer import join, micro_batches, own_prompts
-from ..train.tree import final_logits
-from ..types import ConfigError, Example, Prompt
-from . import figures
-from .curves import coherence_curve
-from .panels import Panel, Plot
+from ..runs.folder import step_file, steps_in
+from ..runs.reweight import answer_logprob
+from ..types import ConfigError
+from .html import html_row, html_table, html_text, visible
+from .style import GREY, POSTERIOR, SOURCE_COLOURS
+from .token_figures import plot_coherence
 from .token_view import TokenView, colours, token_html
+from .widgets import Panel, Plot
 
-ROWS = 512  # tokens whose logits over the vocabulary exist at once
-
-
-def _nothing(done: int) -> None:
-    """What ``probe`` calls where nobody watches."""
-
-
-@torch.no_grad()
-def alternatives(
-    policy: Policy, prompt: Prompt, trace: Sequence[int], temperature: float = 1.0, top: int = 5
-) -> dict[str, list[list[tuple[str, float]]]]:
-    """The ``top`` most probable tokens at each of the T places of a trace, under both prompts.
-
-    ``{"prior": [...], "posterior": [...]}`` with (token text, log-probability in nats) for each place, most
-    probable first, under softmax(logits / temperature).
-    """
-    found = {}
-    for name, context in (("prior", prompt.prior), ("posterior", prompt.posterior)):
-        ids = torch.tensor([[*context, *trace]], device=policy.device)
-        output = policy.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        places: list[list[tuple[str, float]]] = []
-        for rows in output.last_hidden_state[0, len(context) - 1 : -1].split(ROWS):
-            logprobs = torch.log_softmax(final_logits(policy, rows) / temperature, dim=-1)
-            best, tokens = (x.tolist() for x in logprobs.topk(min(top, logprobs.shape[-1])))
-            places += [
-                [(policy.tokenizer.decode([token]), nats) for token, nats in zip(*place, strict=True)]
-                for place in zip(tokens, best, strict=True)
-            ]
-        found[name] = places
-    return found
-
-
-@dataclass
-class _Watched:
-    """A prompter that reports each decoded token; raising in ``tick`` ends the decoding."""
-
-    prompter: Prompter
-    tick: Callable[[int], None]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.prompter, name)
-
-    def ends(self, ids, end: str) -> bool:
-        self.tick(1)
-        return self.prompter.ends(ids, end)
-
-
-@torch.no_grad()
-def probe(
-    policy: Policy,
-    prompter: Prompter,
-    question: str,
-    answer: str,
-    k: int = 4,
-    *,
-    max_tokens: int = 64,
-    temperature: float = 1.0,
-    seed: int = 0,
-    top: int = 5,
-    max_packed_tokens: int = 4096,
-    tick: Callable[[int], None] = _nothing,
-) -> pd.DataFrame:
-    """Draw k traces from the prior and k from the posterior prompt of one question, and score them.
-
-    One row a trace, prior first: the columns of ``traces.trace_frame`` and
-
-        reward        log p(y|x,z) in nats; advantage is the reward minus its mean, over its deviation
-        coherence     T + 1 nats, see ``coherence``
-        alternatives  of each token: {"prior": [(text, nats), ...], "posterior": [...]}
-
-    The same seed draws with the same random numbers, whatever the weights. ``tick`` is called with the
-    number of tokens decoded since the last call, or 0 between the parts of the scoring; what it raises ends
-    the probe. Raises ConfigError for an empty question or answer, or one too long for the model's context.
-    """
-    if k < 1 or max_tokens < 1 or not 0 < temperature < math.inf:
-        raise ConfigError("k and max_tokens must be 1 or more, temperature a number above 0")
-    example = Example("prompt bench", question, answer)
-    prompt = prompter(example)
-    prompter.check_length(prompt, max_tokens, policy.max_context, example.id)
-    batch = sample_traces(
-        policy,
-        _Watched(prompter, tick),
-        [prompt],
-        torch.tensor([True] * k + [False] * k),
-        max_tokens=max_tokens,
-        temperature=temperature,
-        generator=torch.Generator().manual_seed(seed),
-    ).to(policy.device)
-    parts = []
-    for rows in micro_batches([prompt], batch, True, max_packed_tokens):
-        tick(0)
-        own = own_prompts([prompt], batch, rows)
-        parts.append(score(policy, own, batch.rows(rows), temperature=temperature))
-    frame = trace_frame([example], batch, join(parts), prompter)
-    reward = figures.answer_logprob(frame)
-    deviation = reward.std(ddof=0)
-    frame["reward"] = reward
-    frame["advantage"] = (reward - reward.mean()) / deviation if deviation > 0 else 0.0
-    seen: dict[tuple[int, ...], tuple[Any, Any]] = {}  # a trained policy often writes the same trace again
-    for ids in map(tuple, frame["token_ids"]):
-        tick(0)
-        if ids not in seen:
-            both = alternatives(policy, prompt, ids, temperature, top)
-            places = [dict(zip(both, place, strict=True)) for place in zip(*both.values(), strict=True)]
-            seen[ids] = (coherence(policy, prompter, prompt, ids, max_packed_tokens), places)
-    frame["coherence"], frame["alternatives"] = zip(
-        *(seen[tuple(ids)] for ids in frame["token_ids"]), strict=True
-    )
-    return frame
+if TYPE_CHECKING:
+    from ..train.models import Policy
+    from ..train.prompts import Prompter
 
 
 @dataclass(frozen=True)
@@ -154,6 +35,12 @@ class Source:
     config: RunConfig
     run_dir: Path | None = None
     steps: tuple[int, ...] = ()
+
+    def checkpoint(self, step: int | None = None) -> Path | None:
+        """The adapter of ``step`` (default: the last stored); None for a bare model."""
+        if self.run_dir is None:
+            return None
+        return step_file(self.run_dir / "checkpoints", step or self.steps[-1], "")
 
 
 def find_source(name: str | Path, **settings: Any) -> Source:
@@ -174,30 +61,6 @@ def find_source(name: str | Path, **settings: Any) -> Source:
     return Source(RunConfig(model=str(name), **settings))
 
 
-def open_source(source: Source, step: int | None = None) -> tuple[Policy, Prompter]:
-    """Load a source's model and, for a run, the adapter of ``step`` (default: the last stored)."""
-    config = source.config
-    task = load_task(
-        config.task, **{n: getattr(config, n) for n in list(signature(load_task).parameters)[1:]}
-    )
-    prompter = Prompter(load_tokenizer(config.model), task.demonstrations, config.prompt_style)
-    policy = load_policy(
-        config.model,
-        quantization=config.quantization,
-        dtype=config.dtype,
-        lora_rank=config.lora_rank if source.run_dir else 0,
-        lora_alpha=config.lora_alpha,
-        seed=config.seed,
-        device=config.device,
-    )
-    if source.run_dir:
-        load_adapter(policy, step_file(source.run_dir / "checkpoints", step or source.steps[-1], ""))
-    return policy, prompter
-
-
-# --- the bench
-
-
 class _Cancelled(Exception):
     pass
 
@@ -207,18 +70,18 @@ def summary_html(frames: dict[str, pd.DataFrame]) -> str:
     rows = []
     for name, frame in frames.items():
         for source, own in frame.groupby("source", sort=False):
-            total = figures.answer_logprob(own)
+            total = answer_logprob(own)
             cells = [
                 html.escape(name),
-                f'<b style="color: {figures.SOURCE_COLOURS[source]}">{source}</b>',
+                f'<b style="color: {SOURCE_COLOURS[source]}">{source}</b>',
                 f'<span data-cell="{html.escape(name)}/{source}">{total.mean():.2f}</span>',
                 f"{total.max():.2f}",
                 f"{own['finished'].mean():.0%}",
                 f"{own['tokens'].map(len).mean():.1f}",
             ]
-            rows.append(figures._row(cells))
+            rows.append(html_row(cells))
     header = ["weights", "drawn from", "mean log p(y|x,z), nats", "best, nats", "finished", "length, tokens"]
-    return figures._table(header, rows)
+    return html_table(header, rows)
 
 
 class PromptBench(Panel):
@@ -342,12 +205,15 @@ class PromptBench(Panel):
         wanted = (self.source.value, self.step.value)
         if self._given or wanted == self._opened:
             return
+        from ..train.bench_probe import load_adapter, open_source  # need torch
+
         source = find_source(self.source.value, **self._settings)
+        checkpoint = source.checkpoint(wanted[1])
         if self._opened and wanted[0] == self._opened[0]:
-            load_adapter(self._policy, step_file(source.run_dir / "checkpoints", wanted[1], ""))
+            load_adapter(self._policy, checkpoint)
         else:
             self._opened = self._policy = None  # room for the new one
-            self._policy, self._prompter = open_source(source, wanted[1])
+            self._policy, self._prompter = open_source(source.config, checkpoint)
         self._opened = wanted
 
     # --- one click
@@ -396,6 +262,8 @@ class PromptBench(Panel):
 
     def _probe(self, start: float, end: float) -> pd.DataFrame:
         """``probe`` at the fields' values, filling the bar from ``start`` to ``end``: half for each part."""
+        from ..train.bench_probe import probe  # needs torch
+
         k, decoded, scored = self.k.value, 0, 0
 
         def tick(done: int) -> None:
@@ -419,8 +287,8 @@ class PromptBench(Panel):
         )
 
     def _say(self, text: str, wrong: bool = False) -> None:
-        colour = figures.POSTERIOR if wrong else "inherit"
-        self.message.value = f'<span style="color: {colour}">{html.escape(figures.visible(text))}</span>'
+        colour = POSTERIOR if wrong else "inherit"
+        self.message.value = f'<span style="color: {colour}">{html_text(text)}</span>'
 
     # --- results
 
@@ -441,8 +309,7 @@ class PromptBench(Panel):
             own = frame[frame["source"] == source].sort_values("reward", ascending=False, kind="stable")
             choice.unobserve(self._show_traces, "value")
             choice.options = [
-                (f"{row.reward:.2f} nats   {figures.visible(row.trace)[:90]}", row.Index)
-                for row in own.itertuples()
+                (f"{row.reward:.2f} nats   {visible(row.trace)[:90]}", row.Index) for row in own.itertuples()
             ]
             choice.value = own.index[0]
             choice.observe(self._show_traces, "value")
@@ -459,9 +326,9 @@ class PromptBench(Panel):
     def lines(self) -> go.Figure:
         """The coherence curves of the chosen weights, with a line at the selected token."""
         chosen = [choice.value for choice in self.traces.values()]
-        figure = coherence_curve(self.frames[self.weights.value], chosen)
+        figure = plot_coherence(self.frames[self.weights.value], chosen)
         if self.tokens.selected:
-            figure.add_vline(self.tokens.selected[1] + 1, line={"color": figures.GREY, "dash": "dot"})
+            figure.add_vline(self.tokens.selected[1] + 1, line={"color": GREY, "dash": "dot"})
         return figure
 
     def static(self) -> list[Any]:

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from covrl_lab import RunConfig, Trainer
-from covrl_lab.train.models import load_policy
+from covrl_lab.train import bench_probe
+from covrl_lab.train.bench_probe import alternatives, open_source, probe
+from covrl_lab.train.models import load_adapter, load_policy
 from covrl_lab.train.prompts import Prompter
 from covrl_lab.train.scoring import score
 from covrl_lab.types import ConfigError, Demonstration, Example, TraceBatch
-from covrl_lab.views import bench as live
-from covrl_lab.views.bench import PromptBench, alternatives, find_source, open_source, probe, summary_html
+from covrl_lab.views.bench import PromptBench, find_source, summary_html
 
 TOLERANCE = 1e-4  # nats a token
 DEMONSTRATIONS = [Demonstration("2 plus 3?", "2 and 3 more is 5.", "5")]
@@ -36,6 +37,11 @@ def trained(tmp_path_factory):
     settings |= {"lr_schedule": "constant"}
     Trainer(RunConfig(**settings, steps=2, checkpoint_every=1, run_dir=str(folder)), progress=False).run()
     return folder
+
+
+def opened(name, step=None, **settings):
+    source = find_source(name, **settings)
+    return open_source(source.config, source.checkpoint(step))
 
 
 def test_probe_equals_plain_rows(tiny_policy, prompter):
@@ -112,13 +118,13 @@ def test_a_run_a_checkpoint_and_a_model_are_sources(trained):
     assert find_source(trained).steps == (1, 2)
     assert find_source(trained / "checkpoints" / "step_00001").steps == (1,)
     assert find_source("tiny", **SMALL).steps == ()
-    first, _ = open_source(find_source(trained), 1)
-    last, prompter = open_source(find_source(trained))
+    first, _ = opened(trained, step=1)
+    last, prompter = opened(trained)
     expected = load_policy("tiny", quantization="none", dtype="float32")
-    live.load_adapter(expected, trained / "checkpoints" / "step_00002")
+    load_adapter(expected, trained / "checkpoints" / "step_00002")
     assert last.adapter_change() == expected.adapter_change() != first.adapter_change()
     assert len(prompter.demonstrations) == 1
-    plain, _ = open_source(find_source("tiny", **SMALL))
+    plain, _ = opened("tiny", **SMALL)
     assert not plain.trainable()
 
 
@@ -129,7 +135,7 @@ def test_the_bench_asks_before_and_after_training(trained):
     bench.wait(120)
     assert "done" in bench.message.value and bench.bar.value == 100
     assert list(bench.frames) == ["before training", "after training"]
-    policy, prompter = open_source(find_source(trained))
+    policy, prompter = opened(trained)
     settings = {"k": 2, "max_tokens": 6, "seed": 3}
     after = probe(policy, prompter, **ASK, **settings)
     with policy.base():
@@ -167,7 +173,7 @@ def test_the_bench_asks_before_and_after_training(trained):
     bench.step.value = 1
     bench.generate.click()
     bench.wait(120)
-    first, _ = open_source(find_source(trained), 1)
+    first, _ = opened(trained, step=1)
     expected = probe(first, prompter, **ASK, **settings)
     assert bench.frames["after training"]["logp"].tolist() == expected["logp"].tolist()
 
@@ -202,8 +208,8 @@ def test_a_click_that_fails_or_is_cancelled_leaves_the_bench_usable(tiny_policy,
         assert go_on.wait(60)
         return real(policy, prompter, *args, **settings)
 
-    real = live.sample_traces
-    monkeypatch.setattr(live, "sample_traces", tick_first)
+    real = bench_probe.sample_traces
+    monkeypatch.setattr(bench_probe, "sample_traces", tick_first)
     bench.generate.click()
     assert sampling.wait(60) and bench.generate.disabled and not bench.cancel.disabled
     bench.cancel.click()
@@ -211,7 +217,7 @@ def test_a_click_that_fails_or_is_cancelled_leaves_the_bench_usable(tiny_policy,
     bench.wait(60)
     assert "cancelled" in bench.message.value and bench.frames is kept
 
-    monkeypatch.setattr(live, "sample_traces", lambda *args, **settings: 1 / 0)
+    monkeypatch.setattr(bench_probe, "sample_traces", lambda *args, **settings: 1 / 0)
     bench.generate.click()
     bench.wait(60)
     assert "ZeroDivisionError: division by zero" in bench.message.value
