@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from browser import jupyterlab
 from hostile import BAIT, HOSTILE, hostile_run
-from test_tokens import EXAMPLE
+from test_reweight import EXAMPLE
 
 from covrl_lab import load_run
 from covrl_lab.views.html import visible
@@ -192,14 +192,13 @@ def test_hostile_text_stays_text(lab, capsys):
     lab.write(
         "hostile.ipynb",
         "from IPython.display import HTML, display\n"
-        "from covrl_lab import panels, load_run\n"
-        "from covrl_lab.views.token_view import token_html\n"
+        "from covrl_lab import MixingRatio, TraceExplorer, load_run, token_html\n"
         "run = load_run('hostile')\n"
-        "explorer = panels.TraceExplorer(run)\n"
+        "explorer = TraceExplorer(run)\n"
         "for copy in explorer.static():\n    display(copy)",
         "display(HTML(token_html(run.traces(1))))",
         "explorer",
-        "panels.MixingRatio(run)",
+        "MixingRatio(run)",
     )
     lab.open("hostile.ipynb")
     lab.run_all()
@@ -230,7 +229,7 @@ def test_hostile_text_stays_text(lab, capsys):
 
 def copy_helpers(folder):
     """Put what makes runs up where a notebook of the served folder can import it."""
-    for name in ("test_panels.py", "test_tokens.py", "hostile.py"):
+    for name in ("run_folders.py",):
         shutil.copy(Path(__file__).parent / name, folder / name)
 
 
@@ -240,10 +239,10 @@ def test_traces_of_two_thousand_tokens_stay_within_their_boxes_and_reach(lab):
     lab.write(
         "long.ipynb",
         "from pathlib import Path\n"
-        "from test_panels import made_up_run\n"
-        "from covrl_lab import panels\n"
+        "from run_folders import made_up_run\n"
+        "from covrl_lab import TraceExplorer\n"
         "run = made_up_run(Path('long'), steps=1, questions=1, rollouts=2, length=2000)\n"
-        "explorer = panels.TraceExplorer(run)",
+        "explorer = TraceExplorer(run)",
         "explorer",
     )
     lab.open("long.ipynb")
@@ -309,10 +308,10 @@ def test_a_slider_move_redraws_soon(lab, capsys):
     lab.write(
         "speed.ipynb",
         "from pathlib import Path\n"
-        "from test_panels import made_up_run\n"
-        "from covrl_lab import panels\n"
+        "from run_folders import made_up_run\n"
+        "from covrl_lab import MixingRatio\n"
         "run = made_up_run(Path('speed'), steps=1, questions=16, rollouts=4, length=256)\n"
-        "mixing = panels.MixingRatio(run)",
+        "mixing = MixingRatio(run)",
         "mixing",
     )
     copy_helpers(lab.folder)

@@ -44,7 +44,7 @@ def has_text(lab, selector, text, seconds=120):
 
 
 def test_the_monitor_follows_and_stops_a_run(lab, running):
-    lab.write("monitor.ipynb", "from covrl_lab.views.monitor import RunMonitor\nRunMonitor('run')")
+    lab.write("monitor.ipynb", "from covrl_lab import RunMonitor\nRunMonitor('run')")
     lab.open("monitor.ipynb")
     lab.run_all()
     page = lab.page
@@ -93,7 +93,7 @@ def test_the_bench_samples_and_shows_what_the_files_and_the_model_give(lab, runn
     assert running.wait(120) == 0
     lab.write(
         "bench.ipynb",
-        "from covrl_lab.views.bench import PromptBench\nPromptBench(checkpoint='run', k=2, max_tokens=6)",
+        "from covrl_lab import PromptBench\nPromptBench(checkpoint='run', k=2, max_tokens=6)",
     )
     lab.open("bench.ipynb")
     lab.run_all()

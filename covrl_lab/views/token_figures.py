@@ -254,8 +254,8 @@ def plot_coherence(frame: pd.DataFrame, chosen: Sequence[int] | None = None) -> 
     """log p(y | x, z up to t) in nats along the traces of one question, a line a trace.
 
     frame has the columns of ``trace_frame`` and ``coherence`` (T + 1 nats, see ``coherence``), as
-    ``train.bench_probe.probe`` gives. ``chosen`` are index labels of rows to draw bold, one of each source; without it
-    the traces that end best. Their tokens stand on the axes: prior above, posterior below.
+    ``probe`` gives. ``chosen`` are index labels of rows to draw bold, one of each source; without it the
+    traces that end best. Their tokens stand on the axes: prior above, posterior below.
     """
     figure = go.Figure(layout={"template": TEMPLATE})
     if frame.empty:
