@@ -32,6 +32,7 @@ _HOME = {
     "accuracy_table": "views.html",
     "bootstrap_interval": "runs.stats",
     "export": "views.comparison",
+    "describe_cost": "views.sweep_cost",
     "load_policy": "train.models",
     "load_run": "runs.folder",
     "load_task": "train.tasks",
@@ -49,6 +50,8 @@ _HOME = {
     "probe": "train.bench_probe",
     "readable": "views.comparison",
     "report": "views.report",
+    "sweep_curves": "views.ablation",
+    "sweep_results": "views.ablation",
     "token_html": "views.token_view",
     "trace_table": "views.html",
 }

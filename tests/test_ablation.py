@@ -14,7 +14,7 @@ ALPHAS, SEEDS = (0.25, 0.5, 0.75), (0, 1, 2)
 
 @pytest.fixture
 def measured():
-    """Results of a grid of two methods: what ``ablation.results`` gives."""
+    """Results of a grid of two methods: what ``sweep_results`` gives."""
     rng = np.random.default_rng(0)
     rows = [
         {"id": f"{method}{alpha}{seed}", "method": method, "alpha": alpha, "seed": seed}

@@ -1,4 +1,4 @@
-"""train writes runs, views read runs, runs know neither; torch lives in train and theory; nothing grows long."""
+"""train writes runs, views read runs, runs know neither; torch lives in train and theory."""
 
 import ast
 import subprocess

@@ -6,7 +6,6 @@ Frames and figures come from the run folders of a ``sweeps.Sweep``; the panel ad
 from __future__ import annotations
 
 import html
-import json
 import threading
 import time
 from collections.abc import Mapping
@@ -20,34 +19,24 @@ from IPython.display import HTML
 
 from ..config import METHOD_DEFAULTS, RunConfig
 from ..runs.compare import curves
-from ..runs.folder import Run, load_run, read_jsonl
-from ..runs.sweep import ENDS, Sweep
+from ..runs.folder import Run, load_run
+from ..runs.sweep import Sweep
 from ..types import ConfigError
 from .comparison import plot_against_alpha
 from .explorer import TraceExplorer
 from .figures import plot_evaluation_curve
 from .html import html_row, html_table, html_text
+from .sweep_cost import describe_cost, step_time_settings
 from .widgets import Panel, Plot
 
 SIGNS = {"queued": "◦", "running": "▸", "done": "✓", "cancelled": "⊘", "failed": "✗"}
 REFRESH_SECONDS = 1.0
-# Runs that agree in these take about the same time for a step.
-ALIKE = (
-    "model",
-    "quantization",
-    "dtype",
-    "device",
-    "task",
-    "questions_per_step",
-    "rollouts_per_question",
-    "max_trace_tokens",
-)
 
 
 # --- frames
 
 
-def results(sweep: Sweep) -> pd.DataFrame:
+def sweep_results(sweep: Sweep) -> pd.DataFrame:
     """One row a run that has finished a step: its table's columns, method, alpha, seed, and its rewards.
 
     reward_prior and reward_posterior are means over the last fifth of the finished steps, at least one.
@@ -66,7 +55,7 @@ def results(sweep: Sweep) -> pd.DataFrame:
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
 
 
-def learning(sweep: Sweep) -> dict[str, pd.DataFrame]:
+def sweep_curves(sweep: Sweep) -> dict[str, pd.DataFrame]:
     """ "method, alpha" -> evaluations of its runs with their seed, for ``plot_evaluation_curve``."""
     methods: dict[str, list[Run]] = {}
     for run_id, config in sorted(sweep.runs.items(), key=lambda item: (item[1].method, item[1].alpha)):
@@ -112,55 +101,6 @@ def table(sweep: Sweep) -> str:
     return html_table(HEADER, [html_row(row) for row in texts])
 
 
-# --- cost
-
-
-def measured(sweep: Sweep) -> tuple[float, float, int] | None:
-    """(seconds of a step, seconds of a run around its steps, steps seen) of like runs in the sweep's folder.
-
-    Medians; start-up and evaluations are around the steps, 0 until a run has finished. None: no step yet.
-    """
-    wanted = {_alike(config) for config in sweep.runs.values()}
-    seconds, around = [], []
-    for path in sweep.folder.glob("*/config.json"):
-        if _alike(RunConfig.load(path)) in wanted:
-            own = [record["seconds"] for record in read_jsonl(path.parent / "metrics.jsonl")]
-            seconds += own
-            done = path.parent / "done.json"
-            if done.exists() and not (ended := json.loads(done.read_text("utf-8")))["first_step"]:
-                around.append(max(0.0, ended["seconds"] - sum(own)))
-    if not seconds:
-        return None
-    return float(np.median(seconds)), float(np.median(around)) if around else 0.0, len(seconds)
-
-
-def _alike(config: RunConfig) -> tuple[Any, ...]:
-    return tuple(getattr(config, name) for name in ALIKE)
-
-
-def cost(sweep: Sweep, workers: int, step_seconds: float | None = None) -> str:
-    """What is left to do and how long it takes, in one sentence that says where the time comes from.
-
-    ``step_seconds`` is an estimate for where no step of such a run has been measured.
-    """
-    frame = sweep.table()
-    left = frame[~frame["status"].isin(ENDS)]
-    steps, at_once = int((left["steps"] - left["step"]).sum()), min(workers, len(left))
-    text = f"{len(frame)} runs, {len(left)} to do with {steps} steps in all"
-    if left.empty:
-        return text
-    if seen := measured(sweep):
-        step, around, count = seen
-        source = f"{count} measured steps of {step:.2g} s (median), and {around:.0f} s around them a run"
-    elif step_seconds is not None:
-        step, around = step_seconds, 0.0
-        source = f"an estimated step of {step:.2g} s, start-up and evaluations not counted"
-    else:
-        return f"{text}; no step of such a run has been measured here yet"
-    minutes = (steps * step + len(left) * around) / at_once / 60
-    return f"{text}; about {minutes:.1f} minutes with {at_once} at once, from {source}"
-
-
 # --- the panel
 
 _STYLE = """<style>
@@ -202,6 +142,55 @@ class _Row:
         self.traces.disabled = not row["step"]
 
 
+def _fields(
+    alphas: Any, methods: Any, seeds: Any, steps: int, model: str, task: str, workers: int
+) -> dict[str, widgets.Widget]:
+    """The fields that choose a grid, by name."""
+    from ..train.tasks import TASKS  # the names to offer
+
+    wide = {"style": {"description_width": "60px"}, "layout": {"width": "280px"}}
+    chosen = [m for m in _listed(methods).split(", ") if m in METHOD_DEFAULTS]
+    return {
+        "alphas": widgets.Text(_listed(alphas), description="α", continuous_update=False, **wide),
+        "seeds": widgets.Text(_listed(seeds), description="seeds", continuous_update=False, **wide),
+        "steps": widgets.BoundedIntText(steps, min=1, max=10**6, description="steps", **wide),
+        "model": widgets.Combobox(
+            value=model,
+            options=("smollm2-135m", "tiny"),
+            description="model",
+            continuous_update=False,
+            **wide,
+        ),
+        "task": widgets.Combobox(
+            value=task, options=tuple(TASKS), description="task", continuous_update=False, **wide
+        ),
+        "workers": widgets.BoundedIntText(workers, min=1, max=256, description="at once", **wide),
+        "methods": widgets.SelectMultiple(
+            value=chosen,
+            options=tuple(METHOD_DEFAULTS),
+            rows=7,
+            description="methods",
+            **(wide | {"layout": {"width": "240px"}}),
+        ),
+    }
+
+
+def _table_head() -> widgets.HBox:
+    head = ["run", "method", "α", "seed", "status", "progress", "accuracy", "seconds"]
+    heads = "".join(
+        f"<span{' class=n' if name in ('accuracy', 'seconds') else ''}>{name}</span>" for name in head
+    )
+    return widgets.HBox(
+        [
+            widgets.HTML(
+                f'{_STYLE}<div class="covrl-run covrl-head">{heads}</div>',
+                layout={"flex": "1 1 auto", "margin": "0"},
+            ),
+            widgets.HTML(layout={"width": "160px", "flex": "0 0 auto"}),
+        ]
+    )
+
+
 class Ablation(Panel):
     """Widgets that choose a grid and drive it: cost, Launch, a live table, results, traces of any run.
 
@@ -225,37 +214,11 @@ class Ablation(Panel):
         workers: int = 1,
         notebook: str | Path | None = None,
     ) -> None:
-        from ..train.tasks import TASKS  # their names, for the field
-
         self.folder, self.base, self.notebook = Path(folder), dict(base or {}), notebook
         self._estimates: dict[tuple[Any, ...], float] = {}  # like runs -> seconds a step
         self._watcher: threading.Thread | None = None
         self._drawn: Any = None
-        wide = {"style": {"description_width": "60px"}, "layout": {"width": "280px"}}
-        chosen = [m for m in _listed(methods).split(", ") if m in METHOD_DEFAULTS]
-        self.fields: dict[str, widgets.Widget] = {
-            "alphas": widgets.Text(_listed(alphas), description="α", continuous_update=False, **wide),
-            "seeds": widgets.Text(_listed(seeds), description="seeds", continuous_update=False, **wide),
-            "steps": widgets.BoundedIntText(steps, min=1, max=10**6, description="steps", **wide),
-            "model": widgets.Combobox(
-                value=model,
-                options=("smollm2-135m", "tiny"),
-                description="model",
-                continuous_update=False,
-                **wide,
-            ),
-            "task": widgets.Combobox(
-                value=task, options=tuple(TASKS), description="task", continuous_update=False, **wide
-            ),
-            "workers": widgets.BoundedIntText(workers, min=1, max=256, description="at once", **wide),
-            "methods": widgets.SelectMultiple(
-                value=chosen,
-                options=tuple(METHOD_DEFAULTS),
-                rows=7,
-                description="methods",
-                **(wide | {"layout": {"width": "240px"}}),
-            ),
-        }
+        self.fields = _fields(alphas, methods, seeds, steps, model, task, workers)
         self.cost = widgets.HTML()
         self.launch_button = widgets.Button(description="Launch", button_style="primary", icon="play")
         self.stop_button = widgets.Button(description="Stop all", icon="stop", disabled=True)
@@ -265,19 +228,7 @@ class Ablation(Panel):
         self.launch_button.on_click(lambda _: self.launch())
         self.stop_button.on_click(lambda _: self._aside(self.stop))
         self.estimate_button.on_click(lambda _: self._aside(self.estimate))
-        head = ["run", "method", "α", "seed", "status", "progress", "accuracy", "seconds"]
-        heads = "".join(
-            f"<span{' class=n' if name in ('accuracy', 'seconds') else ''}>{name}</span>" for name in head
-        )
-        self._head = widgets.HBox(
-            [
-                widgets.HTML(
-                    f'{_STYLE}<div class="covrl-run covrl-head">{heads}</div>',
-                    layout={"flex": "1 1 auto", "margin": "0"},
-                ),
-                widgets.HTML(layout={"width": "160px", "flex": "0 0 auto"}),
-            ]
-        )
+        self._head = _table_head()
         self.rows = widgets.VBox()
         self.alpha_plot, self.learning_plot = Plot(), Plot()
         self.traces = widgets.VBox()
@@ -351,7 +302,7 @@ class Ablation(Panel):
         config = next(iter(self.sweep.runs.values()))
         self.estimate_button.disabled = True
         try:
-            self._estimates[_alike(config)] = 60 * plan(config).minutes
+            self._estimates[step_time_settings(config)] = 60 * plan(config).minutes
         except ConfigError as error:
             self.cost.value = f"<b>⚠ {html.escape(str(error))}</b>"
         else:
@@ -359,8 +310,8 @@ class Ablation(Panel):
         self.estimate_button.disabled = False
 
     def _show_cost(self) -> None:
-        estimate = self._estimates.get(_alike(next(iter(self.sweep.runs.values()))))
-        text = cost(self.sweep, self.fields["workers"].value, estimate)
+        estimate = self._estimates.get(step_time_settings(next(iter(self.sweep.runs.values()))))
+        text = describe_cost(self.sweep, self.fields["workers"].value, estimate)
         if self.sweep.error:
             text += f". {self.sweep.error}"
         self.cost.value = html.escape(text + ".")
@@ -423,8 +374,8 @@ class Ablation(Panel):
             return
         self._drawn = state
         if any(record["step"] for record in records):
-            self.alpha_plot.draw(plot_against_alpha(results(self.sweep)))
-            self.learning_plot.draw(plot_evaluation_curve(learning(self.sweep)))
+            self.alpha_plot.draw(plot_against_alpha(sweep_results(self.sweep)))
+            self.learning_plot.draw(plot_evaluation_curve(sweep_curves(self.sweep)))
         else:
             self.alpha_plot.figure = self.learning_plot.figure = ""
 

@@ -84,7 +84,88 @@ def summary_html(frames: dict[str, pd.DataFrame]) -> str:
     return html_table(header, rows)
 
 
-class PromptBench(Panel):
+_LABEL = {"style": {"description_width": "110px"}}
+_WIDE, _NARROW = {"layout": {"width": "640px"}} | _LABEL, {"layout": {"width": "205px"}} | _LABEL
+
+
+class BenchResults(Panel):
+    """The lower half of the prompt bench: ``frames``, what ``probe`` gives, as table and plots."""
+
+    def __init__(self) -> None:
+        self.frames: dict[str, pd.DataFrame] = {}
+        self.summary, self.curve = widgets.HTML(), Plot(layout={"min_height": "430px"})
+        self.weights = widgets.ToggleButtons()
+        self.traces = {
+            source: widgets.Dropdown(description=f"{source} trace", **_WIDE)
+            for source in ("prior", "posterior")
+        }
+        self.colour = widgets.Dropdown(options=colours(), value="log_gap", description="colour by", **_WIDE)
+        self.tokens = TokenView()
+        widgets.dlink((self.colour, "value"), (self.tokens, "colour"))
+        self.results = widgets.VBox(
+            [
+                self.summary,
+                self.weights,
+                *self.traces.values(),
+                self.curve,
+                self.colour,
+                self.tokens,
+            ],
+            layout={"display": "none"},
+        )
+        self.weights.observe(self._list_traces, "value")
+        for choice in self.traces.values():
+            choice.observe(self._show_traces, "value")
+        self.tokens.observe(self._draw_curve, "selected")
+
+    def _show(self) -> None:
+        self.summary.value = summary_html(self.frames)
+        names = list(self.frames)
+        kept = self.weights.value if self.weights.value in names else names[-1]
+        self.weights.unobserve(self._list_traces, "value")
+        self.weights.options, self.weights.value = names, kept
+        self.weights.observe(self._list_traces, "value")
+        self._list_traces()
+        self.results.layout.display = None
+
+    def _list_traces(self, change: Any = None) -> None:
+        """Offer the traces of the chosen weights, the best of each source first."""
+        frame = self.frames[self.weights.value]
+        for source, choice in self.traces.items():
+            own = frame[frame["source"] == source].sort_values("reward", ascending=False, kind="stable")
+            choice.unobserve(self._show_traces, "value")
+            choice.options = [
+                (f"{row.reward:.2f} nats   {visible(row.trace)[:90]}", row.Index) for row in own.itertuples()
+            ]
+            choice.value = own.index[0]
+            choice.observe(self._show_traces, "value")
+        self._show_traces()
+
+    def _show_traces(self, change: Any = None) -> None:
+        rows = self.frames[self.weights.value].loc[[choice.value for choice in self.traces.values()]]
+        self.tokens.show(rows, alternatives=rows["alternatives"].tolist())
+        self._draw_curve()
+
+    def _draw_curve(self, change: Any = None) -> None:
+        self.curve.draw(self.lines())
+
+    def lines(self) -> go.Figure:
+        """The coherence curves of the chosen weights, with a line at the selected token."""
+        chosen = [choice.value for choice in self.traces.values()]
+        figure = plot_coherence(self.frames[self.weights.value], chosen)
+        if self.tokens.selected:
+            figure.add_vline(self.tokens.selected[1] + 1, line={"color": GREY, "dash": "dot"})
+        return figure
+
+    def static(self) -> list[Any]:
+        """The last results as HTML and a plotly figure; nothing before the first."""
+        if not self.frames:
+            return []
+        tables = "".join(f"<h4>{html.escape(name)}</h4>{token_html(f)}" for name, f in self.frames.items())
+        return [HTML(summary_html(self.frames) + tables), self.lines()]
+
+
+class PromptBench(BenchResults):
     """Type a question and its answer, sample traces from both prompts, and look at them token by token.
 
     policy      a loaded policy with its ``prompter``, such as a trainer's (``trainer.policy``)
@@ -115,55 +196,33 @@ class PromptBench(Panel):
     ) -> None:
         if (policy is None) != (prompter is None):
             raise ConfigError("a policy needs its prompter, and a prompter its policy; give both or neither")
-        self.frames: dict[str, pd.DataFrame] = {}
+        super().__init__()
         self._settings, self._given = settings, policy is not None
         self._policy, self._prompter, self._opened = policy, prompter, None
         self._cancel, self._thread = threading.Event(), None
 
-        label = {"style": {"description_width": "110px"}}
-        wide, narrow = {"layout": {"width": "640px"}} | label, {"layout": {"width": "205px"}} | label
         self.source = widgets.Combobox(
             value="this policy" if policy else str(checkpoint or model),
             options=["smollm2-135m", "tiny", *_run_folders()],
             description="model or run",
             disabled=self._given,
-            **wide,
+            **_WIDE,
         )
-        self.step = widgets.Dropdown(description="checkpoint", options=[("–", None)], **narrow)
-        self.question = widgets.Textarea(value=question, description="question x", rows=2, **wide)
-        self.answer = widgets.Text(value=answer, description="answer y", **wide)
-        self.k = widgets.BoundedIntText(k, min=1, max=64, description="traces of each", **narrow)
+        self.step = widgets.Dropdown(description="checkpoint", options=[("–", None)], **_NARROW)
+        self.question = widgets.Textarea(value=question, description="question x", rows=2, **_WIDE)
+        self.answer = widgets.Text(value=answer, description="answer y", **_WIDE)
+        self.k = widgets.BoundedIntText(k, min=1, max=64, description="traces of each", **_NARROW)
         self.temperature = widgets.BoundedFloatText(
-            temperature, min=0.01, max=10, step=0.1, description="temperature", **narrow
+            temperature, min=0.01, max=10, step=0.1, description="temperature", **_NARROW
         )
         self.max_tokens = widgets.BoundedIntText(
-            max_tokens, min=1, max=100_000, description="tokens at most", **narrow
+            max_tokens, min=1, max=100_000, description="tokens at most", **_NARROW
         )
-        self.seed = widgets.BoundedIntText(seed, max=2**31 - 1, description="seed", **narrow)
+        self.seed = widgets.BoundedIntText(seed, max=2**31 - 1, description="seed", **_NARROW)
         self.generate = widgets.Button(description="Generate", icon="play", button_style="primary")
         self.cancel = widgets.Button(description="Cancel", icon="stop", disabled=True)
         self.bar = widgets.IntProgress(max=100, layout={"width": "260px"})
         self.message = widgets.HTML()
-        self.summary, self.curve = widgets.HTML(), Plot(layout={"min_height": "430px"})
-        self.weights = widgets.ToggleButtons()
-        self.traces = {
-            source: widgets.Dropdown(description=f"{source} trace", **wide)
-            for source in ("prior", "posterior")
-        }
-        self.colour = widgets.Dropdown(options=colours(), value="log_gap", description="colour by", **wide)
-        self.tokens = TokenView()
-        widgets.dlink((self.colour, "value"), (self.tokens, "colour"))
-        self.results = widgets.VBox(
-            [
-                self.summary,
-                self.weights,
-                *self.traces.values(),
-                self.curve,
-                self.colour,
-                self.tokens,
-            ],
-            layout={"display": "none"},
-        )
         self.widget = widgets.VBox(
             [
                 widgets.HBox([self.source, self.step], layout={"flex_flow": "row wrap"}),
@@ -181,10 +240,6 @@ class PromptBench(Panel):
         self.source.observe(self._list_steps, "value")
         self.generate.on_click(lambda button: self.start())
         self.cancel.on_click(lambda button: self._cancel.set())
-        self.weights.observe(self._list_traces, "value")
-        for choice in self.traces.values():
-            choice.observe(self._show_traces, "value")
-        self.tokens.observe(self._draw_curve, "selected")
 
     # --- model
 
@@ -289,54 +344,6 @@ class PromptBench(Panel):
     def _say(self, text: str, wrong: bool = False) -> None:
         colour = POSTERIOR if wrong else "inherit"
         self.message.value = f'<span style="color: {colour}">{html_text(text)}</span>'
-
-    # --- results
-
-    def _show(self) -> None:
-        self.summary.value = summary_html(self.frames)
-        names = list(self.frames)
-        kept = self.weights.value if self.weights.value in names else names[-1]
-        self.weights.unobserve(self._list_traces, "value")
-        self.weights.options, self.weights.value = names, kept
-        self.weights.observe(self._list_traces, "value")
-        self._list_traces()
-        self.results.layout.display = None
-
-    def _list_traces(self, change: Any = None) -> None:
-        """Offer the traces of the chosen weights, the best of each source first."""
-        frame = self.frames[self.weights.value]
-        for source, choice in self.traces.items():
-            own = frame[frame["source"] == source].sort_values("reward", ascending=False, kind="stable")
-            choice.unobserve(self._show_traces, "value")
-            choice.options = [
-                (f"{row.reward:.2f} nats   {visible(row.trace)[:90]}", row.Index) for row in own.itertuples()
-            ]
-            choice.value = own.index[0]
-            choice.observe(self._show_traces, "value")
-        self._show_traces()
-
-    def _show_traces(self, change: Any = None) -> None:
-        rows = self.frames[self.weights.value].loc[[choice.value for choice in self.traces.values()]]
-        self.tokens.show(rows, alternatives=rows["alternatives"].tolist())
-        self._draw_curve()
-
-    def _draw_curve(self, change: Any = None) -> None:
-        self.curve.draw(self.lines())
-
-    def lines(self) -> go.Figure:
-        """The coherence curves of the chosen weights, with a line at the selected token."""
-        chosen = [choice.value for choice in self.traces.values()]
-        figure = plot_coherence(self.frames[self.weights.value], chosen)
-        if self.tokens.selected:
-            figure.add_vline(self.tokens.selected[1] + 1, line={"color": GREY, "dash": "dot"})
-        return figure
-
-    def static(self) -> list[Any]:
-        """The last results as HTML and a plotly figure; nothing before the first."""
-        if not self.frames:
-            return []
-        tables = "".join(f"<h4>{html.escape(name)}</h4>{token_html(f)}" for name, f in self.frames.items())
-        return [HTML(summary_html(self.frames) + tables), self.lines()]
 
 
 def _run_folders() -> list[str]:

@@ -221,26 +221,13 @@ class TraceExplorer(Panel):
 
     def _show(self) -> None:
         self._list_rollouts()
-        self.heading.value = self._heading()
+        self.heading.value = _heading(self.run, self.settings, self._frame.iloc[0])
         pair = self.pair()
         self.view.show(pair, self.settings)
         # Start where prior and posterior disagree most.
         gaps = [np.abs(t["values"].get("log_gap", t["values"]["logp"])) for t in self.view.traces]
         side = int(np.argmax([gap.max() for gap in gaps]))
         self.view.selected = [side, int(gaps[side].argmax())]
-
-    def _heading(self) -> str:
-        row = self._frame.iloc[0]
-        question, answer = (html_text(row[name]) for name in ("question", "answer"))
-        named = [self.run.path.name, f"step {row['step']}", self.config.get("model", "")]
-        s = self.settings
-        named += [f"α {s.alpha:g}, w {s.composite_weight:g}, clip {s.clip} {s.clip_range:g}"]
-        return (
-            '<div style="line-height: 1.5; overflow-wrap: anywhere"><b style="font-size: 1.1em">'
-            f'<code style="background: none; font: inherit">{question}</code></b> reference answer '
-            f'<b><code style="background: none; font: inherit">{answer}</code></b><br>'
-            f'<span style="opacity: 0.75">{html.escape(" · ".join(map(str, named)))}</span></div>'
-        )
 
     def _recolour(self, change: Any) -> None:
         self.view.colour = change.new
@@ -265,4 +252,18 @@ class TraceExplorer(Panel):
         ]
         table = html_table([html.escape(c["label"]) for c in names], cells)
         view = token_html(self.pair(), self.settings, self.view.colour)
-        return [HTML(f"{self._heading()}{table}{view}"), self.lines()]
+        return [HTML(f"{self.heading.value}{table}{view}"), self.lines()]
+
+
+def _heading(run: Run, settings: Settings, row: Any) -> str:
+    """Question, reference answer and the run's settings as HTML; ``row`` is a trace of the question."""
+    question, answer = (html_text(row[name]) for name in ("question", "answer"))
+    named = [run.path.name, f"step {row['step']}", run.config.get("model", "")]
+    s = settings
+    named += [f"α {s.alpha:g}, w {s.composite_weight:g}, clip {s.clip} {s.clip_range:g}"]
+    return (
+        '<div style="line-height: 1.5; overflow-wrap: anywhere"><b style="font-size: 1.1em">'
+        f'<code style="background: none; font: inherit">{question}</code></b> reference answer '
+        f'<b><code style="background: none; font: inherit">{answer}</code></b><br>'
+        f'<span style="opacity: 0.75">{html.escape(" · ".join(map(str, named)))}</span></div>'
+    )
