@@ -134,8 +134,8 @@ def plot_intervals(table: pd.DataFrame, value: str) -> go.Figure:
 def plot_against_alpha(frame: pd.DataFrame) -> go.Figure:
     """Held-out accuracy, and reward by source, against alpha: points are runs, bars 95% over seeds.
 
-    frame: from ``sweep_results``. Runs that are still going count with what they have measured so far. Lines of a
-    plot stand a little beside each other, so that no interval hides another.
+    frame: from ``sweep_results``. Unfinished runs count with what they have measured so far. The lines of a
+    plot are shifted a little, so that no interval hides another.
     """
     figure = make_subplots(
         cols=2,

@@ -67,7 +67,7 @@ def report(run: Run | str | Path, path: str | Path | None = None) -> Path:
     path = run.path / "report.html" if path is None else Path(path)
     if not path.parent.is_dir():
         raise ConfigError(f"the folder {str(path.parent)!r} does not exist; make it or choose another file")
-    path.writehtml_text(page(run), encoding="utf-8", newline="\n")
+    path.write_text(page(run), encoding="utf-8", newline="\n")
     return path
 
 
