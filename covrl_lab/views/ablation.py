@@ -197,7 +197,7 @@ class Ablation(Panel):
     folder: holds the run folders; what it holds of the chosen grid already is shown and not done again.
     alphas, methods, seeds: comma-separated lists, or sequences. base: further fields of ``RunConfig``.
     ``sweep`` is the present ``Sweep``; it runs in the background and ends with the kernel, and launching the
-    same grid again goes on.
+    same grid again resumes it.
     """
 
     def __init__(
@@ -330,7 +330,7 @@ class Ablation(Panel):
         self._watch()
 
     def stop(self) -> None:
-        """End the runs at work; they stay queued, and Launch goes on."""
+        """End the runs at work; they stay queued, and Launch resumes them."""
         if self.sweep is not None:
             self.sweep.stop()
             self.refresh()
