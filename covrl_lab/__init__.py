@@ -18,23 +18,61 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 # Resolved on first use, so that looking at run folders never imports torch.
 _HOME = {
+    "Ablation": "views.ablation",
     "ConfigError": "types",
+    "EstimatorPanel": "theory.views",
     "Example": "types",
+    "MixingRatio": "views.mixing",
+    "PromptBench": "views.bench",
     "RunConfig": "config",
+    "RunMonitor": "views.monitor",
     "Sweep": "runs.sweep",
+    "TraceExplorer": "views.explorer",
     "Trainer": "train.trainer",
+    "World": "theory.world",
+    "accuracy_table": "views.html",
+    "bootstrap_interval": "runs.stats",
     "check_parameters": "config",
+    "describe_cost": "views.sweep_cost",
+    "export": "views.comparison",
+    "limit_cells": "runs.worker",
     "load_policy": "train.models",
     "load_run": "runs.folder",
     "load_task": "train.tasks",
+    "measure_device": "train.plan",
     "open_model": "train.opening",
+    "plan": "train.plan",
+    "plot_against_alpha": "views.comparison",
+    "plot_answer_logprobs": "views.figures",
+    "plot_coherence": "views.token_figures",
+    "plot_evaluation_curve": "views.figures",
+    "plot_gradient_quality": "theory.views",
+    "plot_intervals": "views.comparison",
+    "plot_kl_estimators": "theory.views",
+    "plot_ratio_range": "theory.views",
+    "plot_responsibility": "theory.views",
+    "plot_token_comparison": "views.token_figures",
+    "plot_training_curves": "views.figures",
     "probe": "train.probe",
+    "readable": "views.comparison",
     "report": "views.report",
+    "sweep_curves": "views.ablation",
+    "sweep_results": "views.ablation",
+    "token_html": "views.token_view",
+    "trace_table": "views.html",
 }
-__all__ = [*_HOME, "__version__"]
+# Modules whose functions are used by the module's name.
+_MODULES = {
+    "compare": "runs.compare",
+    "estimators": "theory.estimators",
+    "reweight": "runs.reweight",
+}
+__all__ = [*_HOME, *_MODULES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{_MODULES[name]}", __name__)
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

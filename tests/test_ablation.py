@@ -7,13 +7,14 @@ import pandas as pd
 import pytest
 
 from covrl_lab.views import ablation
+from covrl_lab.views.comparison import plot_against_alpha
 
 ALPHAS, SEEDS = (0.25, 0.5, 0.75), (0, 1, 2)
 
 
 @pytest.fixture
 def measured():
-    """Results of a grid of two methods: what ``ablation.results`` gives."""
+    """Results of a grid of two methods: what ``sweep_results`` gives."""
     rng = np.random.default_rng(0)
     rows = [
         {"id": f"{method}{alpha}{seed}", "method": method, "alpha": alpha, "seed": seed}
@@ -26,7 +27,7 @@ def measured():
 
 
 def test_no_interval_hides_another_and_each_names_its_alpha(measured):
-    figure = ablation.against_alpha(measured)
+    figure = plot_against_alpha(measured)
     lines = [line for line in figure.data if line.mode == "lines+markers"]
     assert [line.xaxis for line in lines].count("x") == 2 and len(lines) == 6
     for axis in ("x", "x2"):
@@ -44,7 +45,7 @@ def test_no_interval_hides_another_and_each_names_its_alpha(measured):
 
 
 def test_one_method_stands_at_its_alpha(measured):
-    figure = ablation.against_alpha(measured[measured["method"] == "covrl"])
+    figure = plot_against_alpha(measured[measured["method"] == "covrl"])
     (accuracy,) = (line for line in figure.data if line.xaxis == "x" and line.name)
     np.testing.assert_array_equal(accuracy.x, ALPHAS)
 

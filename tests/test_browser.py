@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from browser import jupyterlab
 from hostile import BAIT, HOSTILE, hostile_run
-from test_tokens import EXAMPLE
+from test_reweight import EXAMPLE
 
 from covrl_lab import load_run
-from covrl_lab.views import figures
+from covrl_lab.views.html import visible
 
 TOKEN = ".covrl-list [role=option]"
 SELECTED = f"{TOKEN}[aria-selected=true]"
@@ -71,7 +71,7 @@ def test_choosing_a_question_and_clicking_a_token_shows_its_numbers(lab, traces)
     question = row.locator("td").nth(1).inner_text()
     row.click()
     prior, posterior = (row_of(lab, question, source) for source in ("prior", "posterior"))
-    shown = [figures.visible(t, spaces=True) for t in [*prior["tokens"], *posterior["tokens"]]]
+    shown = [visible(t, spaces=True) for t in [*prior["tokens"], *posterior["tokens"]]]
     wait_until(traces, lambda: traces.locator(TOKEN).all_inner_texts() == shown)
 
     at = 5
@@ -115,7 +115,7 @@ def test_the_keyboard_moves_the_selection(lab, traces):
     traces.keyboard.press("ArrowDown")
     question = table.locator("tbody tr").nth(2).locator("td").nth(1).inner_text()
     prior = row_of(lab, question, "prior")
-    shown = [figures.visible(t, spaces=True) for t in prior["tokens"]]
+    shown = [visible(t, spaces=True) for t in prior["tokens"]]
     wait_until(
         traces,
         lambda: traces.locator(".covrl-list").first.locator("[role=option]").all_inner_texts() == shown,
@@ -192,29 +192,26 @@ def test_hostile_text_stays_text(lab, capsys):
     lab.write(
         "hostile.ipynb",
         "from IPython.display import HTML, display\n"
-        "from covrl_lab import panels, load_run\n"
-        "from covrl_lab.views.token_view import token_html\n"
+        "from covrl_lab import MixingRatio, TraceExplorer, load_run, token_html\n"
         "run = load_run('hostile')\n"
-        "explorer = panels.TraceExplorer(run)\n"
+        "explorer = TraceExplorer(run)\n"
         "for copy in explorer.static():\n    display(copy)",
         "display(HTML(token_html(run.traces(1))))",
         "explorer",
-        "panels.MixingRatio(run)",
+        "MixingRatio(run)",
     )
     lab.open("hostile.ipynb")
     lab.run_all()
     page = lab.page
     page.wait_for_selector(".covrl-plot.js-plotly-plot")
     shown = page.locator(".covrl-list").first.locator("[role=option]").all_inner_texts()
-    # Runs of spaces inside a line are drawn as signs, so the text is the same as what figures.visible says.
-    assert [text.replace("\n", "") for text in shown] == [figures.visible(t, spaces=True) for t in HOSTILE]
+    # Runs of spaces inside a line are drawn as signs, so the text is the same as what visible says.
+    assert [text.replace("\n", "") for text in shown] == [visible(t, spaces=True) for t in HOSTILE]
     questions = page.locator(".covrl-table").first.locator("tbody tr td:nth-child(2)").all_inner_texts()
-    assert questions == [figures.visible(t) for t in HOSTILE[:8]]
+    assert questions == [visible(t) for t in HOSTILE[:8]]
     for k in (0, 1, 3, 10, 11):  # hover boxes of the widget and of plotly
         page.locator(".covrl-list").first.locator("[role=option]").nth(k).hover()
-        assert page.locator(".covrl-tip strong:visible").inner_text() == figures.visible(
-            HOSTILE[k], spaces=True
-        )
+        assert page.locator(".covrl-tip strong:visible").inner_text() == visible(HOSTILE[k], spaces=True)
         page.locator(".covrl-list").first.locator("[role=option]").nth(k).click()
         page.wait_for_timeout(300)
     plot = page.locator(".covrl-plot.js-plotly-plot").first
@@ -232,7 +229,7 @@ def test_hostile_text_stays_text(lab, capsys):
 
 def copy_helpers(folder):
     """Put what makes runs up where a notebook of the served folder can import it."""
-    for name in ("test_panels.py", "test_tokens.py", "hostile.py"):
+    for name in ("run_folders.py",):
         shutil.copy(Path(__file__).parent / name, folder / name)
 
 
@@ -242,10 +239,10 @@ def test_traces_of_two_thousand_tokens_stay_within_their_boxes_and_reach(lab):
     lab.write(
         "long.ipynb",
         "from pathlib import Path\n"
-        "from test_panels import made_up_run\n"
-        "from covrl_lab import panels\n"
+        "from run_folders import made_up_run\n"
+        "from covrl_lab import TraceExplorer\n"
         "run = made_up_run(Path('long'), steps=1, questions=1, rollouts=2, length=2000)\n"
-        "explorer = panels.TraceExplorer(run)",
+        "explorer = TraceExplorer(run)",
         "explorer",
     )
     lab.open("long.ipynb")
@@ -286,7 +283,7 @@ def test_a_plot_brings_plotly_to_a_page_that_has_none(lab):
         "bare.ipynb",
         "import ipywidgets\n"
         "import plotly.graph_objects as go\n"
-        "from covrl_lab.views.panels import Plot\n"
+        "from covrl_lab.views.widgets import Plot\n"
         "plots = [Plot(), Plot()]\n"
         "for plot in plots:\n    plot.draw(go.Figure(go.Scatter(y=[1, 3, 2])))\n"
         "button = ipywidgets.Button(description='empty')\n"
@@ -311,10 +308,10 @@ def test_a_slider_move_redraws_soon(lab, capsys):
     lab.write(
         "speed.ipynb",
         "from pathlib import Path\n"
-        "from test_panels import made_up_run\n"
-        "from covrl_lab import panels\n"
+        "from run_folders import made_up_run\n"
+        "from covrl_lab import MixingRatio\n"
         "run = made_up_run(Path('speed'), steps=1, questions=16, rollouts=4, length=256)\n"
-        "mixing = panels.MixingRatio(run)",
+        "mixing = MixingRatio(run)",
         "mixing",
     )
     copy_helpers(lab.folder)

@@ -4,7 +4,7 @@ import pytest
 from browser import jupyterlab
 
 from covrl_lab import RunConfig, load_run
-from covrl_lab.runs.sweep import status
+from covrl_lab.runs.worker import status
 
 PATIENCE = 180_000  # milliseconds
 

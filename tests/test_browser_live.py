@@ -8,7 +8,8 @@ import pytest
 from browser import ROOT, jupyterlab
 
 from covrl_lab import load_run
-from covrl_lab.views.bench import find_source, open_source, probe
+from covrl_lab.train.probe import open_source, probe_question
+from covrl_lab.views.bench import find_source
 
 # A step takes about a second: a page that draws a figure for every one of hundreds a minute gets no rest.
 SMALL = (
@@ -43,7 +44,7 @@ def has_text(lab, selector, text, seconds=120):
 
 
 def test_the_monitor_follows_and_stops_a_run(lab, running):
-    lab.write("monitor.ipynb", "from covrl_lab.views.monitor import RunMonitor\nRunMonitor('run')")
+    lab.write("monitor.ipynb", "from covrl_lab import RunMonitor\nRunMonitor('run')")
     lab.open("monitor.ipynb")
     lab.run_all()
     page = lab.page
@@ -92,7 +93,7 @@ def test_the_bench_samples_and_shows_what_the_files_and_the_model_give(lab, runn
     assert running.wait(120) == 0
     lab.write(
         "bench.ipynb",
-        "from covrl_lab.views.bench import PromptBench\nPromptBench(checkpoint='run', k=2, max_tokens=6)",
+        "from covrl_lab import PromptBench\nPromptBench(checkpoint='run', k=2, max_tokens=6)",
     )
     lab.open("bench.ipynb")
     lab.run_all()
@@ -104,8 +105,8 @@ def test_the_bench_samples_and_shows_what_the_files_and_the_model_give(lab, runn
     has_text(lab, ".covrl-bench", "done")
     page.wait_for_selector(".covrl-bench .js-plotly-plot .main-svg")
 
-    policy, prompter = open_source(find_source(run))
-    frame = probe(policy, prompter, question, answer, 2, max_tokens=6)
+    policy, prompter = open_source(find_source(run).config, find_source(run).checkpoint())
+    frame = probe_question(policy, prompter, question, answer, 2, max_tokens=6)
     for source, own in frame.groupby("source"):
         cell = page.locator(f'.covrl-bench [data-cell="after training/{source}"]')
         assert cell.inner_text() == f"{own['reward'].mean():.2f}"
@@ -124,7 +125,7 @@ def test_the_bench_samples_and_shows_what_the_files_and_the_model_give(lab, runn
     assert f"{first:.3f}".replace("-", "−") in numbers.replace("-", "−")
 
     with policy.base():
-        before = probe(policy, prompter, question, answer, 2, max_tokens=6)
+        before = probe_question(policy, prompter, question, answer, 2, max_tokens=6)
     cell = page.locator('.covrl-bench [data-cell="before training/prior"]').inner_text()
     assert cell == f"{before.loc[before['source'] == 'prior', 'reward'].mean():.2f}"
     page.get_by_role("button", name="before training").click()  # other traces: none is selected

@@ -10,7 +10,7 @@ from covrl_lab.train.probe import coherence
 from covrl_lab.train.prompts import Prompter
 from covrl_lab.train.scoring import trace_logprobs
 from covrl_lab.types import Demonstration, Example, TraceBatch
-from covrl_lab.views.curves import coherence_curve
+from covrl_lab.views.token_figures import plot_coherence
 
 TOLERANCE = 1e-4  # nats an answer: float32 sums in another order
 DEMONSTRATIONS = [Demonstration("2 plus 3?", "2 and 3 more is 5.", "5")]
@@ -110,7 +110,7 @@ def test_the_figure_has_a_line_a_trace_and_the_best_traces_tokens_on_its_axes():
         ],
         index=[10, 11, 12],
     )
-    figure = coherence_curve(frame)
+    figure = plot_coherence(frame)
     lines = [line for line in figure.data if line.y[0] is not None]
     assert sorted(list(line.y) for line in lines) == sorted(values for _, values in rows)
     assert [list(line.x) for line in lines] == [[0, 1, 2]] * 3
@@ -119,7 +119,7 @@ def test_the_figure_has_a_line_a_trace_and_the_best_traces_tokens_on_its_axes():
     assert figure.layout.xaxis2.ticktext == ("–", "·1", "↵")
     assert figure.layout.xaxis.ticktext[1] == "·2"
     assert "<script" not in str(figure) and "$x$" not in str(figure) and "&lt;script&gt;" in str(figure)
-    other = coherence_curve(frame, chosen=[10, 12])
+    other = plot_coherence(frame, chosen=[10, 12])
     assert other.layout.xaxis2.ticktext == ("–", "·0", "↵")
-    alone = coherence_curve(frame[frame["source"] == "posterior"])
-    assert "xaxis2" not in alone.layout and len(coherence_curve(frame.head(0)).data) == 0
+    alone = plot_coherence(frame[frame["source"] == "posterior"])
+    assert "xaxis2" not in alone.layout and len(plot_coherence(frame.head(0)).data) == 0

@@ -12,6 +12,7 @@ from covrl_lab import ConfigError, RunConfig
 from covrl_lab.runs import compare
 from covrl_lab.runs.compare import Resampling
 from covrl_lab.runs.stats import interquartile_mean, share_interval
+from covrl_lab.views.comparison import export, plot_intervals, readable
 
 RNG = np.random.default_rng(0)
 SEEDS, MANY = Resampling("seeds"), Resampling("seeds", resamples=50_000)
@@ -136,7 +137,7 @@ def test_nothing_to_resample_is_not_certainty():
     assert (row["mean_low"], row["mean_high"]) == share_interval(0, 5)[1:]
     row = compare.performance(frame, resampling=SEEDS)
     assert row[["iqm_low", "iqm_high", "mean_low", "mean_high"]].isna().all(axis=None)
-    assert "(–)" in compare.readable(row)["mean"][0]
+    assert "(–)" in readable(row)["mean"][0]
 
     frame = table_of({"x": [[1, 0, 0, 1]], "y": [[1, 0, 0, 1]]})
     row = compare.paired_differences(frame).iloc[0]
@@ -356,12 +357,12 @@ def test_what_cannot_be_compared_is_one_sentence(runs):
 
 def test_export_keeps_numbers_in_csv_and_reads_well_in_markdown(runs):
     table = compare.performance(compare.scores(compare.find_runs("a | <b>: runs/a-*, rlpr: runs/b-*")))
-    csv, markdown = compare.export(table, "out/tables", "final")
+    csv, markdown = export(table, "out/tables", "final")
     pd.testing.assert_frame_equal(pd.read_csv(csv, dtype={"step": str}), table)
     lines = markdown.read_text("utf-8").splitlines()
     assert lines[0].startswith("| method | task | runs | questions | step | iqm | mean |")
     assert len(lines) == 4 and lines[2].startswith("| a \\| &lt;b&gt; | arithmetic | 2 | 4 | 4 | 62.5% (")
-    signed = compare.readable(compare.paired_differences(compare.scores(compare.find_runs("runs/*"))))
+    signed = readable(compare.paired_differences(compare.scores(compare.find_runs("runs/*"))))
     assert signed["difference"][0].startswith("+50.0% (") and signed["by_seed"][0] == "+25.0%, +75.0%"
 
 
@@ -372,12 +373,12 @@ def test_figures_hold_the_tables_numbers(runs):
         (compare.paired_differences(frame), "difference"),
         (compare.probability_of_improvement(frame), "probability"),
     ):
-        figure = compare.interval_figure(table, value)
+        figure = plot_intervals(table, value)
         points = figure.data[-1]
         assert list(points.x) == list(table[value])
         prefix = "iqm_" if value == "iqm" else ""
         assert list(points.x + points.error_x.array) == pytest.approx(list(table[f"{prefix}high"]))
         assert list(points.x - points.error_x.arrayminus) == pytest.approx(list(table[f"{prefix}low"]))
         assert "&lt;b&gt;" in figure.layout.yaxis.ticktext[0]
-    seeds = compare.interval_figure(compare.paired_differences(frame), "difference").data[0]
+    seeds = plot_intervals(compare.paired_differences(frame), "difference").data[0]
     assert list(seeds.x) == [0.25, 0.75]

@@ -12,9 +12,12 @@ import pandas as pd
 import pytest
 import torch
 
+from covrl_lab.runs.reweight import answer_logprob
 from covrl_lab.train.probe import trace_frame
 from covrl_lab.types import Example, LogProbs, TraceBatch
-from covrl_lab.views import figures
+from covrl_lab.views.figures import plot_answer_logprobs, plot_evaluation_curve, plot_training_curves
+from covrl_lab.views.html import accuracy_table, trace_table, visible
+from covrl_lab.views.token_figures import plot_token_comparison
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -86,10 +89,10 @@ def axis_titles(figure):
 
 
 def all_figures(frame):
-    yield figures.answer_logprobs(frame)
-    yield figures.token_comparison(frame.iloc[0])
-    yield figures.training_curves(metrics(), evaluations())
-    yield figures.evaluation_curve({"a run": evaluations()})
+    yield plot_answer_logprobs(frame)
+    yield plot_token_comparison(frame.iloc[0])
+    yield plot_training_curves(metrics(), evaluations())
+    yield plot_evaluation_curve({"a run": evaluations()})
 
 
 # --- numbers
@@ -97,7 +100,7 @@ def all_figures(frame):
 
 def test_answer_logprobs_are_sums_over_answer_tokens():
     frame = trace_rows()
-    figure = figures.answer_logprobs(frame)
+    figure = plot_answer_logprobs(frame)
     x, y = points(figure, "posterior")
     np.testing.assert_allclose(x, [-1.2, -1.3, -2.2, -2.3])
     assert np.round(y).tolist() == [0, 0, 1, 1]
@@ -116,15 +119,15 @@ def test_answer_logprobs_are_sums_over_answer_tokens():
 
 
 def test_answer_logprobs_shows_the_first_questions_and_takes_one_source():
-    figure = figures.answer_logprobs(trace_rows(questions=6), questions=3)
+    figure = plot_answer_logprobs(trace_rows(questions=6), questions=3)
     assert len(figure.layout.yaxis.ticktext) == 3
     only = trace_rows().query("source == 'prior'")
-    assert {t.legendgroup for t in figures.answer_logprobs(only).data} == {"prior"}
+    assert {t.legendgroup for t in plot_answer_logprobs(only).data} == {"prior"}
 
 
 def test_token_comparison_holds_both_lines_and_visible_tokens():
     row = trace_rows().iloc[3]
-    figure = figures.token_comparison(row)
+    figure = plot_token_comparison(row)
     assert points(figure, "log p, prior prompt") == ([0, 1, 2], row["logp"])
     assert points(figure, "log q, posterior prompt") == ([0, 1, 2], row["logq"])
     assert list(figure.layout.xaxis.ticktext) == ["9·+·3·=·12.", "·", "↵"]
@@ -134,12 +137,12 @@ def test_token_comparison_holds_both_lines_and_visible_tokens():
 def test_token_comparison_without_posterior_scores():
     row = trace_rows().iloc[0].copy()
     row["logq"] = None
-    assert [t.name for t in figures.token_comparison(row).data] == ["log p, prior prompt"]
+    assert [t.name for t in plot_token_comparison(row).data] == ["log p, prior prompt"]
 
 
 def test_training_curves_hold_metrics_and_intervals():
     m, e = metrics(), evaluations()
-    figure = figures.training_curves(m, e)
+    figure = plot_training_curves(m, e)
     drawn = [(list(t.x), list(t.y)) for t in figure.data]
     for column in m.columns.drop(["step", "accuracy"]):
         assert (list(m["step"]), list(m[column])) in drawn, column
@@ -152,7 +155,7 @@ def test_training_curves_hold_metrics_and_intervals():
 def test_training_curves_leave_out_what_a_method_does_not_have():
     none = [None] * 3
     m = metrics(kl=none, reward_posterior=none, trace_tokens_posterior=none)
-    figure = figures.training_curves(m, reward_unit="probability")
+    figure = plot_training_curves(m, reward_unit="probability")
     titles = [a.text for a in figure.layout.annotations]
     assert "KL(p′‖p)" not in titles and len(titles) == 5
     assert "posterior" not in [t.name for t in figure.data]
@@ -162,14 +165,14 @@ def test_training_curves_leave_out_what_a_method_does_not_have():
 
 
 def test_training_curves_before_the_first_step():
-    assert "no finished step" in figures.training_curves(pd.DataFrame()).layout.title.text
-    only = figures.training_curves(pd.DataFrame(), evaluations((0.25,)))
+    assert "no finished step" in plot_training_curves(pd.DataFrame()).layout.title.text
+    only = plot_training_curves(pd.DataFrame(), evaluations((0.25,)))
     assert [t.name for t in only.data] == ["held-out questions"]
 
 
 def test_training_curves_of_a_long_run_add_a_running_mean():
     m = metrics(80)
-    raw, mean = [t for t in figures.training_curves(m).data if t.name == "posterior"][:2]
+    raw, mean = [t for t in plot_training_curves(m).data if t.name == "posterior"][:2]
     np.testing.assert_allclose(raw.y, m["reward_posterior"])
     np.testing.assert_allclose(mean.y[4], m["reward_posterior"][2:6].mean())
     assert raw.line.width < mean.line.width and mean.showlegend and not raw.showlegend
@@ -177,7 +180,7 @@ def test_training_curves_of_a_long_run_add_a_running_mean():
 
 def test_evaluation_curve_of_single_runs():
     e = evaluations()
-    figure = figures.evaluation_curve({"covrl": e, "jlb": evaluations((0.3, 0.4))})
+    figure = plot_evaluation_curve({"covrl": e, "jlb": evaluations((0.3, 0.4))})
     assert points(figure, "covrl") == (list(e["step"]), list(e["accuracy"]))
     band = figure.data[0]
     np.testing.assert_allclose(band.y, [0.3, 0.55, 0.4, 0.15])
@@ -187,7 +190,7 @@ def test_evaluation_curve_of_single_runs():
 def test_evaluation_curve_averages_seeds():
     values = {0: (0.2, 0.4), 1: (0.3, 0.6), 2: (0.1, 0.8)}
     frame = pd.concat([evaluations(v, seed=seed) for seed, v in values.items()])
-    figure = figures.evaluation_curve({"covrl": frame})
+    figure = plot_evaluation_curve({"covrl": frame})
     np.testing.assert_allclose(points(figure, "covrl"), [[0, 10], [0.2, 0.6]])
     assert points(figure, "covrl, seed 2") == ([0, 10], [0.1, 0.8])
     (band,) = [t for t in figure.data if t.fill]
@@ -195,7 +198,7 @@ def test_evaluation_curve_averages_seeds():
 
 
 def test_accuracy_table_shows_intervals():
-    text = figures.accuracy_table(evaluations())
+    text = accuracy_table(evaluations())
     assert "<b>25%</b> (15% to 30%)" in text and "<b>50%</b> (40% to 55%)" in text and "11.5" in text
 
 
@@ -222,7 +225,7 @@ def test_trace_frame_reads_a_batch():
     assert frame["source"].tolist() == ["prior", "posterior"] and frame["finished"].tolist() == [True, False]
     assert frame["tokens"].tolist() == [["t5", "t6"], ["t7"]]
     assert frame["logp"].tolist() == [[-1.0, -2.0], [-3.0]] and frame["logq"].tolist() == [None, None]
-    assert figures.answer_logprob(frame).tolist() == [-1.0, -5.0]
+    assert answer_logprob(frame).tolist() == [-1.0, -5.0]
 
 
 # --- appearance
@@ -263,13 +266,13 @@ class Tags(HTMLParser):
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_trace_table_escapes(text):
-    table = figures.trace_table(trace_rows([text]))
+    table = trace_table(trace_rows([text]))
     parsed = Tags()
     parsed.feed(table)
     assert parsed.tags <= {"table", "thead", "tbody", "tr", "th", "td", "b", "code", "span"}
     assert parsed.attributes <= {"style", "colspan"}
     assert not INVISIBLE.search(table)
-    assert figures.visible(text) in parsed.text
+    assert visible(text) in parsed.text
     table.encode("utf-8")
 
 
@@ -286,8 +289,8 @@ def strings(value):
 @pytest.mark.parametrize("text", HOSTILE)
 def test_figures_escape(text):
     frame = trace_rows([text])
-    drawn = [figures.answer_logprobs(frame), figures.evaluation_curve({text: evaluations()})]
-    drawn += [figures.token_comparison(row) for _, row in frame.iterrows()]
+    drawn = [plot_answer_logprobs(frame), plot_evaluation_curve({text: evaluations()})]
+    drawn += [plot_token_comparison(row) for _, row in frame.iterrows()]
     for figure in drawn:
         spec = json.loads(figure.to_json())
         for trace in spec["data"]:
@@ -302,16 +305,16 @@ def test_figures_escape(text):
 
 
 def test_visible_signs():
-    assert figures.visible("a b\t\n") == "a b⇥↵"
-    assert figures.visible("a b", spaces=True) == "a·b"
-    assert figures.visible("\x1b[1m\u202e") == "␛[1m⟨U+202E⟩"
-    assert figures.visible("\ud800") == "⟨U+D800⟩"  # half a character: no file or page could hold it
-    assert figures.visible("é 数 ا") == "é 数 ا"
+    assert visible("a b\t\n") == "a b⇥↵"
+    assert visible("a b", spaces=True) == "a·b"
+    assert visible("\x1b[1m\u202e") == "␛[1m⟨U+202E⟩"
+    assert visible("\ud800") == "⟨U+D800⟩"  # half a character: no file or page could hold it
+    assert visible("é 数 ا") == "é 数 ا"
 
 
 def test_a_newline_in_hover_text_is_a_sign():
     frame = trace_rows(["one\ntwo"])
-    (prior,) = [t for t in figures.answer_logprobs(frame).data if t.name == "prior"]
+    (prior,) = [t for t in plot_answer_logprobs(frame).data if t.name == "prior"]
     assert prior.customdata[0][0] == "one↵two"
 
 

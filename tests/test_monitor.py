@@ -14,8 +14,14 @@ import pandas as pd
 import pytest
 
 from covrl_lab import RunConfig
-from covrl_lab.views.curves import sparkline
-from covrl_lab.views.monitor import RunMonitor, numbers_html, snapshot, status_html, traces_html
+from covrl_lab.views.monitor import (
+    RunMonitor,
+    numbers_html,
+    snapshot,
+    sparkline,
+    status_html,
+    traces_html,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (

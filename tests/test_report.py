@@ -15,7 +15,7 @@ from browser import browser
 import covrl_lab
 from covrl_lab import ConfigError, load_run
 from covrl_lab.views import report as reporting
-from covrl_lab.views.figures import visible
+from covrl_lab.views.html import visible
 from covrl_lab.views.report import report
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,10 +7,16 @@ import pytest
 import torch
 
 from covrl_lab.theory import estimators
+from covrl_lab.theory.views import (
+    EstimatorPanel,
+    plot_gradient_quality,
+    plot_kl_estimators,
+    plot_ratio_range,
+    plot_responsibility,
+)
 from covrl_lab.theory.world import World
 from covrl_lab.train.methods import METHODS
 from covrl_lab.types import ConfigError
-from covrl_lab.views import figures
 
 torch.set_num_threads(1)
 
@@ -154,7 +160,7 @@ def test_responsibility_is_w_p_over_the_composite():
 def test_figures_hold_the_frames_numbers():
     world = World(1)
     sweep = estimators.kl_sweep(world, "distance", [0.0, 1.0], samples=20)
-    figure = figures.kl_estimators(sweep)
+    figure = plot_kl_estimators(sweep)
     exact = next(trace for trace in figure.data if trace.name.startswith("exact"))
     assert list(exact.y) == list(sweep.groupby("distance")["exact"].first())
     bars = [trace for trace in figure.data if trace.error_y.array is not None]
@@ -162,12 +168,12 @@ def test_figures_hold_the_frames_numbers():
     own = sweep[sweep["estimator"] == estimators.PRIOR_SAMPLE]
     assert list(bars[0].y) == list(own["mean"])
     assert list(bars[0].error_y.array) == list(2 * own["standard_error"])
-    shares = figures.responsibility(estimators.responsibilities(world, [0.0, 2.0], 0.3))
+    shares = plot_responsibility(estimators.responsibilities(world, [0.0, 2.0], 0.3))
     assert "ρ" in shares.layout.yaxis.title.text
-    ratio = figures.ratio_range(estimators.ratio_range(world, [0.2, 0.8], 0.5, 0.3))
+    ratio = plot_ratio_range(estimators.ratio_range(world, [0.2, 0.8], 0.5, 0.3))
     assert ratio.layout.yaxis.type == "log" and "%" in ratio.layout.yaxis2.tickformat
     quality = estimators.gradient_quality(world, 0.5, 0.5, 0.3)
-    dots = figures.gradient_quality(quality)
+    dots = plot_gradient_quality(quality)
     shown = sorted(x for trace in dots.data if trace.xaxis == "x" for x in trace.x)
     assert shown == sorted(100 * quality["bias"])
     for drawn in (figure, shares, ratio, dots):
@@ -176,8 +182,6 @@ def test_figures_hold_the_frames_numbers():
 
 
 def test_the_panel_follows_its_sliders():
-    from covrl_lab.views.panels import EstimatorPanel
-
     world = World(1)
     panel = EstimatorPanel("kl", world, composite_weight=0.5, samples=30)
     assert panel.table.value == "" and f">{kl_by_hand(*laws(world, 1.0, 1.0), 0.5):.4f}</td>" in panel.html()
@@ -199,8 +203,6 @@ def test_the_panel_follows_its_sliders():
 
 
 def test_the_panel_at_every_end_of_its_sliders():
-    from covrl_lab.views.panels import EstimatorPanel
-
     for section in ("kl", "gradient", "ratio", "responsibility"):
         panel = EstimatorPanel(section, World(1), samples=10)
         for slider in panel.sliders.values():

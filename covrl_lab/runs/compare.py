@@ -17,7 +17,6 @@ interval goes from the one to the other, and holds the median of further runs in
 from __future__ import annotations
 
 import glob
-import html
 import itertools
 import os
 from collections.abc import Callable, Mapping
@@ -27,11 +26,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 
 from ..config import RunConfig
 from ..types import ConfigError, did_you_mean
-from ..views import figures
 from .folder import Run, load_run, step_file, steps_in
 from .stats import interquartile_mean, share_interval
 
@@ -171,7 +168,7 @@ def differences(methods: Methods) -> pd.DataFrame:
 
 
 def curves(methods: Methods) -> dict[str, dict[str, pd.DataFrame]]:
-    """task -> label -> evaluations with a column ``seed``: what ``figures.evaluation_curve`` draws."""
+    """task -> label -> evaluations with a column ``seed``: what a plot of learning curves needs."""
     found: dict[str, dict[str, list[pd.DataFrame]]] = {}
     for label, runs in methods.items():
         for run in runs:
@@ -409,120 +406,16 @@ def probability_of_improvement(
     return pd.DataFrame(rows, columns=["method", "against", "probability", "low", "high"])
 
 
-# --- for readers
+def over_seeds(frame: pd.DataFrame, value: str, confidence: float = 0.95) -> pd.DataFrame:
+    """Mean of ``value`` by method and alpha, with its bootstrap interval over seeds.
 
-
-def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """The same table as text: ``42.2% (36.0% to 48.3%)``, with a sign where it is a difference."""
-    shown = pd.DataFrame(index=table.index)
-    sign = "+" if "difference" in table else ""
-    for column in table:
-        if column.endswith(("low", "high")):
-            continue
-        prefix = f"{column}_" if f"{column}_low" in table else ""
-        if column in ("iqm", "mean", "difference", "probability"):
-            shown[column] = [
-                f"{value:{sign}.1%}" + (f" ({low:{sign}.1%} to {high:{sign}.1%})" if low == low else " (–)")
-                for value, low, high in zip(
-                    table[column], table[f"{prefix}low"], table[f"{prefix}high"], strict=True
-                )
-            ]
-        elif column == "by_seed":
-            shown[column] = [", ".join(f"{x:+.1%}" for x in values) for values in table[column]]
-        elif column in ("lowest", "highest"):
-            shown[column] = [f"{x:.1%}" for x in table[column]]
-        else:
-            shown[column] = table[column].astype(str)
-    return shown
-
-
-def to_markdown(table: pd.DataFrame) -> str:
-    """A Markdown table of ``readable(table)``; what settings or folders are called cannot break it."""
-    shown = readable(table)
-
-    def line(cells) -> str:
-        texts = (html.escape(figures.visible(str(c)), quote=False).replace("|", "\\|") for c in cells)
-        return "| " + " | ".join(texts) + " |\n"
-
-    return line(shown.columns) + "|---" * shown.shape[1] + "|\n" + "".join(map(line, shown.to_numpy()))
-
-
-def export(table: pd.DataFrame, folder: str | Path, name: str) -> list[Path]:
-    """Write ``folder/name.csv`` (numbers as they are) and ``folder/name.md`` (to be read); their paths."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.csv", folder / f"{name}.md"]
-    table.to_csv(paths[0], index=False)
-    paths[1].write_text(to_markdown(table), encoding="utf-8")
-    return paths
-
-
-def interval_figure(table: pd.DataFrame, value: str) -> go.Figure:
-    """A row of ``table`` each, first on top: ``value`` as a point with its interval.
-
-    table is that of ``performance`` ("iqm", "mean"; ticks are the lowest and the highest run),
-    ``paired_differences`` ("difference"; ticks are seeds) or ``probability_of_improvement`` ("probability").
+    Columns: method, alpha, runs, mean, low, high. One run gives a point. At 95%, two or three runs give an
+    interval from the lowest to the highest.
     """
-    other = next((name for name in ("minus", "against") if name in table), None)
-    joint = {"minus": "−", "against": "over", None: ""}[other]
-    names = table["method"] if other is None else table["method"] + f" {joint} " + table[other]
-    if "task" in table and table["task"].nunique() > 1:
-        names = names + ", " + table["task"]
-    labels = [figures._label(name, 44, 3) for name in names]
-    places = list(range(len(table)))
-    prefix = f"{value}_" if f"{value}_low" in table else ""
-    low, high = table[f"{prefix}low"].to_numpy(float), table[f"{prefix}high"].to_numpy(float)
-    form = "+.1%" if value == "difference" else ".1%"
-    bounds = f"(%{{customdata[0]:{form}}} to %{{customdata[1]:{form}}})"
-    figure = go.Figure(layout={"template": figures.TEMPLATE})
-    ticks = {"difference": "a seed", "iqm": "lowest and highest run", "mean": "lowest and highest run"}.get(
-        value
-    )
-    if ticks:
-        each = table["by_seed"] if value == "difference" else table[["lowest", "highest"]].to_numpy()
-        runs = [(x, place) for place, values in zip(places, each, strict=True) for x in values]
-        figure.add_scatter(
-            x=[x for x, _ in runs],
-            y=[place for _, place in runs],
-            mode="markers",
-            name=ticks,
-            marker={"symbol": "line-ns", "size": 14, "line": {"color": figures.POSTERIOR, "width": 2}},
-            hovertemplate=f"{ticks}: %{{x:{form}}}<extra></extra>",
-        )
-    figure.add_scatter(
-        x=table[value],
-        y=places,
-        mode="markers",
-        name="all, with interval",
-        marker={"color": figures.PRIOR, "size": 9},
-        error_x={"array": high - table[value], "arrayminus": table[value] - low, "thickness": 2, "width": 5},
-        customdata=np.stack([low, high], axis=1),
-        hovertemplate=f"%{{x:{form}}} {bounds}<extra></extra>",
-        showlegend=ticks is not None,
-    )
-    middle = {"difference": 0.0, "probability": 0.5}.get(value)
-    if middle is not None:
-        figure.add_vline(x=middle, line={"color": figures.GREY, "dash": "dot", "width": 1})
-    titles = {
-        "iqm": "held-out accuracy, interquartile mean",
-        "mean": "held-out accuracy, mean",
-        "difference": "difference in held-out accuracy (share of questions)",
-        "probability": "probability that a run of the first beats a run of the second",
-    }
-    figure.update_xaxes(
-        title_text=titles[value],
-        tickformat=form.replace(".1", ".0"),
-        rangemode="tozero",
-        range=[0, 1] if value == "probability" else None,
-    )
-    figure.update_yaxes(
-        tickvals=places,
-        ticktext=labels,
-        range=[max(1, len(places)) - 0.5, -0.5],
-        zeroline=False,
-        showgrid=False,
-        ticklabelstandoff=6,
-    )
-    return figure.update_layout(
-        height=(110 if ticks else 80) + 44 * len(places), margin={"t": 40 if ticks else 10}
-    )
+    resampling, rows = Resampling("seeds", confidence), []
+    for (method, alpha), group in frame.dropna(subset=[value]).groupby(["method", "alpha"], sort=True):
+        scores = group[[value]].astype(float)
+        mean = float(scores[value].mean())
+        low, high = resampling.interval(_mean, {"": scores}) if len(scores) > 1 else (mean, mean)
+        rows.append((method, alpha, len(group), mean, low, high))
+    return pd.DataFrame(rows, columns=["method", "alpha", "runs", "mean", "low", "high"])

@@ -29,8 +29,8 @@ LABELS = {
     "clipped": ("held back by the clip", ""),
     "kl": ("KL contribution", "nats"),
     "gradient_weight": ("gradient weight", ""),
-    "pull_prior": ("… of it on log p", ""),
-    "pull_posterior": ("… of it on log q", ""),
+    "gradient_weight_prior": ("… of it on log p", ""),
+    "gradient_weight_posterior": ("… of it on log q", ""),
 }
 
 
@@ -84,7 +84,7 @@ class Traces:
 
     @classmethod
     def of(cls, frame: pd.DataFrame) -> Traces:
-        """From rows of ``Run.traces`` or ``traces.trace_frame``."""
+        """From rows of ``Run.traces`` or ``trace_frame``."""
         lengths = np.array([len(row) for row in frame["logp"]], dtype=int)
         scored = [row is not None for row in frame["logq"]]
 
@@ -119,7 +119,12 @@ def _pad(rows: Any, lengths: np.ndarray) -> np.ndarray:
     return padded
 
 
-def log_mixture_ratio(d: np.ndarray, weight: float) -> np.ndarray:
+def answer_logprob(frame: pd.DataFrame) -> pd.Series:
+    """log p(y|x,z) of every trace in nats: the sum over the reference answer's tokens."""
+    return frame["answer_logp"].map(lambda tokens: float(np.sum(tokens))).astype(float)
+
+
+def log_ratio_to_prior(d: np.ndarray, weight: float) -> np.ndarray:
     """log((weight p + (1 - weight) q) / p) from d = log q - log p."""
     if weight in (0, 1):
         return d * (1 - weight)
@@ -137,7 +142,8 @@ def quantities(traces: Traces, settings: Settings) -> dict[str, np.ndarray]:
     kl                          its estimate of KL(p'||p), nats; the loss leaves unfinished traces out
     clipped                     1 where the clip holds the gradient back, else 0
     gradient_weight             derivative of A f(p'/h) by log p', which is 0 under a PPO clip
-    pull_prior, pull_posterior  its parts that move log p and log q: rho and 1 - rho of it
+    gradient_weight_prior       its part that moves log p: rho times it
+    gradient_weight_posterior   its part that moves log q: 1 - rho times it
 
     Without log q only what alpha = 1 or w = 1 makes independent of it; without advantages no gradient.
     """
@@ -150,7 +156,7 @@ def quantities(traces: Traces, settings: Settings) -> dict[str, np.ndarray]:
         gap = 0 * logp  # NaN stays NaN
     else:
         return found
-    composite, hybrid = log_mixture_ratio(gap, s.composite_weight), log_mixture_ratio(gap, s.alpha)
+    composite, hybrid = log_ratio_to_prior(gap, s.composite_weight), log_ratio_to_prior(gap, s.alpha)
     log_ratio = composite - hybrid
     ratio = np.exp(np.minimum(log_ratio, LOG_RATIO_CAP))
     rho = s.composite_weight * np.exp(-composite)
@@ -162,10 +168,13 @@ def quantities(traces: Traces, settings: Settings) -> dict[str, np.ndarray]:
         found["kl"] = np.exp(importance) * (np.exp(u) * composite - np.expm1(u))
     if traces.advantage is not None:
         clipped, slope = _clip(ratio, traces.advantage[:, None], s)
-        pull = np.where(log_ratio > LOG_RATIO_CAP, 0.0, traces.advantage[:, None] * slope * ratio)
-        pull = np.where(np.isnan(logp), np.nan, pull)
-        found |= {"clipped": np.where(np.isnan(ratio), np.nan, clipped), "gradient_weight": pull}
-        found |= {"pull_prior": pull * rho, "pull_posterior": pull * (1 - rho)}
+        gradient_weight = np.where(log_ratio > LOG_RATIO_CAP, 0.0, traces.advantage[:, None] * slope * ratio)
+        gradient_weight = np.where(np.isnan(logp), np.nan, gradient_weight)
+        found |= {"clipped": np.where(np.isnan(ratio), np.nan, clipped), "gradient_weight": gradient_weight}
+        found |= {
+            "gradient_weight_prior": gradient_weight * rho,
+            "gradient_weight_posterior": gradient_weight * (1 - rho),
+        }
     return found
 
 
@@ -193,7 +202,7 @@ def trace_mass(traces: Traces, alpha: float) -> np.ndarray:
     return np.where(prior, alpha / prior.sum(), (1 - alpha) / (~prior).sum())
 
 
-def summarise(
+def summarise_traces(
     traces: Traces, settings: Settings, values: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, float]:
     """What a step comes to at these settings; NaN where the traces do not say.
@@ -206,8 +215,9 @@ def summarise(
     reward, reward_prior, reward_posterior   means over traces, and by source
     kl                                  mean over tokens of finished traces, nats a token
     ratio_low, ratio_high               least and largest p'/h of a token
-    pull_prior, pull_posterior          mean |gradient weight| a token that reaches log p and log q
-    pull_prior_share                    the first over their sum
+    gradient_weight_prior               mean |gradient weight| a token that reaches log p
+    gradient_weight_posterior           the same for log q
+    gradient_weight_prior_share         the first over their sum
     """
     values = quantities(traces, settings) if values is None else values
     mass, mask = trace_mass(traces, settings.alpha), traces.mask
@@ -227,11 +237,11 @@ def summarise(
         log_weight = np.where(mask, np.log(ratio), 0.0).sum(1)
         weight = np.exp(log_weight - log_weight.max())
         share = float((mass * weight).sum() ** 2 / (mass * weight**2).sum())
-    pulls = {
+    parts = {
         name: mean(np.abs(values[name]) if name in values else None)
-        for name in ("pull_prior", "pull_posterior")
+        for name in ("gradient_weight_prior", "gradient_weight_posterior")
     }
-    total = sum(pulls.values())
+    total = sum(parts.values())
     return {
         "clipped_share": mean(values.get("clipped")),
         "effective_sample_share": share,
@@ -242,8 +252,8 @@ def summarise(
         "kl": mean(values.get("kl"), mask & traces.finished[:, None]),
         "ratio_low": nothing if ratio is None else float(np.nanmin(ratio)),
         "ratio_high": nothing if ratio is None else float(np.nanmax(ratio)),
-        **pulls,
-        "pull_prior_share": pulls["pull_prior"] / total if total else nothing,
+        **parts,
+        "gradient_weight_prior_share": parts["gradient_weight_prior"] / total if total else nothing,
     }
 
 
@@ -280,18 +290,22 @@ def densities(
     return found
 
 
-def pulls(
+def gradient_weights(
     traces: Traces, settings: Settings, values: Mapping[str, np.ndarray] | None = None
 ) -> dict[tuple[str, str], float]:
-    """(moved, drawn from) -> its part of ``summarise``'s pull on log p ("prior") or log q ("posterior")."""
+    """(moved, drawn from) -> mean |gradient weight| a token on log p ("prior") or log q ("posterior").
+
+    Over the sources these add up to the gradient weights of ``summarise_traces``.
+    """
     values = quantities(traces, settings) if values is None else values
-    if "pull_prior" not in values:
+    if "gradient_weight_prior" not in values:
         return {}
     mask = traces.mask
     weight = trace_mass(traces, settings.alpha)[:, None] * mask
     return {
         (moved, source): float(
-            (weight * np.where(mask, np.abs(values[f"pull_{moved}"]), 0.0))[rows].sum() / weight.sum()
+            (weight * np.where(mask, np.abs(values[f"gradient_weight_{moved}"]), 0.0))[rows].sum()
+            / weight.sum()
         )
         for moved in ("prior", "posterior")
         for source, rows in (("prior", traces.from_prior), ("posterior", ~traces.from_prior))

@@ -209,7 +209,7 @@ def fastest(function: Callable[[], Any], seconds: float) -> float:
 
 
 @cache
-def measure(seconds: float = 1.0) -> Device:
+def measure_device(seconds: float = 1.0) -> Device:
     """This machine: the best bfloat16 matrix rate and read bandwidth seen in about ``seconds`` each."""
     import torch  # only here: a plan for another machine needs no torch
 
@@ -350,7 +350,7 @@ def pick_device(device: str | Device) -> Device:
     if isinstance(device, Device):
         return device
     if device in ("auto", "cpu", "cuda"):
-        return measure()
+        return measure_device()
     if device not in DEVICES:
         raise ConfigError(f"unknown device {device!r}{did_you_mean(device, [*DEVICES, 'auto'])}")
     return DEVICES[device]

@@ -6,7 +6,6 @@ Frames and figures come from the run folders of a ``sweeps.Sweep``; the panel ad
 from __future__ import annotations
 
 import html
-import json
 import threading
 import time
 from collections.abc import Mapping
@@ -16,38 +15,28 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 from IPython.display import HTML
-from plotly.subplots import make_subplots
 
 from ..config import METHOD_DEFAULTS, RunConfig
-from ..runs.folder import load_run, read_jsonl
-from ..runs.stats import bootstrap_interval
-from ..runs.sweep import ENDS, Sweep
-from ..train.tasks import TASKS
+from ..runs.compare import curves
+from ..runs.folder import Run, load_run
+from ..runs.sweep import Sweep
 from ..types import ConfigError
-from . import figures
-from .panels import Panel, Plot, TraceExplorer
+from .comparison import plot_against_alpha
+from .explorer import TraceExplorer
+from .figures import plot_evaluation_curve
+from .html import html_row, html_table, html_text
+from .sweep_cost import describe_cost, step_time_settings
+from .widgets import Panel, Plot
 
 SIGNS = {"queued": "◦", "running": "▸", "done": "✓", "cancelled": "⊘", "failed": "✗"}
 REFRESH_SECONDS = 1.0
-# Runs that agree in these take about the same time for a step.
-ALIKE = (
-    "model",
-    "quantization",
-    "dtype",
-    "device",
-    "task",
-    "questions_per_step",
-    "rollouts_per_question",
-    "max_trace_tokens",
-)
 
 
 # --- frames
 
 
-def results(sweep: Sweep) -> pd.DataFrame:
+def sweep_results(sweep: Sweep) -> pd.DataFrame:
     """One row a run that has finished a step: its table's columns, method, alpha, seed, and its rewards.
 
     reward_prior and reward_posterior are means over the last fifth of the finished steps, at least one.
@@ -66,105 +55,17 @@ def results(sweep: Sweep) -> pd.DataFrame:
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
 
 
-def over_seeds(frame: pd.DataFrame, value: str) -> pd.DataFrame:
-    """Mean of ``value`` by method and alpha, with its 95% bootstrap interval over seeds.
-
-    Columns: method, alpha, runs, mean, low, high. One run gives a point. Up to three give an interval from
-    the lowest to the highest.
-    """
-    rows = []
-    for (method, alpha), group in frame.dropna(subset=[value]).groupby(["method", "alpha"], sort=True):
-        mean, low, high = bootstrap_interval(group[value].to_numpy(float))
-        rows.append((method, alpha, len(group), mean, low, high))
-    return pd.DataFrame(rows, columns=["method", "alpha", "runs", "mean", "low", "high"])
-
-
-def learning(sweep: Sweep) -> dict[str, pd.DataFrame]:
-    """ "method, alpha" -> evaluations of its runs with their seed, for ``figures.evaluation_curve``."""
-    curves: dict[str, list[pd.DataFrame]] = {}
+def sweep_curves(sweep: Sweep) -> dict[str, pd.DataFrame]:
+    """ "method, alpha" -> evaluations of its runs with their seed, for ``plot_evaluation_curve``."""
+    methods: dict[str, list[Run]] = {}
     for run_id, config in sorted(sweep.runs.items(), key=lambda item: (item[1].method, item[1].alpha)):
         path = sweep.path(run_id)
         if (path / "evaluations.jsonl").exists():
-            frame = load_run(path).evaluations
-            label = f"{config.method}, α {config.alpha:g}"
-            curves.setdefault(label, []).append(frame.assign(seed=config.seed))
-    return {label: pd.concat(frames) for label, frames in curves.items()}
+            methods.setdefault(f"{config.method}, α {config.alpha:g}", []).append(load_run(path))
+    return next(iter(curves(methods).values()), {})  # a grid has one task
 
 
 # --- figures and tables
-
-
-def against_alpha(frame: pd.DataFrame) -> go.Figure:
-    """Held-out accuracy, and reward by source, against alpha: points are runs, bars 95% over seeds.
-
-    frame: from ``results``. Runs that are still going count with what they have measured so far. Lines of a
-    plot stand a little beside each other, so that no interval hides another.
-    """
-    figure = make_subplots(
-        cols=2,
-        horizontal_spacing=0.12,
-        subplot_titles=["Held-out accuracy", "Reward in the last fifth of the steps"],
-    )
-    sources = {"reward_prior": ("prior", "solid"), "reward_posterior": ("posterior", "dot")}
-    methods = sorted(set(frame["method"]))
-    room = min([0.06, *0.4 * np.diff(np.unique(frame["alpha"].astype(float)))])  # left and right of an alpha
-    shifts = np.linspace(-room, room, len(methods) + 2)[1:-1]
-    halves = np.linspace(-room, room, 2 * len(methods) + 2)[1:-1].reshape(-1, 2)
-    for k, method in enumerate(methods):
-        own, colour = frame[frame["method"] == method], figures.PALETTE[k % len(figures.PALETTE)]
-        _means(figure, 1, own, "accuracy", method, colour, "solid", shifts[k])
-        for (value, (source, dash)), shift in zip(sources.items(), halves[k], strict=True):
-            _means(figure, 2, own, value, f"{method}, {source} traces", colour, dash, shift)
-    figure.update_xaxes(title_text="mixing ratio α: share of traces from the prior", range=[-0.06, 1.06])
-    figure.update_yaxes(title_text="share of questions", tickformat=".0%", rangemode="tozero", col=1)
-    figure.update_yaxes(title_text="the method's reward", col=2)
-    return figure.update_layout(template=figures.TEMPLATE, height=380, legend={"y": 1.12}, margin={"t": 90})
-
-
-def _means(
-    figure: go.Figure,
-    column: int,
-    frame: pd.DataFrame,
-    value: str,
-    name: str,
-    colour: str,
-    dash: str,
-    shift: float,
-) -> None:
-    """Add the runs as faint points, and the means with their intervals as a line, ``shift`` beside alpha."""
-    known, means = frame.dropna(subset=[value]), over_seeds(frame, value)
-    if known.empty:
-        return
-    shared = {"legendgroup": name, "row": 1, "col": column}
-    figure.add_scatter(
-        x=known["alpha"] + shift,
-        y=known[value],
-        mode="markers",
-        opacity=0.45,
-        marker={"color": colour, "size": 6, "symbol": "circle-open" if dash == "dot" else "circle"},
-        customdata=known[["id", "seed"]],
-        hovertemplate="run %{customdata[0]}, seed %{customdata[1]}: %{y:.3g}<extra></extra>",
-        showlegend=False,
-        **shared,
-    )
-    figure.add_scatter(
-        x=means["alpha"] + shift,
-        y=means["mean"],
-        mode="lines+markers",
-        name=name,
-        line={"color": colour, "dash": dash, "width": 2},
-        marker={"size": 9, "symbol": "diamond-open" if dash == "dot" else "diamond"},
-        error_y={
-            "array": means["high"] - means["mean"],
-            "arrayminus": means["mean"] - means["low"],
-            "thickness": 1.5,
-            "width": 4,
-        },
-        customdata=means[["alpha", "runs", "low", "high"]],
-        hovertemplate="α %{customdata[0]:g}: %{y:.3g} (95%: %{customdata[2]:.3g} to %{customdata[3]:.3g}, "
-        "%{customdata[1]} runs)",
-        **shared,
-    )
 
 
 def _state(row: Mapping[str, Any]) -> str:
@@ -196,57 +97,8 @@ HEADER = ["run", "method", "α", "seed", "status", "accuracy", "seconds"]
 def table(sweep: Sweep) -> str:
     """HTML table of the runs as their files say now."""
     rows = [_cells(row, sweep.runs[row["id"]]) for row in sweep.table().to_dict("records")]
-    texts = [[html.escape(figures.visible(cell)) for cell in row] for row in rows]
-    return figures._table(HEADER, [figures._row(row) for row in texts])
-
-
-# --- cost
-
-
-def measured(sweep: Sweep) -> tuple[float, float, int] | None:
-    """(seconds of a step, seconds of a run around its steps, steps seen) of like runs in the sweep's folder.
-
-    Medians; start-up and evaluations are around the steps, 0 until a run has finished. None: no step yet.
-    """
-    wanted = {_alike(config) for config in sweep.runs.values()}
-    seconds, around = [], []
-    for path in sweep.folder.glob("*/config.json"):
-        if _alike(RunConfig.load(path)) in wanted:
-            own = [record["seconds"] for record in read_jsonl(path.parent / "metrics.jsonl")]
-            seconds += own
-            done = path.parent / "done.json"
-            if done.exists() and not (ended := json.loads(done.read_text("utf-8")))["first_step"]:
-                around.append(max(0.0, ended["seconds"] - sum(own)))
-    if not seconds:
-        return None
-    return float(np.median(seconds)), float(np.median(around)) if around else 0.0, len(seconds)
-
-
-def _alike(config: RunConfig) -> tuple[Any, ...]:
-    return tuple(getattr(config, name) for name in ALIKE)
-
-
-def cost(sweep: Sweep, workers: int, step_seconds: float | None = None) -> str:
-    """What is left to do and how long it takes, in one sentence that says where the time comes from.
-
-    ``step_seconds`` is an estimate for where no step of such a run has been measured.
-    """
-    frame = sweep.table()
-    left = frame[~frame["status"].isin(ENDS)]
-    steps, at_once = int((left["steps"] - left["step"]).sum()), min(workers, len(left))
-    text = f"{len(frame)} runs, {len(left)} to do with {steps} steps in all"
-    if left.empty:
-        return text
-    if seen := measured(sweep):
-        step, around, count = seen
-        source = f"{count} measured steps of {step:.2g} s (median), and {around:.0f} s around them a run"
-    elif step_seconds is not None:
-        step, around = step_seconds, 0.0
-        source = f"an estimated step of {step:.2g} s, start-up and evaluations not counted"
-    else:
-        return f"{text}; no step of such a run has been measured here yet"
-    minutes = (steps * step + len(left) * around) / at_once / 60
-    return f"{text}; about {minutes:.1f} minutes with {at_once} at once, from {source}"
+    texts = [[html_text(cell) for cell in row] for row in rows]
+    return html_table(HEADER, [html_row(row) for row in texts])
 
 
 # --- the panel
@@ -275,7 +127,7 @@ class _Row:
         self.box.add_class("covrl-run-row")
 
     def update(self, row: Mapping[str, Any], config: RunConfig) -> None:
-        texts = [html.escape(figures.visible(text)) for text in _cells(row, config)]
+        texts = [html_text(text) for text in _cells(row, config)]
         run, method, alpha, seed, state, accuracy, seconds = texts
         bar = f'<progress value="{row["step"]}" max="{max(1, row["steps"])}"></progress>'
         cells = [f"<code>{run}</code>", method, alpha, seed, state, bar]
@@ -290,13 +142,62 @@ class _Row:
         self.traces.disabled = not row["step"]
 
 
+def _fields(
+    alphas: Any, methods: Any, seeds: Any, steps: int, model: str, task: str, workers: int
+) -> dict[str, widgets.Widget]:
+    """The fields that choose a grid, by name."""
+    from ..train.builtin_tasks import TASKS
+
+    wide = {"style": {"description_width": "60px"}, "layout": {"width": "280px"}}
+    chosen = [m for m in _listed(methods).split(", ") if m in METHOD_DEFAULTS]
+    return {
+        "alphas": widgets.Text(_listed(alphas), description="α", continuous_update=False, **wide),
+        "seeds": widgets.Text(_listed(seeds), description="seeds", continuous_update=False, **wide),
+        "steps": widgets.BoundedIntText(steps, min=1, max=10**6, description="steps", **wide),
+        "model": widgets.Combobox(
+            value=model,
+            options=("smollm2-135m", "tiny"),
+            description="model",
+            continuous_update=False,
+            **wide,
+        ),
+        "task": widgets.Combobox(
+            value=task, options=tuple(TASKS), description="task", continuous_update=False, **wide
+        ),
+        "workers": widgets.BoundedIntText(workers, min=1, max=256, description="at once", **wide),
+        "methods": widgets.SelectMultiple(
+            value=chosen,
+            options=tuple(METHOD_DEFAULTS),
+            rows=7,
+            description="methods",
+            **(wide | {"layout": {"width": "240px"}}),
+        ),
+    }
+
+
+def _table_head() -> widgets.HBox:
+    head = ["run", "method", "α", "seed", "status", "progress", "accuracy", "seconds"]
+    heads = "".join(
+        f"<span{' class=n' if name in ('accuracy', 'seconds') else ''}>{name}</span>" for name in head
+    )
+    return widgets.HBox(
+        [
+            widgets.HTML(
+                f'{_STYLE}<div class="covrl-run covrl-head">{heads}</div>',
+                layout={"flex": "1 1 auto", "margin": "0"},
+            ),
+            widgets.HTML(layout={"width": "160px", "flex": "0 0 auto"}),
+        ]
+    )
+
+
 class Ablation(Panel):
     """Widgets that choose a grid and drive it: cost, Launch, a live table, results, traces of any run.
 
     folder: holds the run folders; what it holds of the chosen grid already is shown and not done again.
     alphas, methods, seeds: comma-separated lists, or sequences. base: further fields of ``RunConfig``.
     ``sweep`` is the present ``Sweep``; it runs in the background and ends with the kernel, and launching the
-    same grid again goes on.
+    same grid again resumes it.
     """
 
     def __init__(
@@ -317,31 +218,7 @@ class Ablation(Panel):
         self._estimates: dict[tuple[Any, ...], float] = {}  # like runs -> seconds a step
         self._watcher: threading.Thread | None = None
         self._drawn: Any = None
-        wide = {"style": {"description_width": "60px"}, "layout": {"width": "280px"}}
-        chosen = [m for m in _listed(methods).split(", ") if m in METHOD_DEFAULTS]
-        self.fields: dict[str, widgets.Widget] = {
-            "alphas": widgets.Text(_listed(alphas), description="α", continuous_update=False, **wide),
-            "seeds": widgets.Text(_listed(seeds), description="seeds", continuous_update=False, **wide),
-            "steps": widgets.BoundedIntText(steps, min=1, max=10**6, description="steps", **wide),
-            "model": widgets.Combobox(
-                value=model,
-                options=("smollm2-135m", "tiny"),
-                description="model",
-                continuous_update=False,
-                **wide,
-            ),
-            "task": widgets.Combobox(
-                value=task, options=tuple(TASKS), description="task", continuous_update=False, **wide
-            ),
-            "workers": widgets.BoundedIntText(workers, min=1, max=256, description="at once", **wide),
-            "methods": widgets.SelectMultiple(
-                value=chosen,
-                options=tuple(METHOD_DEFAULTS),
-                rows=7,
-                description="methods",
-                **(wide | {"layout": {"width": "240px"}}),
-            ),
-        }
+        self.fields = _fields(alphas, methods, seeds, steps, model, task, workers)
         self.cost = widgets.HTML()
         self.launch_button = widgets.Button(description="Launch", button_style="primary", icon="play")
         self.stop_button = widgets.Button(description="Stop all", icon="stop", disabled=True)
@@ -351,19 +228,7 @@ class Ablation(Panel):
         self.launch_button.on_click(lambda _: self.launch())
         self.stop_button.on_click(lambda _: self._aside(self.stop))
         self.estimate_button.on_click(lambda _: self._aside(self.estimate))
-        head = ["run", "method", "α", "seed", "status", "progress", "accuracy", "seconds"]
-        heads = "".join(
-            f"<span{' class=n' if name in ('accuracy', 'seconds') else ''}>{name}</span>" for name in head
-        )
-        self._head = widgets.HBox(
-            [
-                widgets.HTML(
-                    f'{_STYLE}<div class="covrl-run covrl-head">{heads}</div>',
-                    layout={"flex": "1 1 auto", "margin": "0"},
-                ),
-                widgets.HTML(layout={"width": "160px", "flex": "0 0 auto"}),
-            ]
-        )
+        self._head = _table_head()
         self.rows = widgets.VBox()
         self.alpha_plot, self.learning_plot = Plot(), Plot()
         self.traces = widgets.VBox()
@@ -437,7 +302,7 @@ class Ablation(Panel):
         config = next(iter(self.sweep.runs.values()))
         self.estimate_button.disabled = True
         try:
-            self._estimates[_alike(config)] = 60 * plan(config).minutes
+            self._estimates[step_time_settings(config)] = 60 * plan(config).minutes
         except ConfigError as error:
             self.cost.value = f"<b>⚠ {html.escape(str(error))}</b>"
         else:
@@ -445,8 +310,8 @@ class Ablation(Panel):
         self.estimate_button.disabled = False
 
     def _show_cost(self) -> None:
-        estimate = self._estimates.get(_alike(next(iter(self.sweep.runs.values()))))
-        text = cost(self.sweep, self.fields["workers"].value, estimate)
+        estimate = self._estimates.get(step_time_settings(next(iter(self.sweep.runs.values()))))
+        text = describe_cost(self.sweep, self.fields["workers"].value, estimate)
         if self.sweep.error:
             text += f". {self.sweep.error}"
         self.cost.value = html.escape(text + ".")
@@ -465,7 +330,7 @@ class Ablation(Panel):
         self._watch()
 
     def stop(self) -> None:
-        """End the runs at work; they stay queued, and Launch goes on."""
+        """End the runs at work; they stay queued, and Launch resumes them."""
         if self.sweep is not None:
             self.sweep.stop()
             self.refresh()
@@ -509,8 +374,8 @@ class Ablation(Panel):
             return
         self._drawn = state
         if any(record["step"] for record in records):
-            self.alpha_plot.draw(against_alpha(results(self.sweep)))
-            self.learning_plot.draw(figures.evaluation_curve(learning(self.sweep)))
+            self.alpha_plot.draw(plot_against_alpha(sweep_results(self.sweep)))
+            self.learning_plot.draw(plot_evaluation_curve(sweep_curves(self.sweep)))
         else:
             self.alpha_plot.figure = self.learning_plot.figure = ""
 

@@ -1,150 +1,31 @@
-"""Look at a live model: traces of one's own question from both prompts, before and after training.
-
-``probe`` is the computation, a data frame from a policy; ``PromptBench`` puts fields and buttons on it.
-"""
+"""The prompt bench: traces of your own question from both prompts, before and after training."""
 
 from __future__ import annotations
 
 import html
-import math
 import threading
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 import pandas as pd
 import plotly.graph_objects as go
-import torch
 from IPython.display import HTML
 
 from ..config import RunConfig
 from ..runs.folder import step_file, steps_in
-from ..train.models import load_policy, load_tokenizer
-from ..train.policy import Policy, load_adapter
-from ..train.probe import coherence, trace_frame
-from ..train.prompts import Prompter
-from ..train.sampling import sample_traces
-from ..train.scoring import join, micro_batches, own_prompts, trace_logprobs
-from ..train.tasks import load_task
-from ..train.tree import final_logits
-from ..types import ConfigError, Example, Prompt
-from . import figures
-from .curves import coherence_curve
-from .panels import Panel, Plot
+from ..runs.reweight import answer_logprob
+from ..types import ConfigError
+from .html import html_row, html_table, html_text, visible
+from .style import GREY, POSTERIOR, SOURCE_COLOURS
+from .token_figures import plot_coherence
 from .token_view import TokenView, colours, token_html
+from .widgets import Panel, Plot
 
-ROWS = 512  # tokens whose logits over the vocabulary exist at once
-
-
-def _nothing(done: int) -> None:
-    """What ``probe`` calls where nobody watches."""
-
-
-@torch.no_grad()
-def alternatives(
-    policy: Policy, prompt: Prompt, trace: Sequence[int], temperature: float = 1.0, top: int = 5
-) -> dict[str, list[list[tuple[str, float]]]]:
-    """The ``top`` most probable tokens at each of the T places of a trace, under both prompts.
-
-    ``{"prior": [...], "posterior": [...]}`` with (token text, log-probability in nats) for each place, most
-    probable first, under softmax(logits / temperature).
-    """
-    found = {}
-    for name, context in (("prior", prompt.prior), ("posterior", prompt.posterior)):
-        ids = torch.tensor([[*context, *trace]], device=policy.device)
-        output = policy.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        places: list[list[tuple[str, float]]] = []
-        for rows in output.last_hidden_state[0, len(context) - 1 : -1].split(ROWS):
-            logprobs = torch.log_softmax(final_logits(policy, rows) / temperature, dim=-1)
-            best, tokens = (x.tolist() for x in logprobs.topk(min(top, logprobs.shape[-1])))
-            places += [
-                [(policy.tokenizer.decode([token]), nats) for token, nats in zip(*place, strict=True)]
-                for place in zip(tokens, best, strict=True)
-            ]
-        found[name] = places
-    return found
-
-
-@dataclass
-class _Watched:
-    """A prompter that reports each decoded token; raising in ``tick`` ends the decoding."""
-
-    prompter: Prompter
-    tick: Callable[[int], None]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.prompter, name)
-
-    def ends(self, ids, end: str) -> bool:
-        self.tick(1)
-        return self.prompter.ends(ids, end)
-
-
-@torch.no_grad()
-def probe(
-    policy: Policy,
-    prompter: Prompter,
-    question: str,
-    answer: str,
-    k: int = 4,
-    *,
-    max_tokens: int = 64,
-    temperature: float = 1.0,
-    seed: int = 0,
-    top: int = 5,
-    max_packed_tokens: int = 4096,
-    tick: Callable[[int], None] = _nothing,
-) -> pd.DataFrame:
-    """Draw k traces from the prior and k from the posterior prompt of one question, and score them.
-
-    One row a trace, prior first: the columns of ``traces.trace_frame`` and
-
-        reward        log p(y|x,z) in nats; advantage is the reward minus its mean, over its deviation
-        coherence     T + 1 nats, see ``coherence``
-        alternatives  of each token: {"prior": [(text, nats), ...], "posterior": [...]}
-
-    The same seed draws with the same random numbers, whatever the weights. ``tick`` is called with the
-    number of tokens decoded since the last call, or 0 between the parts of the scoring; what it raises ends
-    the probe. Raises ConfigError for an empty question or answer, or one too long for the model's context.
-    """
-    if k < 1 or max_tokens < 1 or not 0 < temperature < math.inf:
-        raise ConfigError("k and max_tokens must be 1 or more, temperature a number above 0")
-    example = Example("prompt bench", question, answer)
-    prompt = prompter(example)
-    prompter.check_length(prompt, max_tokens, policy.max_context, example.id)
-    batch = sample_traces(
-        policy,
-        _Watched(prompter, tick),
-        [prompt],
-        torch.tensor([True] * k + [False] * k),
-        max_tokens=max_tokens,
-        temperature=temperature,
-        generator=torch.Generator().manual_seed(seed),
-    ).to(policy.device)
-    parts = []
-    for rows in micro_batches([prompt], batch, True, max_packed_tokens):
-        tick(0)
-        own = own_prompts([prompt], batch, rows)
-        parts.append(trace_logprobs(policy, own, batch.rows(rows), temperature=temperature))
-    frame = trace_frame([example], batch, join(parts), prompter)
-    reward = figures.answer_logprob(frame)
-    deviation = reward.std(ddof=0)
-    frame["reward"] = reward
-    frame["advantage"] = (reward - reward.mean()) / deviation if deviation > 0 else 0.0
-    seen: dict[tuple[int, ...], tuple[Any, Any]] = {}  # a trained policy often writes the same trace again
-    for ids in map(tuple, frame["token_ids"]):
-        tick(0)
-        if ids not in seen:
-            both = alternatives(policy, prompt, ids, temperature, top)
-            places = [dict(zip(both, place, strict=True)) for place in zip(*both.values(), strict=True)]
-            seen[ids] = (coherence(policy, prompter, prompt, ids, max_packed_tokens), places)
-    frame["coherence"], frame["alternatives"] = zip(
-        *(seen[tuple(ids)] for ids in frame["token_ids"]), strict=True
-    )
-    return frame
+if TYPE_CHECKING:
+    from ..train.policy import Policy
+    from ..train.prompts import Prompter
 
 
 @dataclass(frozen=True)
@@ -154,6 +35,12 @@ class Source:
     config: RunConfig
     run_dir: Path | None = None
     steps: tuple[int, ...] = ()
+
+    def checkpoint(self, step: int | None = None) -> Path | None:
+        """The adapter of ``step`` (default: the last stored); None for a bare model."""
+        if self.run_dir is None:
+            return None
+        return step_file(self.run_dir / "checkpoints", step or self.steps[-1], "")
 
 
 def find_source(name: str | Path, **settings: Any) -> Source:
@@ -174,30 +61,6 @@ def find_source(name: str | Path, **settings: Any) -> Source:
     return Source(RunConfig(model=str(name), **settings))
 
 
-def open_source(source: Source, step: int | None = None) -> tuple[Policy, Prompter]:
-    """Load a source's model and, for a run, the adapter of ``step`` (default: the last stored)."""
-    config = source.config
-    task = load_task(
-        config.task, **{n: getattr(config, n) for n in list(signature(load_task).parameters)[1:]}
-    )
-    prompter = Prompter(load_tokenizer(config.model), task.demonstrations, config.prompt_style)
-    policy = load_policy(
-        config.model,
-        quantization=config.quantization,
-        dtype=config.dtype,
-        lora_rank=config.lora_rank if source.run_dir else 0,
-        lora_alpha=config.lora_alpha,
-        seed=config.seed,
-        device=config.device,
-    )
-    if source.run_dir:
-        load_adapter(policy, step_file(source.run_dir / "checkpoints", step or source.steps[-1], ""))
-    return policy, prompter
-
-
-# --- the bench
-
-
 class _Cancelled(Exception):
     pass
 
@@ -207,21 +70,102 @@ def summary_html(frames: dict[str, pd.DataFrame]) -> str:
     rows = []
     for name, frame in frames.items():
         for source, own in frame.groupby("source", sort=False):
-            total = figures.answer_logprob(own)
+            total = answer_logprob(own)
             cells = [
                 html.escape(name),
-                f'<b style="color: {figures.SOURCE_COLOURS[source]}">{source}</b>',
+                f'<b style="color: {SOURCE_COLOURS[source]}">{source}</b>',
                 f'<span data-cell="{html.escape(name)}/{source}">{total.mean():.2f}</span>',
                 f"{total.max():.2f}",
                 f"{own['finished'].mean():.0%}",
                 f"{own['tokens'].map(len).mean():.1f}",
             ]
-            rows.append(figures._row(cells))
+            rows.append(html_row(cells))
     header = ["weights", "drawn from", "mean log p(y|x,z), nats", "best, nats", "finished", "length, tokens"]
-    return figures._table(header, rows)
+    return html_table(header, rows)
 
 
-class PromptBench(Panel):
+_LABEL = {"style": {"description_width": "110px"}}
+_WIDE, _NARROW = {"layout": {"width": "640px"}} | _LABEL, {"layout": {"width": "205px"}} | _LABEL
+
+
+class BenchResults(Panel):
+    """The lower half of the prompt bench: ``frames``, what ``probe`` gives, as table and plots."""
+
+    def __init__(self) -> None:
+        self.frames: dict[str, pd.DataFrame] = {}
+        self.summary, self.curve = widgets.HTML(), Plot(layout={"min_height": "430px"})
+        self.weights = widgets.ToggleButtons()
+        self.traces = {
+            source: widgets.Dropdown(description=f"{source} trace", **_WIDE)
+            for source in ("prior", "posterior")
+        }
+        self.colour = widgets.Dropdown(options=colours(), value="log_gap", description="colour by", **_WIDE)
+        self.tokens = TokenView()
+        widgets.dlink((self.colour, "value"), (self.tokens, "colour"))
+        self.results = widgets.VBox(
+            [
+                self.summary,
+                self.weights,
+                *self.traces.values(),
+                self.curve,
+                self.colour,
+                self.tokens,
+            ],
+            layout={"display": "none"},
+        )
+        self.weights.observe(self._list_traces, "value")
+        for choice in self.traces.values():
+            choice.observe(self._show_traces, "value")
+        self.tokens.observe(self._draw_curve, "selected")
+
+    def _show(self) -> None:
+        self.summary.value = summary_html(self.frames)
+        names = list(self.frames)
+        kept = self.weights.value if self.weights.value in names else names[-1]
+        self.weights.unobserve(self._list_traces, "value")
+        self.weights.options, self.weights.value = names, kept
+        self.weights.observe(self._list_traces, "value")
+        self._list_traces()
+        self.results.layout.display = None
+
+    def _list_traces(self, change: Any = None) -> None:
+        """Offer the traces of the chosen weights, the best of each source first."""
+        frame = self.frames[self.weights.value]
+        for source, choice in self.traces.items():
+            own = frame[frame["source"] == source].sort_values("reward", ascending=False, kind="stable")
+            choice.unobserve(self._show_traces, "value")
+            choice.options = [
+                (f"{row.reward:.2f} nats   {visible(row.trace)[:90]}", row.Index) for row in own.itertuples()
+            ]
+            choice.value = own.index[0]
+            choice.observe(self._show_traces, "value")
+        self._show_traces()
+
+    def _show_traces(self, change: Any = None) -> None:
+        rows = self.frames[self.weights.value].loc[[choice.value for choice in self.traces.values()]]
+        self.tokens.show(rows, alternatives=rows["alternatives"].tolist())
+        self._draw_curve()
+
+    def _draw_curve(self, change: Any = None) -> None:
+        self.curve.draw(self.lines())
+
+    def lines(self) -> go.Figure:
+        """The coherence curves of the chosen weights, with a line at the selected token."""
+        chosen = [choice.value for choice in self.traces.values()]
+        figure = plot_coherence(self.frames[self.weights.value], chosen)
+        if self.tokens.selected:
+            figure.add_vline(self.tokens.selected[1] + 1, line={"color": GREY, "dash": "dot"})
+        return figure
+
+    def static(self) -> list[Any]:
+        """The last results as HTML and a plotly figure; nothing before the first."""
+        if not self.frames:
+            return []
+        tables = "".join(f"<h4>{html.escape(name)}</h4>{token_html(f)}" for name, f in self.frames.items())
+        return [HTML(summary_html(self.frames) + tables), self.lines()]
+
+
+class PromptBench(BenchResults):
     """Type a question and its answer, sample traces from both prompts, and look at them token by token.
 
     policy      a loaded policy with its ``prompter``, such as a trainer's (``trainer.policy``)
@@ -252,55 +196,33 @@ class PromptBench(Panel):
     ) -> None:
         if (policy is None) != (prompter is None):
             raise ConfigError("a policy needs its prompter, and a prompter its policy; give both or neither")
-        self.frames: dict[str, pd.DataFrame] = {}
+        super().__init__()
         self._settings, self._given = settings, policy is not None
         self._policy, self._prompter, self._opened = policy, prompter, None
         self._cancel, self._thread = threading.Event(), None
 
-        label = {"style": {"description_width": "110px"}}
-        wide, narrow = {"layout": {"width": "640px"}} | label, {"layout": {"width": "205px"}} | label
         self.source = widgets.Combobox(
             value="this policy" if policy else str(checkpoint or model),
             options=["smollm2-135m", "tiny", *_run_folders()],
             description="model or run",
             disabled=self._given,
-            **wide,
+            **_WIDE,
         )
-        self.step = widgets.Dropdown(description="checkpoint", options=[("–", None)], **narrow)
-        self.question = widgets.Textarea(value=question, description="question x", rows=2, **wide)
-        self.answer = widgets.Text(value=answer, description="answer y", **wide)
-        self.k = widgets.BoundedIntText(k, min=1, max=64, description="traces of each", **narrow)
+        self.step = widgets.Dropdown(description="checkpoint", options=[("–", None)], **_NARROW)
+        self.question = widgets.Textarea(value=question, description="question x", rows=2, **_WIDE)
+        self.answer = widgets.Text(value=answer, description="answer y", **_WIDE)
+        self.k = widgets.BoundedIntText(k, min=1, max=64, description="traces of each", **_NARROW)
         self.temperature = widgets.BoundedFloatText(
-            temperature, min=0.01, max=10, step=0.1, description="temperature", **narrow
+            temperature, min=0.01, max=10, step=0.1, description="temperature", **_NARROW
         )
         self.max_tokens = widgets.BoundedIntText(
-            max_tokens, min=1, max=100_000, description="tokens at most", **narrow
+            max_tokens, min=1, max=100_000, description="tokens at most", **_NARROW
         )
-        self.seed = widgets.BoundedIntText(seed, max=2**31 - 1, description="seed", **narrow)
+        self.seed = widgets.BoundedIntText(seed, max=2**31 - 1, description="seed", **_NARROW)
         self.generate = widgets.Button(description="Generate", icon="play", button_style="primary")
         self.cancel = widgets.Button(description="Cancel", icon="stop", disabled=True)
         self.bar = widgets.IntProgress(max=100, layout={"width": "260px"})
         self.message = widgets.HTML()
-        self.summary, self.curve = widgets.HTML(), Plot(layout={"min_height": "430px"})
-        self.weights = widgets.ToggleButtons()
-        self.traces = {
-            source: widgets.Dropdown(description=f"{source} trace", **wide)
-            for source in ("prior", "posterior")
-        }
-        self.colour = widgets.Dropdown(options=colours(), value="log_gap", description="colour by", **wide)
-        self.tokens = TokenView()
-        widgets.dlink((self.colour, "value"), (self.tokens, "colour"))
-        self.results = widgets.VBox(
-            [
-                self.summary,
-                self.weights,
-                *self.traces.values(),
-                self.curve,
-                self.colour,
-                self.tokens,
-            ],
-            layout={"display": "none"},
-        )
         self.widget = widgets.VBox(
             [
                 widgets.HBox([self.source, self.step], layout={"flex_flow": "row wrap"}),
@@ -318,10 +240,6 @@ class PromptBench(Panel):
         self.source.observe(self._list_steps, "value")
         self.generate.on_click(lambda button: self.start())
         self.cancel.on_click(lambda button: self._cancel.set())
-        self.weights.observe(self._list_traces, "value")
-        for choice in self.traces.values():
-            choice.observe(self._show_traces, "value")
-        self.tokens.observe(self._draw_curve, "selected")
 
     # --- model
 
@@ -342,12 +260,16 @@ class PromptBench(Panel):
         wanted = (self.source.value, self.step.value)
         if self._given or wanted == self._opened:
             return
+        from ..train.policy import load_adapter
+        from ..train.probe import open_source
+
         source = find_source(self.source.value, **self._settings)
+        checkpoint = source.checkpoint(wanted[1])
         if self._opened and wanted[0] == self._opened[0]:
-            load_adapter(self._policy, step_file(source.run_dir / "checkpoints", wanted[1], ""))
+            load_adapter(self._policy, checkpoint)
         else:
             self._opened = self._policy = None  # room for the new one
-            self._policy, self._prompter = open_source(source, wanted[1])
+            self._policy, self._prompter = open_source(source.config, checkpoint)
         self._opened = wanted
 
     # --- one click
@@ -396,6 +318,8 @@ class PromptBench(Panel):
 
     def _probe(self, start: float, end: float) -> pd.DataFrame:
         """``probe`` at the fields' values, filling the bar from ``start`` to ``end``: half for each part."""
+        from ..train.probe import probe_question  # needs torch
+
         k, decoded, scored = self.k.value, 0, 0
 
         def tick(done: int) -> None:
@@ -406,7 +330,7 @@ class PromptBench(Panel):
             part = scored / (2 * k + 1) if scored else decoded / (2 * k * self.max_tokens.value)
             self.bar.value = round(100 * (start + (end - start) * min(1.0, (part + (scored > 0)) / 2)))
 
-        return probe(
+        return probe_question(
             self._policy,
             self._prompter,
             self.question.value,
@@ -419,57 +343,8 @@ class PromptBench(Panel):
         )
 
     def _say(self, text: str, wrong: bool = False) -> None:
-        colour = figures.POSTERIOR if wrong else "inherit"
-        self.message.value = f'<span style="color: {colour}">{html.escape(figures.visible(text))}</span>'
-
-    # --- results
-
-    def _show(self) -> None:
-        self.summary.value = summary_html(self.frames)
-        names = list(self.frames)
-        kept = self.weights.value if self.weights.value in names else names[-1]
-        self.weights.unobserve(self._list_traces, "value")
-        self.weights.options, self.weights.value = names, kept
-        self.weights.observe(self._list_traces, "value")
-        self._list_traces()
-        self.results.layout.display = None
-
-    def _list_traces(self, change: Any = None) -> None:
-        """Offer the traces of the chosen weights, the best of each source first."""
-        frame = self.frames[self.weights.value]
-        for source, choice in self.traces.items():
-            own = frame[frame["source"] == source].sort_values("reward", ascending=False, kind="stable")
-            choice.unobserve(self._show_traces, "value")
-            choice.options = [
-                (f"{row.reward:.2f} nats   {figures.visible(row.trace)[:90]}", row.Index)
-                for row in own.itertuples()
-            ]
-            choice.value = own.index[0]
-            choice.observe(self._show_traces, "value")
-        self._show_traces()
-
-    def _show_traces(self, change: Any = None) -> None:
-        rows = self.frames[self.weights.value].loc[[choice.value for choice in self.traces.values()]]
-        self.tokens.show(rows, alternatives=rows["alternatives"].tolist())
-        self._draw_curve()
-
-    def _draw_curve(self, change: Any = None) -> None:
-        self.curve.draw(self.lines())
-
-    def lines(self) -> go.Figure:
-        """The coherence curves of the chosen weights, with a line at the selected token."""
-        chosen = [choice.value for choice in self.traces.values()]
-        figure = coherence_curve(self.frames[self.weights.value], chosen)
-        if self.tokens.selected:
-            figure.add_vline(self.tokens.selected[1] + 1, line={"color": figures.GREY, "dash": "dot"})
-        return figure
-
-    def static(self) -> list[Any]:
-        """The last results as HTML and a plotly figure; nothing before the first."""
-        if not self.frames:
-            return []
-        tables = "".join(f"<h4>{html.escape(name)}</h4>{token_html(f)}" for name, f in self.frames.items())
-        return [HTML(summary_html(self.frames) + tables), self.lines()]
+        colour = POSTERIOR if wrong else "inherit"
+        self.message.value = f'<span style="color: {colour}">{html_text(text)}</span>'
 
 
 def _run_folders() -> list[str]:

@@ -6,9 +6,9 @@ Everything shown comes from files, so a closed browser tab or a restarted kernel
 
 from __future__ import annotations
 
-import html
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,32 +20,33 @@ import plotly.graph_objects as go
 from IPython.display import HTML
 
 from ..runs.folder import Run, step_file, steps_in
-from . import figures
-from .curves import sparkline
-from .panels import Panel, Plot
+from .figures import plot_training_curves
+from .html import html_row, html_table, html_text, trace_table
+from .style import BOTH, GREY, POSTERIOR, PRIOR
+from .widgets import Panel, Plot
 
 _SIGNS = {
-    "waiting": ("○", figures.GREY),
-    "running": ("●", figures.BOTH),
-    "stalled": ("▲", figures.POSTERIOR),
-    "stopping": ("◐", figures.POSTERIOR),
-    "stopped": ("■", figures.GREY),
-    "finished": ("✔", figures.BOTH),
+    "waiting": ("○", GREY),
+    "running": ("●", BOTH),
+    "stalled": ("▲", POSTERIOR),
+    "stopping": ("◐", POSTERIOR),
+    "stopped": ("■", GREY),
+    "finished": ("✔", BOTH),
 }
 # column of metrics.jsonl -> label, unit, colour, whether it is a share
 _ROWS: dict[str, tuple[str, str, str, bool]] = {
-    "reward_prior": ("reward, prior traces", "nats", figures.PRIOR, False),
-    "reward_posterior": ("reward, posterior traces", "nats", figures.POSTERIOR, False),
-    "kl": ("KL(p′‖p)", "nats a token", figures.BOTH, False),
-    "nll": ("answer term (NLL)", "nats", figures.BOTH, False),
-    "trace_tokens_prior": ("trace length, prior", "tokens", figures.PRIOR, False),
-    "trace_tokens_posterior": ("trace length, posterior", "tokens", figures.POSTERIOR, False),
-    "finished_share": ("finished traces", "of all", figures.BOTH, True),
-    "truncated_share": ("truncated traces", "of all", figures.BOTH, True),
-    "clipped_share": ("tokens held back by the clip", "of all", figures.BOTH, True),
-    "gradient_norm": ("gradient norm", "before clipping", figures.BOTH, False),
-    "seconds_sampling": ("time of a step, sampling", "seconds", figures.GREY, False),
-    "seconds_update": ("time of a step, update", "seconds", figures.GREY, False),
+    "reward_prior": ("reward, prior traces", "nats", PRIOR, False),
+    "reward_posterior": ("reward, posterior traces", "nats", POSTERIOR, False),
+    "kl": ("KL(p′‖p)", "nats a token", BOTH, False),
+    "nll": ("answer term (NLL)", "nats", BOTH, False),
+    "trace_tokens_prior": ("trace length, prior", "tokens", PRIOR, False),
+    "trace_tokens_posterior": ("trace length, posterior", "tokens", POSTERIOR, False),
+    "finished_share": ("finished traces", "of all", BOTH, True),
+    "truncated_share": ("truncated traces", "of all", BOTH, True),
+    "clipped_share": ("tokens held back by the clip", "of all", BOTH, True),
+    "gradient_norm": ("gradient norm", "before clipping", BOTH, False),
+    "seconds_sampling": ("time of a step, sampling", "seconds", GREY, False),
+    "seconds_update": ("time of a step, update", "seconds", GREY, False),
 }
 
 
@@ -171,6 +172,25 @@ def _duration(seconds: float) -> str:
 # --- a snapshot as HTML
 
 
+def sparkline(values: Sequence[float | None], colour: str = GREY, width: int = 130, height: int = 22) -> str:
+    """An SVG line of the values that are there, scaled to their range; empty below two of them."""
+    y = np.array(values, dtype=float)
+    x, there = np.linspace(3, width - 3, len(y)), np.isfinite(y)
+    if there.sum() < 2:
+        return ""
+    x, y = x[there], y[there]
+    low, high = y.min(), y.max()
+    place = (y - low) / (high - low) if high > low else np.full(len(y), 0.5)
+    points = [f"{a:.1f},{b:.1f}" for a, b in zip(x, height - 3 - place * (height - 6), strict=True)]
+    last_x, last_y = points[-1].split(",")
+    title = f"from {low:.4g} to {high:.4g}"
+    return (
+        f'<svg width="{width}" height="{height}" role="img" aria-label="{title}"><title>{title}</title>'
+        f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+        f'<circle cx="{last_x}" cy="{last_y}" r="2.5" fill="{colour}"/></svg>'
+    )
+
+
 def _number(value: float | None, share: bool) -> str:
     if value is None or pd.isna(value):
         return "–"
@@ -180,7 +200,7 @@ def _number(value: float | None, share: bool) -> str:
 def status_html(shot: Snapshot) -> str:
     """Status, time left and the latest accuracy, on one line."""
     sign, colour = _SIGNS[shot.status]
-    parts = [f'<b style="color: {colour}">{sign} {html.escape(figures.visible(shot.message))}</b>']
+    parts = [f'<b style="color: {colour}">{sign} {html_text(shot.message)}</b>']
     if shot.seconds_left is not None and shot.status == "running":
         known = shot.evaluation_seconds is not None
         parts.append(
@@ -206,7 +226,7 @@ def numbers_html(shot: Snapshot) -> str:
             continue
         values = shot.metrics[column].astype(float)
         rows.append(
-            figures._row(
+            html_row(
                 [
                     label,
                     f'<b data-column="{column}">{_number(values.iloc[-1], share)}</b>',
@@ -216,7 +236,7 @@ def numbers_html(shot: Snapshot) -> str:
                 ]
             )
         )
-    return figures._table(["", f"step {shot.step}", "mean of last 5", "", "all steps"], rows)
+    return html_table(["", f"step {shot.step}", "mean of last 5", "", "all steps"], rows)
 
 
 def traces_html(shot: Snapshot, questions: int = 2) -> str:
@@ -225,7 +245,7 @@ def traces_html(shot: Snapshot, questions: int = 2) -> str:
     if traces.empty:
         return "<p>no traces yet</p>"
     shown = traces[traces["example_id"].isin(traces["example_id"].unique()[:questions])]
-    return f"<b>Traces of step {traces['step'].iloc[0]}</b>{figures.trace_table(shown)}"
+    return f"<b>Traces of step {traces['step'].iloc[0]}</b>{trace_table(shown)}"
 
 
 class RunMonitor(Panel):
@@ -278,7 +298,7 @@ class RunMonitor(Panel):
 
     def figure(self) -> go.Figure:
         """The training curves."""
-        return figures.training_curves(self.snapshot.metrics, self.snapshot.evaluations)
+        return plot_training_curves(self.snapshot.metrics, self.snapshot.evaluations)
 
     def html(self) -> str:
         """Status, numbers and traces as plain HTML."""
@@ -300,7 +320,7 @@ class RunMonitor(Panel):
                 ValueError,
                 KeyError,
             ) as error:  # a file was replaced under our hands: read again
-                self.status.value = f"<i>{html.escape(figures.visible(f'reading again: {error}'))}</i>"
+                self.status.value = f"<i>{html_text(f'reading again: {error}')}</i>"
 
     def _toggle_stop(self, button: widgets.Button) -> None:
         stop = self.run_dir / "STOP"

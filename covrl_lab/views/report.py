@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -21,9 +20,10 @@ from plotly.offline import get_plotlyjs
 
 from .. import __version__
 from ..runs.folder import Run, load_run
-from ..runs.reweight import Settings, Traces, summarise
+from ..runs.reweight import Settings, Traces, answer_logprob, summarise_traces
 from ..types import ConfigError
-from . import figures
+from .figures import plot_answer_logprobs, plot_training_curves
+from .html import accuracy_table, html_row, html_table, html_text, trace_table
 from .token_view import token_html
 
 QUESTIONS = 3  # of a step, whose traces are shown
@@ -78,12 +78,12 @@ def page(run: Run) -> str:
     parts = [
         _head(run, config, metrics, evaluations),
         "<h2>Training</h2>",
-        _figure(figures.training_curves(metrics, evaluations, _reward_unit(config))),
+        _figure(plot_training_curves(metrics, evaluations, _reward_unit(config))),
     ]
     if len(evaluations):
         parts += [
             "<h2>Held-out accuracy</h2>",
-            f'<div class="wide">{figures.accuracy_table(evaluations)}</div>',
+            f'<div class="wide">{accuracy_table(evaluations)}</div>',
         ]
     for step, frame in traces.items():
         parts += [f"<h2>Traces of step {step}</h2>", *_traces(frame, settings)]
@@ -99,14 +99,10 @@ def page(run: Run) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(run.path.absolute().name)}</title>\n<style>{_STYLE}</style></head>\n<body>\n"
+        f"<title>{html_text(run.path.absolute().name)}</title>\n<style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(parts)
         + f"\n<script>{plotly}</script>\n<script>{_DRAW}</script>\n</body></html>\n"
     )
-
-
-def _text(value: Any) -> str:
-    return html.escape(figures.visible(value))
 
 
 def _hash(script: str) -> str:
@@ -127,7 +123,9 @@ def _figure(figure: go.Figure) -> str:
 
 
 def _facts(values: dict[str, Any]) -> str:
-    rows = (f"<div><code>{_text(k)} = <b>{_text(v)}</b></code></div>" for k, v in sorted(values.items()))
+    rows = (
+        f"<div><code>{html_text(k)} = <b>{html_text(v)}</b></code></div>" for k, v in sorted(values.items())
+    )
     return f'<div class="facts">{"".join(rows)}</div>'
 
 
@@ -143,8 +141,8 @@ def _reward_unit(config: dict[str, Any]) -> str:
 
 def _head(run: Run, config: dict[str, Any], metrics: pd.DataFrame, evaluations: pd.DataFrame) -> str:
     done, steps = len(metrics), config.get("steps", len(metrics))
-    facts = [f"{_text(config.get(name, '?'))}" for name in ("method", "model", "task")]
-    facts += [f"seed {_text(config.get('seed', '?'))}", f"{done} of {_text(steps)} steps"]
+    facts = [f"{html_text(config.get(name, '?'))}" for name in ("method", "model", "task")]
+    facts += [f"seed {html_text(config.get('seed', '?'))}", f"{done} of {html_text(steps)} steps"]
     found = ""
     if len(evaluations):
         first, last = evaluations.iloc[0], evaluations.iloc[-1]
@@ -155,23 +153,23 @@ def _head(run: Run, config: dict[str, Any], metrics: pd.DataFrame, evaluations: 
         if len(evaluations) > 1:
             found += f", from {first.accuracy:.1%} after step {first.step:.0f}"
         found += f", on {last.eval_questions:.0f} questions, greedy, from the prior prompt.</p>"
-    title = _text(run.path.absolute().name)
+    title = html_text(run.path.absolute().name)
     return f'<h1>{title}</h1>\n<div class="soft">{" · ".join(facts)}</div>\n{found}'
 
 
 def _traces(frame: pd.DataFrame, settings: Settings) -> list[str]:
     """The first questions' traces that make the answer most probable, token by token, and all as text."""
-    parts = [_figure(figures.answer_logprobs(frame, 2 * QUESTIONS))]
+    parts = [_figure(plot_answer_logprobs(frame, 2 * QUESTIONS))]
     chosen = frame[frame["example_id"].isin(frame["example_id"].unique()[:QUESTIONS])]
-    for _, group in chosen.assign(total=figures.answer_logprob(chosen)).groupby("example_id", sort=False):
+    for _, group in chosen.assign(total=answer_logprob(chosen)).groupby("example_id", sort=False):
         best = group.loc[[own["total"].idxmax() for _, own in group.groupby("source", sort=False)]]
-        question, answer = (_text(group[name].iloc[0]) for name in ("question", "answer"))
+        question, answer = (html_text(group[name].iloc[0]) for name in ("question", "answer"))
         parts.append(f"<h3><code>{question}</code> reference answer <code>{answer}</code></h3>")
         parts.append(token_html(best, settings))
     return [
         *parts,
         f"<details><summary>all traces of these {chosen['example_id'].nunique()} questions</summary>"
-        f'<div class="wide">{figures.trace_table(chosen)}</div></details>',
+        f'<div class="wide">{trace_table(chosen)}</div></details>',
     ]
 
 
@@ -183,16 +181,16 @@ _MIXING = {
     "clipped_share": ("tokens held back by the clip", "{:.1%}"),
     "ratio_low": ("least ratio p′/h of a token", "{:.3f}"),
     "ratio_high": ("largest ratio p′/h of a token", "{:.3f}"),
-    "pull_prior_share": ("share of the gradient that reaches the prior", "{:.1%}"),
+    "gradient_weight_prior_share": ("share of the gradient that reaches the prior", "{:.1%}"),
 }
 
 
 def mixing_table(traces: dict[int, pd.DataFrame], settings: Settings) -> str:
-    """HTML table of ``tokens.summarise`` at the run's settings, a column for each step's traces."""
-    numbers = [summarise(Traces.of(frame), settings) for frame in traces.values()]
+    """HTML table of ``summarise_traces`` at the run's settings, a column for each step's traces."""
+    numbers = [summarise_traces(Traces.of(frame), settings) for frame in traces.values()]
     rows = [
-        figures._row([label, *("–" if n[key] != n[key] else form.format(n[key]) for n in numbers)])
+        html_row([label, *("–" if n[key] != n[key] else form.format(n[key]) for n in numbers)])
         for key, (label, form) in _MIXING.items()
     ]
     header = [f"at α = {settings.alpha:g}, w = {settings.composite_weight:g}", *(f"step {s}" for s in traces)]
-    return f'<div class="wide">{figures._table(header, rows)}</div>'
+    return f'<div class="wide">{html_table(header, rows)}</div>'

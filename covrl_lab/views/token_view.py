@@ -10,7 +10,6 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import anywidget
@@ -18,11 +17,13 @@ import numpy as np
 import pandas as pd
 import traitlets
 
-from ..runs import reweight as tokens
+from ..runs import reweight
+from ..runs.reweight import answer_logprob
 from ..types import ConfigError, did_you_mean
-from .figures import SOURCE_COLOURS, answer_logprob, visible
+from .html import visible
+from .style import SOURCE_COLOURS
+from .widgets import STATIC
 
-_STATIC = Path(__file__).parent / "static"
 _PRIOR, _POSTERIOR, _LESS, _MORE = (31, 119, 180), (213, 94, 0), (129, 76, 176), (0, 140, 70)
 _STRONGEST = 0.65  # opacity at the end of a scale, as in token_view.js
 
@@ -63,16 +64,16 @@ def colours() -> dict[str, str]:
 
 def payload(
     frame: pd.DataFrame,
-    settings: tokens.Settings,
+    settings: reweight.Settings,
     alternatives: Sequence[Any] | None = None,
 ) -> list[dict[str, Any]]:
     """What the widget draws of each row: texts made visible, numbers rounded, None for unknown."""
-    traces = tokens.Traces.of(frame)
-    found = tokens.quantities(traces, settings)
+    traces = reweight.Traces.of(frame)
+    found = reweight.quantities(traces, settings)
     drawn = []
     for i, (row, total) in enumerate(zip(frame.to_dict("records"), answer_logprob(frame), strict=True)):
         length = len(row["tokens"])
-        values = {name: _plain(found[name][i, :length]) for name in tokens.LABELS if name in found}
+        values = {name: _plain(found[name][i, :length]) for name in reweight.LABELS if name in found}
         note = f"answer at {total:.1f} nats".replace("-", "−")
         drawn.append(
             {
@@ -108,16 +109,16 @@ def _visible_alternatives(places: Sequence[Mapping[str, Any]]) -> list[dict[str,
 class TokenView(anywidget.AnyWidget):
     """One or two traces token by token; click a token, or focus one and use the arrow keys, Home and End.
 
-    frame: rows of ``Run.traces`` or ``traces.trace_frame``. alternatives: for each row a list with a
+    frame: rows of ``Run.traces`` or ``trace_frame``. alternatives: for each row a list with a
     dictionary a token, prompt name -> [(token text, log-probability in nats), ...].
     ``selected`` is [row, token] (empty: none) and ``colour`` a name of ``SCALES``; both follow the
     widget and can be set. ``show`` puts other traces in their place.
     """
 
-    _esm = (_STATIC / "token_view.js").read_text(encoding="utf-8")
-    _css = (_STATIC / "token_view.css").read_text(encoding="utf-8")
+    _esm = (STATIC / "token_view.js").read_text(encoding="utf-8")
+    _css = (STATIC / "token_view.css").read_text(encoding="utf-8")
     traces = traitlets.List().tag(sync=True)
-    labels = traitlets.Dict(tokens.LABELS).tag(sync=True)
+    labels = traitlets.Dict(reweight.LABELS).tag(sync=True)
     scales = traitlets.Dict(SCALES).tag(sync=True)
     colour = traitlets.Unicode("log_gap").tag(sync=True)
     selected = traitlets.List().tag(sync=True)
@@ -125,7 +126,7 @@ class TokenView(anywidget.AnyWidget):
     def __init__(
         self,
         frame: pd.DataFrame | None = None,
-        settings: tokens.Settings | None = None,
+        settings: reweight.Settings | None = None,
         colour: str = "log_gap",
         alternatives: Sequence[Any] | None = None,
     ):
@@ -136,13 +137,13 @@ class TokenView(anywidget.AnyWidget):
     def show(
         self,
         frame: pd.DataFrame,
-        settings: tokens.Settings | None = None,
+        settings: reweight.Settings | None = None,
         alternatives: Sequence[Any] | None = None,
     ) -> None:
         """Draw the rows of ``frame``; nothing stays selected."""
         with self.hold_sync():
             self.selected = []
-            self.traces = payload(frame, settings or tokens.Settings(), alternatives)
+            self.traces = payload(frame, settings or reweight.Settings(), alternatives)
 
     @traitlets.validate("colour")
     def _known_colour(self, proposal: Any) -> str:
@@ -162,17 +163,19 @@ def _fill(value: float | None, scale: Mapping[str, Any]) -> str:
     return f"background: rgba({r}, {g}, {b}, {_STRONGEST * min(1, abs(place)):.2f})"
 
 
-def token_html(frame: pd.DataFrame, settings: tokens.Settings | None = None, colour: str = "log_gap") -> str:
+def token_html(
+    frame: pd.DataFrame, settings: reweight.Settings | None = None, colour: str = "log_gap"
+) -> str:
     """The rows of ``frame`` as plain HTML: escaped, no script, numbers in each token's title."""
     if colour not in SCALES:
         raise ConfigError(f"unknown colour {colour!r}{did_you_mean(colour, SCALES)}")
     scale, boxes = SCALES[colour], []
-    for trace in payload(frame, settings or tokens.Settings()):
+    for trace in payload(frame, settings or reweight.Settings()):
         values, spans = trace["values"], []
         for t, text in enumerate(trace["tokens"]):
             shown = [
                 f"{label} {values[name][t]:.3f} {unit}".strip()
-                for name, (label, unit) in tokens.LABELS.items()
+                for name, (label, unit) in reweight.LABELS.items()
                 if name in values and values[name][t] is not None and name != "clipped"
             ]
             style = _fill(values[colour][t] if colour in values else None, scale)

@@ -46,7 +46,7 @@ from tqdm.auto import tqdm
 
 from covrl_lab.config import RunConfig
 from covrl_lab.files import write_whole
-from covrl_lab.train.plan import GIB, Device, fastest, measure, plan, shape_of
+from covrl_lab.train.plan import GIB, Device, fastest, measure_device, plan, shape_of
 from covrl_lab.types import ConfigError, did_you_mean
 
 from .speed import FOLDER, report
@@ -395,7 +395,7 @@ def _limits(settings: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(settings["threads"])
     config = RunConfig(**settings["config"])
-    device, shape = measure(3.0), shape_of(config.model)
+    device, shape = measure_device(3.0), shape_of(config.model)
     place = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, config.dtype)
     layers = [
@@ -583,7 +583,7 @@ def _measure(threads: int) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(threads)
-    return dataclasses.asdict(measure(3.0))
+    return dataclasses.asdict(measure_device(3.0))
 
 
 def apart(function: Callable, *args: Any, **kwargs: Any) -> Any:

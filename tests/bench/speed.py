@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 
 from covrl_lab.config import RunConfig
 from covrl_lab.train.plan import DEVICES, GIB, Device, Plan, Tokens, plan, shape_of, step_seconds
-from covrl_lab.views.figures import BOTH, GREY, PALETTE, POSTERIOR, PRIOR, TEMPLATE
+from covrl_lab.views.style import BOTH, GREY, PALETTE, POSTERIOR, PRIOR, TEMPLATE
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks" / "results" / "speed"
 LABELS = {

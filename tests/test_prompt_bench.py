@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from covrl_lab import RunConfig, Trainer
+from covrl_lab.train import probe
 from covrl_lab.train.models import load_policy
+from covrl_lab.train.policy import load_adapter
+from covrl_lab.train.probe import alternatives, open_source, probe_question
 from covrl_lab.train.prompts import Prompter
 from covrl_lab.train.scoring import trace_logprobs
 from covrl_lab.types import ConfigError, Demonstration, Example, TraceBatch
-from covrl_lab.views import bench as live
-from covrl_lab.views.bench import PromptBench, alternatives, find_source, open_source, probe, summary_html
+from covrl_lab.views.bench import PromptBench, find_source, summary_html
 
 TOLERANCE = 1e-4  # nats a token
 DEMONSTRATIONS = [Demonstration("2 plus 3?", "2 and 3 more is 5.", "5")]
@@ -38,8 +40,13 @@ def trained(tmp_path_factory):
     return folder
 
 
+def opened(name, step=None, **settings):
+    source = find_source(name, **settings)
+    return open_source(source.config, source.checkpoint(step))
+
+
 def test_probe_equals_plain_rows(tiny_policy, prompter):
-    frame = probe(tiny_policy, prompter, **ASK, k=3, max_tokens=9, temperature=0.7, seed=4)
+    frame = probe_question(tiny_policy, prompter, **ASK, k=3, max_tokens=9, temperature=0.7, seed=4)
     assert frame["source"].tolist() == ["prior"] * 3 + ["posterior"] * 3
     width = max(map(len, frame["token_ids"]))
     ids = torch.tensor([[*z, *[0] * (width - len(z))] for z in frame["token_ids"]])
@@ -78,7 +85,9 @@ def test_alternatives_are_the_most_probable_tokens_of_each_prompt(tiny_policy, p
 
 def test_the_seed_decides_the_traces_and_a_tick_can_end_them(tiny_policy, prompter):
     def traces(**settings):
-        return probe(tiny_policy, prompter, **ASK, k=2, max_tokens=6, **settings)["token_ids"].tolist()
+        return probe_question(tiny_policy, prompter, **ASK, k=2, max_tokens=6, **settings)[
+            "token_ids"
+        ].tolist()
 
     assert traces(seed=1) == traces(seed=1) != traces(seed=2)
     calls = []
@@ -102,7 +111,7 @@ def test_wrong_input_is_one_sentence(tiny_policy, prompter, tmp_path):
         (ASK | {"temperature": 0.0}, "above 0"),
     ):
         with pytest.raises(ConfigError, match=message):
-            probe(tiny_policy, prompter, **settings)
+            probe_question(tiny_policy, prompter, **settings)
     with pytest.raises(ConfigError, match="needs its prompter"):
         PromptBench(tiny_policy)
     (tmp_path / "checkpoints").mkdir()
@@ -114,13 +123,13 @@ def test_a_run_a_checkpoint_and_a_model_are_sources(trained):
     assert find_source(trained).steps == (1, 2)
     assert find_source(trained / "checkpoints" / "step_00001").steps == (1,)
     assert find_source("tiny", **SMALL).steps == ()
-    first, _ = open_source(find_source(trained), 1)
-    last, prompter = open_source(find_source(trained))
+    first, _ = opened(trained, step=1)
+    last, prompter = opened(trained)
     expected = load_policy("tiny", quantization="none", dtype="float32")
-    live.load_adapter(expected, trained / "checkpoints" / "step_00002")
+    load_adapter(expected, trained / "checkpoints" / "step_00002")
     assert last.adapter_change() == expected.adapter_change() != first.adapter_change()
     assert len(prompter.demonstrations) == 1
-    plain, _ = open_source(find_source("tiny", **SMALL))
+    plain, _ = opened("tiny", **SMALL)
     assert not plain.trainable()
 
 
@@ -131,11 +140,11 @@ def test_the_bench_asks_before_and_after_training(trained):
     bench.wait(120)
     assert "done" in bench.message.value and bench.bar.value == 100
     assert list(bench.frames) == ["before training", "after training"]
-    policy, prompter = open_source(find_source(trained))
+    policy, prompter = opened(trained)
     settings = {"k": 2, "max_tokens": 6, "seed": 3}
-    after = probe(policy, prompter, **ASK, **settings)
+    after = probe_question(policy, prompter, **ASK, **settings)
     with policy.base():
-        before = probe(policy, prompter, **ASK, **settings)
+        before = probe_question(policy, prompter, **ASK, **settings)
     for name, expected in (("before training", before), ("after training", after)):
         assert bench.frames[name]["logp"].tolist() == expected["logp"].tolist()
     assert before["logp"].tolist() != after["logp"].tolist()
@@ -169,8 +178,8 @@ def test_the_bench_asks_before_and_after_training(trained):
     bench.step.value = 1
     bench.generate.click()
     bench.wait(120)
-    first, _ = open_source(find_source(trained), 1)
-    expected = probe(first, prompter, **ASK, **settings)
+    first, _ = opened(trained, step=1)
+    expected = probe_question(first, prompter, **ASK, **settings)
     assert bench.frames["after training"]["logp"].tolist() == expected["logp"].tolist()
 
 
@@ -204,8 +213,8 @@ def test_a_click_that_fails_or_is_cancelled_leaves_the_bench_usable(tiny_policy,
         assert go_on.wait(60)
         return real(policy, prompter, *args, **settings)
 
-    real = live.sample_traces
-    monkeypatch.setattr(live, "sample_traces", tick_first)
+    real = probe.sample_traces
+    monkeypatch.setattr(probe, "sample_traces", tick_first)
     bench.generate.click()
     assert sampling.wait(60) and bench.generate.disabled and not bench.cancel.disabled
     bench.cancel.click()
@@ -213,7 +222,7 @@ def test_a_click_that_fails_or_is_cancelled_leaves_the_bench_usable(tiny_policy,
     bench.wait(60)
     assert "cancelled" in bench.message.value and bench.frames is kept
 
-    monkeypatch.setattr(live, "sample_traces", lambda *args, **settings: 1 / 0)
+    monkeypatch.setattr(probe, "sample_traces", lambda *args, **settings: 1 / 0)
     bench.generate.click()
     bench.wait(60)
     assert "ZeroDivisionError: division by zero" in bench.message.value

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from covrl_lab.runs import reweight as tokens
+from covrl_lab import reweight
 from covrl_lab.runs.folder import load_run
 from covrl_lab.train import objectives
 from covrl_lab.types import ConfigError, LogProbs
@@ -66,8 +66,8 @@ def equal(found, expected, mask):
 def test_every_quantity_equals_the_objectives(alpha, weight, clip, high):
     frame = random_frame()
     old, mask, from_prior, advantage = as_tensors(frame)
-    settings = tokens.Settings(alpha, weight, clip, 0.3, high)
-    found = tokens.quantities(tokens.Traces.of(frame), settings)
+    settings = reweight.Settings(alpha, weight, clip, 0.3, high)
+    found = reweight.quantities(reweight.Traces.of(frame), settings)
 
     composite = objectives.log_mixture(old, weight)
     hybrid = objectives.log_mixture(old, alpha)
@@ -90,16 +90,19 @@ def test_every_quantity_equals_the_objectives(alpha, weight, clip, high):
     )
     log_ratio = objectives.log_mixture(parts, weight) - hybrid
     total = objectives.clipped_ratio(log_ratio, advantage, clip, 0.3, high)[0].sum()
-    for name, leaf in (("pull_prior", parts.prior), ("pull_posterior", parts.posterior)):
+    for name, leaf in (
+        ("gradient_weight_prior", parts.prior),
+        ("gradient_weight_posterior", parts.posterior),
+    ):
         (gradient,) = torch.autograd.grad(total, leaf, retain_graph=True, allow_unused=True)
         equal(found[name], torch.zeros_like(leaf) if gradient is None else gradient, mask)
 
 
 def test_some_tokens_are_clipped_and_some_are_not():
     """Guards the comparison above against inputs on which the clip never acts."""
-    found = tokens.quantities(tokens.Traces.of(random_frame()), tokens.Settings(0.2, 0.5))
+    found = reweight.quantities(reweight.Traces.of(random_frame()), reweight.Settings(0.2, 0.5))
     assert 0.05 < np.nanmean(found["clipped"]) < 0.95
-    assert tokens.LOG_RATIO_CAP == objectives.LOG_RATIO_CAP
+    assert reweight.LOG_RATIO_CAP == objectives.LOG_RATIO_CAP
 
 
 def test_extreme_gaps_stay_finite_and_equal():
@@ -107,19 +110,19 @@ def test_extreme_gaps_stay_finite_and_equal():
     old, mask, from_prior, _ = as_tensors(frame)
     for weight in WEIGHTS:
         for alpha in WEIGHTS:
-            found = tokens.quantities(tokens.Traces.of(frame), tokens.Settings(alpha, weight, "soft"))
+            found = reweight.quantities(reweight.Traces.of(frame), reweight.Settings(alpha, weight, "soft"))
             assert all(np.isfinite(values[mask.numpy()]).all() for values in found.values())
         equal(found["kl"], objectives.kl_estimate(old, old, from_prior, weight, "exact"), mask)
 
 
 def test_without_a_posterior_quantities_are_absent():
     frame = random_frame().assign(logq=None, source="prior")
-    traces = tokens.Traces.of(frame)
-    assert set(tokens.quantities(traces, tokens.Settings(0.5, 0.5))) == {"logp"}
-    summary = tokens.summarise(traces, tokens.Settings(0.5, 0.5))
+    traces = reweight.Traces.of(frame)
+    assert set(reweight.quantities(traces, reweight.Settings(0.5, 0.5))) == {"logp"}
+    summary = reweight.summarise_traces(traces, reweight.Settings(0.5, 0.5))
     known = {name for name, value in summary.items() if not np.isnan(value)}
     assert known == {"reward", "reward_prior"}
-    alone = tokens.quantities(traces, tokens.Settings(1.0, 1.0))
+    alone = reweight.quantities(traces, reweight.Settings(1.0, 1.0))
     assert not {"logq", "log_gap", "kl"} & set(alone)
     np.testing.assert_array_equal(alone["ratio"][traces.mask], 1)
     np.testing.assert_array_equal(alone["responsibility"][traces.mask], 1)
@@ -130,9 +133,13 @@ def test_without_a_posterior_quantities_are_absent():
 
 def test_traces_that_earned_nothing_have_no_gradient():
     frame = random_frame().drop(columns=["advantage", "reward"])
-    found = tokens.quantities(tokens.Traces.of(frame), tokens.Settings())
-    assert {"ratio", "kl"} <= set(found) and not {"clipped", "gradient_weight", "pull_prior"} & set(found)
-    summary = tokens.summarise(tokens.Traces.of(frame), tokens.Settings())
+    found = reweight.quantities(reweight.Traces.of(frame), reweight.Settings())
+    assert {"ratio", "kl"} <= set(found) and not {
+        "clipped",
+        "gradient_weight",
+        "gradient_weight_prior",
+    } & set(found)
+    summary = reweight.summarise_traces(reweight.Traces.of(frame), reweight.Settings())
     assert np.isnan(summary["reward"]) and np.isnan(summary["clipped_share"])
     assert summary["effective_sample_share"] > 0
 
@@ -151,7 +158,7 @@ def test_summary_by_hand():
         }
     )
     alpha, w = 0.8, 0.5
-    found = tokens.summarise(tokens.Traces.of(frame), tokens.Settings(alpha, w, "ppo", 0.3))
+    found = reweight.summarise_traces(reweight.Traces.of(frame), reweight.Settings(alpha, w, "ppo", 0.3))
     ratio = [
         (w * a + (1 - w) * b) / (alpha * a + (1 - alpha) * b)
         for a, b in ((0.5, 0.25), (0.25, 0.75), (0.1, 0.9))
@@ -167,9 +174,11 @@ def test_summary_by_hand():
     assert found["reward"] == pytest.approx(-0.8 - 0.6)
     assert (found["reward_prior"], found["reward_posterior"]) == (-1, -3)
     rho = [w * a / (w * a + (1 - w) * b) for a, b in ((0.5, 0.25), (0.25, 0.75), (0.1, 0.9))]
-    pull = np.array([ratio[0], 0, 2 * ratio[2]])
-    assert found["pull_prior"] == pytest.approx(np.dot(mass, pull * rho) / sum(mass))
-    assert found["pull_posterior"] == pytest.approx(np.dot(mass, pull * (1 - np.array(rho))) / sum(mass))
+    weight = np.array([ratio[0], 0, 2 * ratio[2]])
+    assert found["gradient_weight_prior"] == pytest.approx(np.dot(mass, weight * rho) / sum(mass))
+    assert found["gradient_weight_posterior"] == pytest.approx(
+        np.dot(mass, weight * (1 - np.array(rho))) / sum(mass)
+    )
     u = [0.375 / 0.5, 0.5 / 0.25]
     assert found["kl"] == pytest.approx(np.mean([x * np.log(x) - x + 1 for x in u]))  # the finished trace's
     assert (found["ratio_low"], found["ratio_high"]) == pytest.approx((min(ratio), max(ratio)))
@@ -179,15 +188,15 @@ def test_summary_by_hand():
 def test_a_trained_run_is_met_at_its_own_settings():
     """What the trainer wrote, from its float32 tensors, against what its stored lists give."""
     run = load_run(EXAMPLE)
-    settings = tokens.Settings.of(run.config)
+    settings = reweight.Settings.of(run.config)
     metrics = run.metrics.set_index("step")
     for step in run.steps:
         frame = run.traces(step)
-        traces = tokens.Traces.of(frame)
-        found = tokens.quantities(traces, settings)
+        traces = reweight.Traces.of(frame)
+        found = reweight.quantities(traces, settings)
         stored = np.concatenate(frame["log_ratio"].to_list())
         np.testing.assert_allclose(np.log(found["ratio"])[traces.mask], stored, atol=1e-5)
-        summary, row = tokens.summarise(traces, settings, found), metrics.loc[step]
+        summary, row = reweight.summarise_traces(traces, settings, found), metrics.loc[step]
         for name in ("clipped_share", "effective_sample_share", "reward", "reward_prior", "kl"):
             assert summary[name] == pytest.approx(row[name], rel=1e-3, abs=1e-5), (step, name)
         rho = found["responsibility"][traces.from_prior][traces.mask[traces.from_prior]]
@@ -199,9 +208,9 @@ def test_a_trained_run_is_met_at_its_own_settings():
 )
 def test_wrong_settings_are_refused(given):
     with pytest.raises(ConfigError):
-        tokens.Settings(**given)
+        reweight.Settings(**given)
 
 
 def test_an_empty_frame_gives_empty_arrays():
-    empty = tokens.Traces.of(random_frame().iloc[:0])
-    assert tokens.quantities(empty, tokens.Settings(1, 1))["ratio"].shape == (0, 0)
+    empty = reweight.Traces.of(random_frame().iloc[:0])
+    assert reweight.quantities(empty, reweight.Settings(1, 1))["ratio"].shape == (0, 0)

@@ -1,0 +1,204 @@
+"""Comparisons of runs as figures and as text: what ``runs.compare`` finds, for readers."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from ..runs.compare import over_seeds
+from .html import figure_text, visible
+from .style import GREY, PALETTE, POSTERIOR, PRIOR, TEMPLATE
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """The same table as text: ``42.2% (36.0% to 48.3%)``, with a sign where it is a difference."""
+    shown = pd.DataFrame(index=table.index)
+    sign = "+" if "difference" in table else ""
+    for column in table:
+        if column.endswith(("low", "high")):
+            continue
+        prefix = f"{column}_" if f"{column}_low" in table else ""
+        if column in ("iqm", "mean", "difference", "probability"):
+            shown[column] = [
+                f"{value:{sign}.1%}" + (f" ({low:{sign}.1%} to {high:{sign}.1%})" if low == low else " (–)")
+                for value, low, high in zip(
+                    table[column], table[f"{prefix}low"], table[f"{prefix}high"], strict=True
+                )
+            ]
+        elif column == "by_seed":
+            shown[column] = [", ".join(f"{x:+.1%}" for x in values) for values in table[column]]
+        elif column in ("lowest", "highest"):
+            shown[column] = [f"{x:.1%}" for x in table[column]]
+        else:
+            shown[column] = table[column].astype(str)
+    return shown
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """A Markdown table of ``readable(table)``; what settings or folders are called cannot break it."""
+    shown = readable(table)
+
+    def line(cells) -> str:
+        texts = (html.escape(visible(str(c)), quote=False).replace("|", "\\|") for c in cells)
+        return "| " + " | ".join(texts) + " |\n"
+
+    return line(shown.columns) + "|---" * shown.shape[1] + "|\n" + "".join(map(line, shown.to_numpy()))
+
+
+def export(table: pd.DataFrame, folder: str | Path, name: str) -> list[Path]:
+    """Write ``folder/name.csv`` (numbers as they are) and ``folder/name.md`` (to be read); their paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.csv", folder / f"{name}.md"]
+    table.to_csv(paths[0], index=False)
+    paths[1].write_text(to_markdown(table), encoding="utf-8")
+    return paths
+
+
+def plot_intervals(table: pd.DataFrame, value: str) -> go.Figure:
+    """A row of ``table`` each, first on top: ``value`` as a point with its interval.
+
+    table is that of ``performance`` ("iqm", "mean"; ticks are the lowest and the highest run),
+    ``paired_differences`` ("difference"; ticks are seeds) or ``probability_of_improvement`` ("probability").
+    """
+    other = next((name for name in ("minus", "against") if name in table), None)
+    joint = {"minus": "−", "against": "over", None: ""}[other]
+    names = table["method"] if other is None else table["method"] + f" {joint} " + table[other]
+    if "task" in table and table["task"].nunique() > 1:
+        names = names + ", " + table["task"]
+    labels = [figure_text(name, 44, 3) for name in names]
+    places = list(range(len(table)))
+    prefix = f"{value}_" if f"{value}_low" in table else ""
+    low, high = table[f"{prefix}low"].to_numpy(float), table[f"{prefix}high"].to_numpy(float)
+    form = "+.1%" if value == "difference" else ".1%"
+    bounds = f"(%{{customdata[0]:{form}}} to %{{customdata[1]:{form}}})"
+    figure = go.Figure(layout={"template": TEMPLATE})
+    ticks = {"difference": "a seed", "iqm": "lowest and highest run", "mean": "lowest and highest run"}.get(
+        value
+    )
+    if ticks:
+        each = table["by_seed"] if value == "difference" else table[["lowest", "highest"]].to_numpy()
+        runs = [(x, place) for place, values in zip(places, each, strict=True) for x in values]
+        figure.add_scatter(
+            x=[x for x, _ in runs],
+            y=[place for _, place in runs],
+            mode="markers",
+            name=ticks,
+            marker={"symbol": "line-ns", "size": 14, "line": {"color": POSTERIOR, "width": 2}},
+            hovertemplate=f"{ticks}: %{{x:{form}}}<extra></extra>",
+        )
+    figure.add_scatter(
+        x=table[value],
+        y=places,
+        mode="markers",
+        name="all, with interval",
+        marker={"color": PRIOR, "size": 9},
+        error_x={"array": high - table[value], "arrayminus": table[value] - low, "thickness": 2, "width": 5},
+        customdata=np.stack([low, high], axis=1),
+        hovertemplate=f"%{{x:{form}}} {bounds}<extra></extra>",
+        showlegend=ticks is not None,
+    )
+    middle = {"difference": 0.0, "probability": 0.5}.get(value)
+    if middle is not None:
+        figure.add_vline(x=middle, line={"color": GREY, "dash": "dot", "width": 1})
+    titles = {
+        "iqm": "held-out accuracy, interquartile mean",
+        "mean": "held-out accuracy, mean",
+        "difference": "difference in held-out accuracy (share of questions)",
+        "probability": "probability that a run of the first beats a run of the second",
+    }
+    figure.update_xaxes(
+        title_text=titles[value],
+        tickformat=form.replace(".1", ".0"),
+        rangemode="tozero",
+        range=[0, 1] if value == "probability" else None,
+    )
+    figure.update_yaxes(
+        tickvals=places,
+        ticktext=labels,
+        range=[max(1, len(places)) - 0.5, -0.5],
+        zeroline=False,
+        showgrid=False,
+        ticklabelstandoff=6,
+    )
+    return figure.update_layout(
+        height=(110 if ticks else 80) + 44 * len(places), margin={"t": 40 if ticks else 10}
+    )
+
+
+def plot_against_alpha(frame: pd.DataFrame) -> go.Figure:
+    """Held-out accuracy, and reward by source, against alpha: points are runs, bars 95% over seeds.
+
+    frame: from ``sweep_results``. Unfinished runs count with what they have measured so far. The lines of a
+    plot are shifted a little, so that no interval hides another.
+    """
+    figure = make_subplots(
+        cols=2,
+        horizontal_spacing=0.12,
+        subplot_titles=["Held-out accuracy", "Reward in the last fifth of the steps"],
+    )
+    sources = {"reward_prior": ("prior", "solid"), "reward_posterior": ("posterior", "dot")}
+    methods = sorted(set(frame["method"]))
+    room = min([0.06, *0.4 * np.diff(np.unique(frame["alpha"].astype(float)))])  # left and right of an alpha
+    shifts = np.linspace(-room, room, len(methods) + 2)[1:-1]
+    halves = np.linspace(-room, room, 2 * len(methods) + 2)[1:-1].reshape(-1, 2)
+    for k, method in enumerate(methods):
+        own, colour = frame[frame["method"] == method], PALETTE[k % len(PALETTE)]
+        _means(figure, 1, own, "accuracy", method, colour, "solid", shifts[k])
+        for (value, (source, dash)), shift in zip(sources.items(), halves[k], strict=True):
+            _means(figure, 2, own, value, f"{method}, {source} traces", colour, dash, shift)
+    figure.update_xaxes(title_text="mixing ratio α: share of traces from the prior", range=[-0.06, 1.06])
+    figure.update_yaxes(title_text="share of questions", tickformat=".0%", rangemode="tozero", col=1)
+    figure.update_yaxes(title_text="the method's reward", col=2)
+    return figure.update_layout(template=TEMPLATE, height=380, legend={"y": 1.12}, margin={"t": 90})
+
+
+def _means(
+    figure: go.Figure,
+    column: int,
+    frame: pd.DataFrame,
+    value: str,
+    name: str,
+    colour: str,
+    dash: str,
+    shift: float,
+) -> None:
+    """Add the runs as faint points, and the means with their intervals as a line, ``shift`` beside alpha."""
+    known, means = frame.dropna(subset=[value]), over_seeds(frame, value)
+    if known.empty:
+        return
+    shared = {"legendgroup": name, "row": 1, "col": column}
+    figure.add_scatter(
+        x=known["alpha"] + shift,
+        y=known[value],
+        mode="markers",
+        opacity=0.45,
+        marker={"color": colour, "size": 6, "symbol": "circle-open" if dash == "dot" else "circle"},
+        customdata=known[["id", "seed"]],
+        hovertemplate="run %{customdata[0]}, seed %{customdata[1]}: %{y:.3g}<extra></extra>",
+        showlegend=False,
+        **shared,
+    )
+    figure.add_scatter(
+        x=means["alpha"] + shift,
+        y=means["mean"],
+        mode="lines+markers",
+        name=name,
+        line={"color": colour, "dash": dash, "width": 2},
+        marker={"size": 9, "symbol": "diamond-open" if dash == "dot" else "diamond"},
+        error_y={
+            "array": means["high"] - means["mean"],
+            "arrayminus": means["mean"] - means["low"],
+            "thickness": 1.5,
+            "width": 4,
+        },
+        customdata=means[["alpha", "runs", "low", "high"]],
+        hovertemplate="α %{customdata[0]:g}: %{y:.3g} (95%: %{customdata[2]:.3g} to %{customdata[3]:.3g}, "
+        "%{customdata[1]} runs)",
+        **shared,
+    )

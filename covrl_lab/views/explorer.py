@@ -1,0 +1,269 @@
+"""The trace explorer: prior against posterior traces of a run, token by token."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pyarrow as pa
+import pyarrow.parquet as pq
+from IPython.display import HTML
+
+from ..runs.folder import Run, step_file
+from ..runs.reweight import Settings, answer_logprob
+from .html import html_number, html_row, html_table, html_text
+from .token_figures import plot_token_lines
+from .token_view import SCALES, TokenView, colours, token_html
+from .widgets import Panel, Plot, Table, open_run, table_column
+
+_QUESTION_COLUMNS = [
+    table_column("step", "step", "number"),
+    table_column("question", "question", "text"),
+    table_column("answer", "answer", "text", "reference answer y"),
+    table_column("prior", "prior", "number", "mean log p(y|x,z) of prior traces, nats", 1),
+    table_column("posterior", "posterior", "number", "mean log p(y|x,z) of posterior traces, nats", 1),
+]
+_ROLLOUT_COLUMNS = [
+    table_column("rollout", "#", "number", "number of the rollout in its step"),
+    table_column("source", "source", "source", "the prompt that drew the trace"),
+    table_column(
+        "total", "log p(y|x,z)", "number", "log-probability of the reference answer after the trace, nats", 1
+    ),
+    table_column("reward", "reward", "number", "what the method made of it", 1),
+    table_column("advantage", "A", "number", "advantage: reward against its group's", 2),
+    table_column("answer_weight", "c_y", "number", "factor of the answer's log-likelihood in the loss", 1),
+    table_column("length", "tokens", "number", "trace length"),
+    table_column("finished", "ended", "flag", "whether the trace ended in time and in form"),
+    table_column(
+        "correct", "correct", "flag", "the task's verdict on the model's own answer after the trace"
+    ),
+    table_column("trace", "trace", "text"),
+]
+_MOST_QUESTIONS = 200  # rows of the list of questions; more would be slow to draw and nobody reads them
+_LIGHT = ["step", "rollout", "example_id", "question", "answer", "source", "trace", "answer_logp"]
+
+
+def trace_index(run: Run) -> pd.DataFrame:
+    """One row a rollout of all steps, without the columns of one number a token.
+
+    Columns: step, rollout, example_id, question, answer, source, trace, and total, log p(y|x,z) in nats.
+    """
+    tables = [pq.read_table(step_file(run.path / "traces", step), columns=_LIGHT) for step in run.steps]
+    if not tables:
+        return pd.DataFrame(columns=[*_LIGHT[:-1], "total"])
+    index = pa.concat_tables(tables)
+    parts = index.column("answer_logp").combine_chunks()
+    offsets = parts.offsets.to_numpy()
+    sums = np.concatenate([[0.0], np.cumsum(parts.values.to_numpy())])
+    frame = index.drop_columns(["answer_logp"]).to_pandas()
+    return frame.assign(total=sums[offsets[1:]] - sums[offsets[:-1]])
+
+
+class TraceExplorer(Panel):
+    """Prior against posterior traces of one question, token by token.
+
+    run: a ``Run`` or its folder; step: where to start (default: the last with traces). The search box
+    looks in questions, reference answers and traces. Of the traces one step's at a time are in memory.
+    ``refresh``, or its button, shows what a run has written since.
+    """
+
+    def __init__(self, run: Run | str | Path, step: int | None = None):
+        self.run, step = open_run(run, step)
+        self.config = self.run.config
+        self.settings = Settings.of(self.config)
+        self._frame = pd.DataFrame()
+        self.found = widgets.HTML()
+        self._read()
+
+        self.step = widgets.Dropdown(options=self._steps(), value=step, layout={"width": "110px"})
+        self.search = widgets.Text(
+            placeholder="search questions, answers, traces", layout={"flex": "1 1 150px"}
+        )
+        self.source = widgets.Dropdown(
+            options=[("all sources", ""), ("prior", "prior"), ("posterior", "posterior")],
+            layout={"width": "110px"},
+        )
+        self.again = widgets.Button(
+            description="Refresh",
+            icon="refresh",
+            tooltip="Read the run folder again; filters, order and question stay",
+            layout={"width": "auto"},
+        )
+        self.questions = Table(label="questions", columns=_QUESTION_COLUMNS)
+        self.rollouts = Table(label="rollouts of the question", sort=["total", True])
+        self.heading = widgets.HTML()
+        self.colour = widgets.Dropdown(
+            options=colours(),
+            value="log_gap" if "posterior" in set(self.index["source"]) else "logp",
+            description="colour",
+            style={"description_width": "50px"},
+            layout={"width": "290px"},
+        )
+        self.view = TokenView(colour=self.colour.value)
+        self.plot = Plot(layout={"min_height": "250px"})
+
+        for control in (self.step, self.search, self.source):
+            control.observe(self._list_questions, names="value")
+        self.again.on_click(lambda button: self.refresh())
+        self.questions.observe(self._list_questions, names="sort")
+        self.questions.observe(lambda change: self.choose(change.new), names="picked")
+        self.rollouts.observe(self._list_rollouts, names="sort")
+        self.rollouts.observe(lambda change: self._pick(int(change.new)), names="picked")
+        self.colour.observe(self._recolour, names="value")
+        self.view.observe(self._draw_lines, names="selected")
+
+        row = {"flex_flow": "row wrap", "grid_gap": "10px"}
+        controls = widgets.HBox(
+            [self.step, self.search, self.source, self.colour, self.again, self.found], layout=row
+        )
+        self.questions.layout = {"flex": "2 1 330px", "min_width": "0"}
+        self.rollouts.layout = {"flex": "3 1 480px", "min_width": "0"}
+        tables = widgets.HBox([self.questions, self.rollouts], layout=row)
+        self.widget = widgets.VBox([controls, tables, self.heading, self.view, self.plot])
+        self.widget.add_class("covrl-explorer")
+        self._list_questions()
+        if self.questions.rows:
+            self.questions.picked = self.questions.rows[0]["id"]
+
+    # --- what is there
+
+    def _read(self) -> None:
+        self.index = trace_index(self.run)
+        text = (self.index[name] for name in ("question", "answer", "trace"))
+        self._haystack = next(text).str.cat(list(text), sep="\n").str.lower()
+        self._step = 0  # whose traces are in memory
+        steps = self.index["step"].nunique()
+        self.found.value = f"{steps:,} step{'s' * (steps != 1)}, {len(self.index):,} traces"
+
+    def _steps(self) -> list[tuple[str, int]]:
+        return [("all steps", 0), *((f"step {s}", s) for s in self.index["step"].unique().tolist())]
+
+    def refresh(self) -> None:
+        """Read the run folder again; filters, order and what is chosen stay as they are."""
+        self._read()
+        kept = self.step.value
+        self.step.unobserve(self._list_questions, names="value")
+        self.step.options = steps = self._steps()
+        self.step.value = kept if kept in dict(steps).values() else 0
+        self.step.observe(self._list_questions, names="value")
+        self._list_questions()
+
+    # --- what is chosen
+
+    def filtered(self) -> pd.DataFrame:
+        """The rows of ``index`` that step, source and search leave."""
+        keep = np.ones(len(self.index), bool)
+        if self.step.value:
+            keep &= (self.index["step"] == self.step.value).to_numpy()
+        if self.source.value:
+            keep &= (self.index["source"] == self.source.value).to_numpy()
+        if self.search.value.strip():
+            sought = self.search.value.strip().lower()
+            keep &= self._haystack.str.contains(sought, regex=False).to_numpy(bool)
+        return self.index[keep]
+
+    def _list_questions(self, change: Any = None) -> None:
+        frame = self.filtered()
+        means = frame.pivot_table(
+            "total", ["step", "example_id"], "source", "mean", sort=False, observed=True
+        )
+        first = frame.drop_duplicates(["step", "example_id"])[["step", "example_id", "question", "answer"]]
+        listed = first.merge(means.reset_index(), on=["step", "example_id"]).reindex(
+            columns=["step", "example_id", "question", "answer", "prior", "posterior"]
+        )
+        listed["id"] = listed["step"].astype(str) + "/" + listed["example_id"].astype(str)
+        self.questions.fill(listed, _MOST_QUESTIONS, [self.questions.picked])
+        if change is not None and change["owner"] is self.source and len(self._frame):
+            self._list_rollouts()
+
+    def choose(self, question: str) -> None:
+        """Show a question, named "step/example_id", with the likeliest trace of each source."""
+        step, _, example = question.partition("/")
+        if int(step) != self._step:
+            self._step, self._all = int(step), self.run.traces(int(step))
+        frame = self._all[self._all["example_id"] == example].reset_index(drop=True)
+        frame = frame.assign(
+            id=frame["rollout"].astype(str),
+            total=answer_logprob(frame),
+            length=frame["tokens"].map(len),
+        )
+        if "verdict" in frame or self.config.get("method") == "grpo":  # there the reward is the verdict
+            frame["correct"] = frame["verdict" if "verdict" in frame else "reward"] > 0
+        self._frame = frame
+        best = frame.sort_values("total", ascending=False).drop_duplicates("source")
+        self._shown = {row.source: int(row.rollout) for row in best.itertuples()}
+        self.questions.marked = [question]
+        self.rollouts.columns = [c for c in _ROLLOUT_COLUMNS if c["name"] in frame]
+        self._show()
+
+    def _pick(self, rollout: int) -> None:
+        row = self._frame[self._frame["rollout"] == rollout]
+        if len(row):
+            self._shown[row["source"].iloc[0]] = rollout
+            self._show()
+
+    def pair(self) -> pd.DataFrame:
+        """The rows that are shown token by token, the prior's first."""
+        chosen = [self._shown[source] for source in ("prior", "posterior") if source in self._shown]
+        return self._frame.set_index("rollout", drop=False).loc[chosen]
+
+    # --- what is drawn
+
+    def _list_rollouts(self, change: Any = None) -> None:
+        frame = self._frame
+        kept = frame[frame["source"] == self.source.value] if self.source.value else frame
+        self.rollouts.fill(kept, len(kept), [str(rollout) for rollout in self._shown.values()])
+
+    def _show(self) -> None:
+        self._list_rollouts()
+        self.heading.value = _heading(self.run, self.settings, self._frame.iloc[0])
+        pair = self.pair()
+        self.view.show(pair, self.settings)
+        # Start where prior and posterior disagree most.
+        gaps = [np.abs(t["values"].get("log_gap", t["values"]["logp"])) for t in self.view.traces]
+        side = int(np.argmax([gap.max() for gap in gaps]))
+        self.view.selected = [side, int(gaps[side].argmax())]
+
+    def _recolour(self, change: Any) -> None:
+        self.view.colour = change.new
+        self._draw_lines()
+
+    def lines(self) -> go.Figure:
+        """The selected token's trace as lines."""
+        side, at = self.view.selected or [0, None]
+        trace, name = self.view.traces[side], self.view.colour
+        figure = plot_token_lines(trace["tokens"], trace["values"], name, SCALES[name]["title"], at)
+        return figure.update_layout(title_text=f"The {trace['title']} under both prompts", margin={"t": 60})
+
+    def _draw_lines(self, change: Any = None) -> None:
+        if self.view.selected:
+            self.plot.draw(self.lines())
+
+    def static(self) -> list[Any]:
+        """The chosen question's rollouts, the two traces and the lines, as HTML and a plotly figure."""
+        names = [c for c in self.rollouts.columns if c["kind"] != "text"]
+        cells = [
+            html_row([html_number(row[c["name"]], c["digits"]) for c in names]) for row in self.rollouts.rows
+        ]
+        table = html_table([html.escape(c["label"]) for c in names], cells)
+        view = token_html(self.pair(), self.settings, self.view.colour)
+        return [HTML(f"{self.heading.value}{table}{view}"), self.lines()]
+
+
+def _heading(run: Run, settings: Settings, row: Any) -> str:
+    """Question, reference answer and the run's settings as HTML; ``row`` is a trace of the question."""
+    question, answer = (html_text(row[name]) for name in ("question", "answer"))
+    named = [run.path.name, f"step {row['step']}", run.config.get("model", "")]
+    s = settings
+    named += [f"α {s.alpha:g}, w {s.composite_weight:g}, clip {s.clip} {s.clip_range:g}"]
+    return (
+        '<div style="line-height: 1.5; overflow-wrap: anywhere"><b style="font-size: 1.1em">'
+        f'<code style="background: none; font: inherit">{question}</code></b> reference answer '
+        f'<b><code style="background: none; font: inherit">{answer}</code></b><br>'
+        f'<span style="opacity: 0.75">{html.escape(" · ".join(map(str, named)))}</span></div>'
+    )

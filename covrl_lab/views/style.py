@@ -1,0 +1,40 @@
+"""What all figures share: colours and the plotly template."""
+
+from __future__ import annotations
+
+import plotly.graph_objects as go
+
+# Colours that stay apart with the common colour-vision deficiencies and on light and dark grounds.
+PRIOR, POSTERIOR, BOTH = "#1f77b4", "#d55e00", "#009e73"
+SOURCE_COLOURS = {"prior": PRIOR, "posterior": POSTERIOR}
+PALETTE = (PRIOR, POSTERIOR, BOTH, "#cc79a7", "#8a6fd1", "#b58900", "#56b4e9", "#7f7f7f")
+GREY, GRID = "#7a7a7a", "rgba(128, 128, 128, 0.25)"
+
+_AXIS = {
+    "gridcolor": GRID,
+    "zerolinecolor": GRID,
+    "linecolor": GREY,
+    "tickcolor": GREY,
+    "automargin": True,
+    "title": {"standoff": 8},
+}
+TEMPLATE = go.layout.Template(
+    layout={
+        "paper_bgcolor": "rgba(0, 0, 0, 0)",
+        "plot_bgcolor": "rgba(0, 0, 0, 0)",
+        "font": {"color": GREY, "size": 12},
+        "colorway": PALETTE,
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+        "margin": {"l": 60, "r": 40, "t": 60, "b": 50},  # r: room for the mode bar
+        "modebar": {
+            "orientation": "v",
+            "bgcolor": "rgba(0, 0, 0, 0)",
+            "color": GREY,
+            "activecolor": POSTERIOR,
+        },
+        "title": {"x": 0, "xref": "paper", "xanchor": "left", "font": {"size": 14}},
+        "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
+        "hoverlabel": {"align": "left", "namelength": -1},
+    }
+)

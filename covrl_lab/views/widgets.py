@@ -1,0 +1,140 @@
+"""The parts of notebook panels: a plot and a table that are redrawn in place, and the panel itself.
+
+They need the ``notebooks`` extra (ipywidgets, anywidget, plotly). Plots are redrawn by the plotly.js that is
+already in the page. A ``FigureWidget`` would send 5 MB with every figure and store them in executed
+notebooks. An ``Output`` would draw each figure anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import ipywidgets as widgets
+import pandas as pd
+import plotly.graph_objects as go
+import traitlets
+from IPython.display import display
+from plotly.offline import get_plotlyjs
+
+from ..runs.folder import Run, load_run
+from ..types import ConfigError
+from .html import visible
+
+STATIC = Path(__file__).parent / "static"
+
+
+class Plot(anywidget.AnyWidget):
+    """A plotly figure that is redrawn in place; ``figure`` is its JSON, nothing where it is empty."""
+
+    _esm = (STATIC / "plot.js").read_text(encoding="utf-8")
+    figure = traitlets.Unicode().tag(sync=True)
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.on_msg(self._send_plotly)
+
+    def draw(self, figure: go.Figure) -> None:
+        """Put ``figure`` in place of what is shown."""
+        self.figure = figure.to_json()
+
+    def _send_plotly(self, widget: Any, content: Any, buffers: Any) -> None:
+        """For a page without a plotly of its own."""
+        self.send({"source": get_plotlyjs()})
+
+
+class Table(anywidget.AnyWidget):
+    """Rows to sort and to pick from, by mouse or arrow keys.
+
+    columns: dictionaries with name, label, kind ("number", "text", "source" or "flag"), digits and about.
+    rows: dictionaries by column name, and "id" (text). The widget sets ``picked`` (an id) and ``sort``
+    (column name, descending?); whoever fills the rows sorts them. ``marked``: ids shown as chosen.
+    """
+
+    _esm = (STATIC / "table.js").read_text(encoding="utf-8")
+    _css = (STATIC / "table.css").read_text(encoding="utf-8")
+    label = traitlets.Unicode().tag(sync=True)
+    columns = traitlets.List().tag(sync=True)
+    rows = traitlets.List().tag(sync=True)
+    note = traitlets.Unicode().tag(sync=True)
+    sort = traitlets.List(["", False]).tag(sync=True)
+    picked = traitlets.Unicode().tag(sync=True)
+    marked = traitlets.List().tag(sync=True)
+
+    def sorted(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """``frame`` in the order asked for, unknown values last."""
+        by, descending = self.sort
+        if by not in frame:
+            return frame
+        return frame.sort_values(by, ascending=not descending, kind="stable", na_position="last")
+
+    def fill(self, frame: pd.DataFrame, limit: int, marked: Sequence[str] = ()) -> None:
+        """Show the first ``limit`` rows of ``frame`` (with a column "id")."""
+        shown = self.sorted(frame).head(limit)
+        names = [c["name"] for c in self.columns]
+        text = {c["name"] for c in self.columns if c["kind"] == "text"}
+        rows = []
+        for record in shown[["id", *names]].to_dict("records"):
+            row = {name: None if _unknown(value) else value for name, value in record.items()}
+            rows.append(row | {name: visible(row[name]) for name in text})
+        with self.hold_sync():
+            self.rows, self.marked = rows, list(marked)
+            left = len(frame) - len(shown)
+            self.note = f"{len(shown):,} of {len(frame):,} shown; search to narrow" if left else ""
+
+
+def _unknown(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
+def table_column(name: str, label: str, kind: str, about: str = "", digits: int = 0) -> dict[str, Any]:
+    return {"name": name, "label": label, "kind": kind, "about": about, "digits": digits}
+
+
+class StaticCopy(anywidget.AnyWidget):
+    """Hides the ``outputs`` outputs before its own: the copies for where no kernel draws a widget."""
+
+    _esm = """
+    export default { render({ model, el }) {
+      const hide = () => {
+        if (!el.isConnected) return setTimeout(hide, 50);
+        let child = el.closest(".jp-OutputArea-child");
+        for (let k = 0; child && k < model.get("outputs"); k++) {
+          child = child.previousElementSibling;
+          if (child) child.style.display = "none";
+        }
+      };
+      hide();
+    } };
+    """
+    outputs = traitlets.Int().tag(sync=True)
+
+
+class Panel:
+    """A widget with a copy of itself that needs no kernel."""
+
+    widget: widgets.Box
+
+    def static(self) -> list[Any]:
+        """What the panel shows now, as plain HTML and plotly figures."""
+        raise NotImplementedError
+
+    def _ipython_display_(self) -> None:
+        copies = self.static()
+        for copy in copies:
+            display(copy)
+        display(widgets.VBox([self.widget, StaticCopy(outputs=len(copies))]))
+
+
+def open_run(run: Run | str | Path, step: int | None) -> tuple[Run, int]:
+    """A run and the step to start with, its last unless given. ConfigError without traces of it."""
+    run = run if isinstance(run, Run) else load_run(run)
+    steps = run.steps
+    if not steps:
+        raise ConfigError(f"{run.path} has no traces yet; train a step first")
+    if step is not None and step not in steps:
+        raise ConfigError(f"{run.path} has no traces of step {step}; it has {steps}")
+    return run, steps[-1] if step is None else step
