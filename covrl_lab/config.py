@@ -15,95 +15,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .defaults import METHOD_DEFAULTS, METHOD_SETTINGS, UNREAD
 from .files import write_whole
 from .types import ConfigError, did_you_mean
-
-# What each method fixes, with the paper it comes from; train/methods.py defines them.
-_COMMON = {
-    "alpha": 1.0,
-    "composite_weight": 1.0,
-    "reward": "sum_logprob",
-    "baseline": "leave_one_out",
-    "advantage_scale": "none",
-    "advantage_clip": 0.0,
-    "clip": "none",
-    "clip_range": 0.3,
-    "clip_range_high": 0.3,
-    "kl_weight": 0.0,
-    "nll_weight": 1.0,
-    "nll_gate": "none",
-    "n_sample": 1,
-    "loss_aggregation": "trace_sum",
-    "reference_kl_weight": 0.0,
-    "std_filter": 0.0,
-}
-METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    # arXiv 2512.12576. kl_weight and nll_weight are not stated there; see the README for ours.
-    "covrl": _COMMON
-    | {
-        "alpha": 0.5,
-        "composite_weight": 0.5,
-        "baseline": "mean",
-        "advantage_scale": "std",
-        "clip": "ppo",
-        "kl_weight": 0.3,
-        "nll_weight": 0.3,
-        "nll_gate": "prior_positive",
-        "loss_aggregation": "token_mean",
-    },
-    # arXiv 2503.19618: advantages divided by their deviation and clipped to +-1; answer term 0 to 0.01 for
-    # short answers, 1 for long ones.
-    "jlb": _COMMON
-    | {
-        "advantage_scale": "std",
-        "advantage_clip": 1.0,
-        "nll_weight": 0.01,
-        "loss_aggregation": "token_mean",
-    },
-    # arXiv 2505.21493: plain REINFORCE with leave-one-out baseline, answer term weighted by the reward.
-    "verifree": _COMMON | {"reward": "probability", "nll_gate": "reward"},
-    # arXiv 2411.04282: KL to the frozen base inside the reward, weight 0.05.
-    "latro": _COMMON | {"reference_kl_weight": 0.05},
-    # arXiv 2506.18254: GRPO on the mean token probability, clip 0.2 / 0.27, no answer term.
-    "rlpr": _COMMON
-    | {
-        "reward": "mean_probability",
-        "baseline": "mean",
-        "advantage_scale": "std",
-        "clip": "ppo",
-        "clip_range": 0.2,
-        "clip_range_high": 0.27,
-        "nll_weight": 0.0,
-        "std_filter": 0.5,
-        "loss_aggregation": "token_mean",
-    },
-    # arXiv 2510.25206 (full text not public): our reading, the posterior-only bound, w -> 0.
-    "ravr_like": _COMMON
-    | {
-        "alpha": 0.0,
-        "composite_weight": 0.0,
-        "baseline": "mean",
-        "advantage_scale": "std",
-        "clip": "ppo",
-        "clip_range": 0.2,
-        "clip_range_high": 0.2,
-        "kl_weight": 0.3,
-        "nll_weight": 0.3,
-        "loss_aggregation": "token_mean",
-    },
-    # arXiv 2402.03300, with a verifier: the upper reference.
-    "grpo": _COMMON
-    | {
-        "reward": "verdict",
-        "baseline": "mean",
-        "advantage_scale": "std",
-        "clip": "ppo",
-        "clip_range": 0.2,
-        "clip_range_high": 0.2,
-        "nll_weight": 0.0,
-        "loss_aggregation": "token_mean",
-    },
-}
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "quantization": ("nf4", "none"),
@@ -129,12 +43,13 @@ _POSITIVE = (_TINY, math.inf, "above 0")
 _NOT_NEGATIVE = (0, math.inf, "0 or more")
 _COUNT = (1, math.inf, "1 or more")
 RANGES: dict[str, tuple[float, float, str]] = {
-    **dict.fromkeys(("alpha", "composite_weight"), _SHARE),
+    **dict.fromkeys(("alpha", "composite_weight", "alpha_rate"), _SHARE),
     "top_p": (_TINY, 1, "above 0 and at most 1"),
     "temperature": (_TINY, math.inf, "above 0 (greedy decoding belongs to evaluation)"),
     **dict.fromkeys("clip_range clip_range_high learning_rate max_grad_norm".split(), _POSITIVE),
     **dict.fromkeys(
         "kl_weight nll_weight advantage_clip unfinished_penalty weight_decay reference_kl_weight std_filter "
+        "evidence_floor posterior_weight "
         "steps eval_every eval_samples warmup_steps demonstrations".split(),
         _NOT_NEGATIVE,
     ),
@@ -207,6 +122,9 @@ class RunConfig(metaclass=_Checked):
     std_filter: float | None = None  # drop groups whose reward varies less than this share of average (RLPR)
     loss_aggregation: str | None = None  # "token_mean", or "trace_sum": sum per trace, mean over traces
     unfinished_penalty: float = 1.0  # an unfinished trace earns its group's worst reward minus this
+    evidence_floor: float | None = None  # c = p(y|x without a trace) ^ this, what a trace must explain better
+    posterior_weight: float | None = None  # factor of the term that draws q towards p(z|x,y)
+    alpha_rate: float | None = None  # 0: alpha stays; else how fast it follows the evidence upwards, a step
     # --- sampling
     steps: int = 40
     questions_per_step: int = 8
@@ -239,13 +157,26 @@ class RunConfig(metaclass=_Checked):
             value = getattr(self, name)
             if value is not None and value not in valid:
                 raise ConfigError(f"unknown {name} {value!r}{did_you_mean(value, valid)}")
-        for name, value in METHOD_DEFAULTS[self.method].items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        self._fill_in_the_method()
         self._check_ranges()
         if self.run_dir is None:
             task = Path(self.task).stem if "." in self.task else self.task.replace("/", "-")
             object.__setattr__(self, "run_dir", f"runs/{task}-{self.method}-{self.run_id()}")
+
+    def _fill_in_the_method(self) -> None:
+        """Settings left at None take the method's own value; one that the method does not read is refused."""
+        defaults, read = METHOD_DEFAULTS[self.method], METHOD_SETTINGS[self.method]
+        if self.clip_range is not None and self.clip_range_high is None:
+            object.__setattr__(self, "clip_range_high", self.clip_range)  # alone it moves both bounds
+        for name, default in {**defaults, **UNREAD}.items():
+            value = getattr(self, name)
+            if value is None:
+                object.__setattr__(self, name, default)
+            elif value != default and name not in read:
+                raise ConfigError(
+                    f"method={self.method!r} does not use {name}, so {name}={value!r} would have no effect; "
+                    f"leave it out (it uses: {', '.join(sorted(read))})"
+                )
 
     def _check_types(self) -> None:
         """Accept what papermill delivers: ints for floats, whole floats and numeric strings for numbers."""
@@ -300,12 +231,18 @@ class RunConfig(metaclass=_Checked):
             raise ConfigError(
                 "reward='verdict' goes with method='grpo' and with no other; leave reward at None"
             )
-        if self.baseline == "leave_one_out":
-            need(
-                self.rollouts_per_question >= 2,
-                "rollouts_per_question",
-                "2 or more with baseline='leave_one_out'",
+        if self.baseline != "none":
+            rule = (
+                f"2 or more with baseline={self.baseline!r}: one trace alone has nothing to be compared with"
             )
+            need(self.rollouts_per_question >= 2, "rollouts_per_question", rule)
+        if self.nll_gate == "prior_positive" and self.nll_weight:
+            need(self.alpha > 0, "alpha", "above 0 with nll_gate='prior_positive', which needs prior traces")
+        if self.method == "latro":
+            rule = (
+                "'sum_logprob' or 'mean_logprob' with method='latro': its KL is taken off a log-probability"
+            )
+            need("logprob" in self.reward, "reward", rule)
         if self.composite_weight == 0:
             need(
                 self.alpha == 0 or self.clip != "none", "alpha", "0 when composite_weight is 0, or set a clip"
@@ -347,6 +284,8 @@ class RunConfig(metaclass=_Checked):
             raise ConfigError(
                 f"{str(path)!r} cannot be read ({error}); remove it or choose another run_dir"
             ) from error
+        if settings.get("method") == "covrl" and "evidence_floor" not in settings:
+            settings["method"] = "covrl_published"  # what earlier versions called covrl
         return cls.from_dict(settings)
 
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:

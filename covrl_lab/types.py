@@ -69,17 +69,22 @@ class Prompt:
     """The token ids around one question's traces; nothing here is ever re-tokenised.
 
     The prior context is ``prior + trace``, the posterior context ``posterior + trace``, and the answer
-    is scored in ``prior + trace + seam + answer``, for traces of either source.
+    is scored in ``prior + trace + seam + answer``, for traces of either source. ``empty_trace`` ends a trace at
+    once; ``answer_core`` says which of the answer's tokens hold its own text, not only its wrapper.
     """
 
     prior: tuple[int, ...]
     posterior: tuple[int, ...]
     seam: tuple[int, ...]
     answer: tuple[int, ...]
+    empty_trace: tuple[int, ...] = ()
+    answer_core: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.answer:
             raise ConfigError("a prompt has no answer tokens; every question needs a non-empty answer")
+        if not self.answer_core:
+            object.__setattr__(self, "answer_core", (True,) * len(self.answer))
 
 
 def _check(tensor: Tensor, shape: tuple[int, ...], name: str) -> None:
@@ -160,8 +165,10 @@ class LogProbs(_Rows):
     posterior    (N, T) log q of the same trace ids under the posterior prompt; None if not scored
     answer       (N, A) log-probability of the reference answer after the trace, in the prior context
     answer_mask  (N, A) bool
+    answer_core  (N, A) bool, the answer's own tokens without its wrapper; None: all of answer_mask
+    no_trace     (N, A) answer right after an empty trace under the current policy, detached; None unless asked for
     ref_prior    (N, T) log p under the frozen base model; None unless a method asks for it
-    bare_answer  (N, A) answer with no trace under the frozen base model; None unless asked for
+    bare_answer  (N, A) answer right after an empty trace under the frozen base model; None unless asked for
     """
 
     prior: Tensor
@@ -170,6 +177,8 @@ class LogProbs(_Rows):
     answer_mask: Tensor
     ref_prior: Tensor | None = None
     bare_answer: Tensor | None = None
+    no_trace: Tensor | None = None
+    answer_core: Tensor | None = None
 
     def __post_init__(self) -> None:
         n, t = self.prior.shape
@@ -178,8 +187,9 @@ class LogProbs(_Rows):
         for name in ("posterior", "ref_prior"):
             if getattr(self, name) is not None:
                 _check(getattr(self, name), (n, t), name)
-        if self.bare_answer is not None:
-            _check(self.bare_answer, tuple(self.answer.shape), "bare_answer")
+        for name in ("bare_answer", "no_trace", "answer_core"):
+            if getattr(self, name) is not None:
+                _check(getattr(self, name), tuple(self.answer.shape), name)
 
 
 @dataclass(frozen=True)
@@ -187,7 +197,8 @@ class Credit(_Rows):
     """What each rollout is worth to the loss; all detached.
 
     reward         (N,) the method's reward R (nats or probability, see the method)
-    advantage      (N,) factor of the trace's policy-gradient term
+    advantage      (N,) factor of the trace's policy-gradient term: of log p' where a composite is trained, else log p
+    posterior_advantage  (N,) factor of log q of the trace, where the posterior is trained on its own; or None
     answer_weight  (N,) factor c_y of the answer's log-likelihood term
     kl_mask        (N,) bool, rollouts that enter the KL term
     method_state   numbers a method carries from step to step (RLPR's running deviation); checkpointed
@@ -198,6 +209,7 @@ class Credit(_Rows):
     answer_weight: Tensor
     kl_mask: Tensor
     method_state: dict[str, float] = field(default_factory=dict)
+    posterior_advantage: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = (self.reward.shape[0],)

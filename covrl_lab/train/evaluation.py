@@ -14,10 +14,11 @@ import torch
 from tqdm.auto import tqdm
 
 from ..runs.stats import bootstrap_interval, share_interval
-from ..types import Example
+from ..types import Example, Prompt
 from .policy import Policy
 from .prompts import Prompter
 from .sampling import generate
+from .scoring import answer_logprobs
 from .tasks import Task
 
 ROWS = 32  # generations decoded together
@@ -33,17 +34,19 @@ def predict(
     temperature: float = 1.0,
     top_p: float = 1.0,
     uniforms: torch.Tensor | None = None,
+    posterior: bool = False,
 ) -> list[dict]:
     """Decode a trace and an answer after each prior prompt; greedy where ``uniforms`` is None.
 
-    uniforms is (rows, max_trace_tokens + max_answer_tokens) in [0, 1). Returns dictionaries with
-    ``trace``, ``prediction``, ``finished`` and ``trace_tokens``.
+    uniforms is (rows, max_trace_tokens + max_answer_tokens) in [0, 1). ``posterior`` draws the trace after the
+    posterior prompt; the answer follows the prior prompt all the same. Returns dictionaries with ``trace``,
+    ``trace_ids``, ``prediction``, ``finished`` and ``trace_tokens``.
     """
     split = None if uniforms is None else uniforms.split([max_trace_tokens, max_answer_tokens], dim=1)
     style, settings = prompter.style, {"temperature": temperature, "top_p": top_p}
     traces, ended, _ = generate(
         policy,
-        [p.prior for p in prompts],
+        [p.posterior if posterior else p.prior for p in prompts],
         max_tokens=max_trace_tokens,
         ended=lambda ids: prompter.ends(ids, style.trace_end),
         uniforms=None if split is None else split[0],
@@ -55,6 +58,7 @@ def predict(
     return [
         {
             "trace": prompter.trace_text(z),
+            "trace_ids": z,
             "prediction": answer,
             "finished": done and bool(prompter.trace_text(z)),
             "trace_tokens": len(z),
@@ -86,47 +90,86 @@ def evaluate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
+    posterior: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
     """One row per generation: one greedy generation a question (sample -1), then ``samples`` sampled ones.
 
     Columns: example_id, sample, question, answer, trace, prediction, finished, trace_tokens, score (0..1,
-    by the task's own scorer; 0 if the trace did not finish).
+    by the task's own scorer; 0 if the trace did not finish). Greedy rows also have answer_logp, other_trace_logp
+    and no_trace_logp: the reference answer's log-probability in nats after the model's own trace, after that of
+    the next question, and after none; and, with ``posterior``, posterior_score: the score of the model's answer
+    after its greedy trace from the posterior prompt, a ceiling that the prior may reach.
     """
     prompts = [prompter(e) for e in examples]
     width = max_trace_tokens + max_answer_tokens
+    limits = {"max_trace_tokens": max_trace_tokens, "max_answer_tokens": max_answer_tokens}
+
+    def scored(result: dict, example: Example) -> float:
+        return float(task.score(result["prediction"], example)) if result["finished"] else 0.0
+
     rows = []
-    with tqdm(total=len(examples) * (1 + samples), desc="evaluate", disable=not progress, leave=False) as bar:
+    passes = 1 + samples + posterior
+    with tqdm(total=len(examples) * passes, desc="evaluate", disable=not progress, leave=False) as bar:
         for sample in range(-1, samples):
             uniforms = None
             if sample >= 0:
                 generator = torch.Generator().manual_seed(seed * 1000 + sample + 1)
                 uniforms = torch.rand(len(examples), width, generator=generator, dtype=torch.float64)
+            drawn = []
             for start in range(0, len(examples), ROWS):
                 part = slice(start, start + ROWS)
-                results = predict(
+                drawn += predict(
                     policy,
                     prompter,
                     prompts[part],
-                    max_trace_tokens=max_trace_tokens,
-                    max_answer_tokens=max_answer_tokens,
+                    **limits,
                     temperature=temperature,
                     top_p=top_p,
                     uniforms=None if uniforms is None else uniforms[part],
                 )
-                for example, result in zip(examples[part], results, strict=True):
-                    score = task.score(result["prediction"], example) if result["finished"] else 0.0
-                    row = {"example_id": example.id, "sample": sample, "question": example.question}
-                    rows.append(row | {"answer": example.answer} | result | {"score": float(score)})
-                bar.update(len(results))
+                bar.update(len(drawn) - start)
+            traces = [result.pop("trace_ids") for result in drawn]
+            for example, result in zip(examples, drawn, strict=True):
+                row = {"example_id": example.id, "sample": sample, "question": example.question}
+                rows.append(row | {"answer": example.answer} | result | {"score": scored(result, example)})
+            if sample < 0:
+                for row, use in zip(rows, trace_use(policy, prompts, traces), strict=True):
+                    row.update(use)
+        for start in range(0, len(examples) if posterior else 0, ROWS):
+            part = slice(start, start + ROWS)
+            results = predict(policy, prompter, prompts[part], **limits, posterior=True)
+            for row, example, result in zip(rows[part], examples[part], results, strict=True):
+                row["posterior_score"] = scored(result, example)
+            bar.update(len(results))
     return pd.DataFrame(rows)
+
+
+def trace_use(
+    policy: Policy, prompts: Sequence[Prompt], traces: Sequence[Sequence[int]]
+) -> list[dict[str, float]]:
+    """How probable each answer is after its own trace, the next question's, and none: nats, a row a question.
+
+    Where the three agree, the answer does not depend on the trace: the model guesses.
+    """
+    others = [*traces[1:], *traces[:1]]
+    found = []
+    for start in range(0, len(prompts), ROWS):
+        part = slice(start, start + ROWS)
+        own, names = prompts[part], ("answer_logp", "other_trace_logp", "no_trace_logp")
+        after = [z for kind in (traces, others) for z in kind[part]] + [p.empty_trace for p in own]
+        values = answer_logprobs(policy, [*own, *own, *own], after).view(3, -1).T.tolist()
+        found += [dict(zip(names, row, strict=True)) for row in values]
+    return found
 
 
 def summarise(results: pd.DataFrame) -> dict[str, float]:
     """pass@1 (greedy) and, where there are samples, avg@k, each with a 95% interval over questions.
 
     pass@1 of greedy decoding is the share of questions whose one answer is right; avg@k is the mean score
-    over k sampled answers, averaged over questions. The interval is Wilson's where greedy answers are right
+    over k sampled answers, averaged over questions. answer_logprob is the mean of log p(y|x,z) in nats after greedy
+    traces, no_trace_logprob after none, and trace_dependence the mean distance that log p(y|x,z) moves when the
+    trace is exchanged for another question's. The interval is Wilson's where greedy answers are right
     or wrong, and a bootstrap over questions for partial credit and for avg@k.
     """
     greedy = results[results["sample"] < 0]
@@ -143,6 +186,15 @@ def summarise(results: pd.DataFrame) -> dict[str, float]:
         "eval_finished_share": float(greedy["finished"].mean()),
         "eval_trace_tokens": float(greedy["trace_tokens"].mean()),
     }
+    if "answer_logp" in greedy:
+        moved = (greedy["answer_logp"] - greedy["other_trace_logp"]).abs()
+        summary |= {
+            "answer_logprob": float(greedy["answer_logp"].mean()),
+            "no_trace_logprob": float(greedy["no_trace_logp"].mean()),
+            "trace_dependence": float(moved.mean()),
+        }
+    if "posterior_score" in greedy:
+        summary["posterior_accuracy"] = float(greedy["posterior_score"].mean())
     sampled = results[results["sample"] >= 0]
     if len(sampled):
         table = sampled.pivot(index="example_id", columns="sample", values="score").to_numpy()

@@ -21,15 +21,71 @@ from .objectives import (
     advantages,
     answer_reward,
     coupled_loss,
+    evidence_loss,
     floor_unfinished,
+    group_credit,
     likelihood_credit,
+    source_weights,
 )
 
 State = Mapping[str, float]
 
 
-def covrl_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: State) -> Credit:
-    """CoVRL (arXiv 2512.12576): traces from prior and posterior, one joint group baseline.
+def covrl_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: State) -> Credit:
+    """CoVRL with the group bound, the default: all traces of a question inside one logarithm (METHODS.md).
+
+    With e_i = p(y|x,z_i) P(z_i)/H(z_i) the evidence of trace i, 0 where unfinished, the objective of a question is
+
+        E[log(c + (1/G) sum_i e_i)]  ->  log(c + p(y|x))        c = p(y|x without a trace) ^ evidence_floor
+
+    whose gradient, for the prior, is that of mean_i s_i (log p(z_i|x) + log p(y|x,z_i)), s_i = e_i / (c + mean e).
+    A_i = s_i - b_i P/H and c_y = s_i. The posterior is drawn towards the true posterior p(z|x,y), not towards
+    whatever makes the answer likely: B_i = posterior_weight (s_i - b_i Q/H). b is the baseline of ``group_credit``.
+    ``alpha_rate`` above 0 lets alpha rise above its setting, to the share of the evidence that prior traces hold.
+    """
+    size = batch.group_size
+    answer = torch.where(old.answer_mask, old.answer, 0.0).double().sum(1).exp() * batch.finished
+    no_trace = torch.where(old.answer_mask, old.no_trace, 0.0).double().sum(1)
+    prior_weight, posterior_weight = source_weights(old, batch)
+    evidence = answer * prior_weight
+    floor = (config.evidence_floor * no_trace).exp().view(-1, size)[:, :1]
+    credit, baseline = group_credit(evidence.view(-1, size), floor, batch.from_prior.view(-1, size))
+    credit, baseline = credit.flatten(), baseline.flatten()
+    posterior_advantage = None
+    if old.posterior is not None and config.posterior_weight:
+        posterior_advantage = config.posterior_weight * (credit - baseline * posterior_weight)
+    share = batch.from_prior.view(-1, size).double().mean(1).repeat_interleave(size)
+    return Credit(
+        reward=evidence.to(old.prior),
+        advantage=(credit - baseline * prior_weight).to(old.prior),
+        answer_weight=credit.to(old.prior),
+        kl_mask=batch.finished,
+        method_state=_adapted(credit, share * prior_weight, config, state),
+        posterior_advantage=None if posterior_advantage is None else posterior_advantage.to(old.prior),
+    )
+
+
+MAX_ALPHA = 0.9  # so that some posterior traces remain to measure what they are worth
+MIN_CREDIT = 0.01  # a mean credit below this says nothing about the sources
+
+
+def _adapted(credit: Tensor, responsibility: Tensor, config: RunConfig, state: State) -> dict[str, float]:
+    """The state with alpha moved towards the share of the credit that prior traces would have earned.
+
+    That share is the expectation of alpha P/H under the credit: the fixed point is the mixture of the two prompts
+    that is nearest to the true posterior (population Monte Carlo, Douc et al. 2007).
+    """
+    if not config.alpha_rate or config.alpha >= MAX_ALPHA:
+        return dict(state)
+    alpha = state.get("alpha", config.alpha)
+    if float(credit.mean()) >= MIN_CREDIT:
+        share = float((credit * responsibility).sum() / credit.sum())
+        alpha += config.alpha_rate * (share - alpha)
+    return {**state, "alpha": min(MAX_ALPHA, max(config.alpha, alpha))}
+
+
+def covrl_published_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: State) -> Credit:
+    """CoVRL as published (arXiv 2512.12576): traces from prior and posterior, one joint group baseline.
 
     R = log p(y|x,z) in the prior context; A = (R - group mean) / group deviation; c_y = 1 for finished
     prior traces with A > 0, else 0; the loss adds kl_weight KL(p'||p) on finished traces. Silent in the
@@ -110,7 +166,7 @@ def rlpr_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_stat
     """
     score = floor_unfinished(answer_reward(old, "mean_probability"), batch, "mean_probability", 0.0)
     if old.bare_answer is not None:
-        bare = LogProbs(old.prior, None, old.bare_answer, old.answer_mask)
+        bare = LogProbs(old.prior, None, old.bare_answer, old.answer_mask, answer_core=old.answer_core)
         score = (score - answer_reward(bare, "mean_probability")).clamp_min(0)
     reward = 0.9 * score + 0.1 * batch.finished.to(score) - repeats(batch).to(score)
     # An unfinished trace never beats a finished one, not even a repetitive one.
@@ -169,7 +225,7 @@ def grpo_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_stat
 class Method:
     """A method: credit of a step's rollouts, the loss that spends it, and what it needs beyond p, q and y.
 
-    needs: any of "ref_prior" and "bare_answer" (``LogProbs``) and "verifier_reward" (``TraceBatch``).
+    needs: any of "ref_prior", "bare_answer" and "no_trace" (``LogProbs``) and "verifier_reward" (``TraceBatch``).
     """
 
     credit: Callable[[TraceBatch, LogProbs, RunConfig, State], Credit]
@@ -178,7 +234,8 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "covrl": Method(covrl_credit),
+    "covrl": Method(covrl_credit, loss=evidence_loss, needs=frozenset({"no_trace"})),
+    "covrl_published": Method(covrl_published_credit),
     "jlb": Method(jlb_credit),
     "verifree": Method(verifree_credit),
     "latro": Method(latro_credit, needs=frozenset({"ref_prior"})),

@@ -105,11 +105,12 @@ def answer_reward(logprobs: LogProbs, kind: str) -> Tensor:
     """R(z) from the reference answer's token log-probabilities, (N,).
 
     sum_logprob log p(y|x,z); mean_logprob the same a token; probability p(y|x,z); mean_probability the
-    arithmetic mean of the token probabilities (RLPR).
+    arithmetic mean of the probabilities of the answer's own tokens, without its wrapper (RLPR).
     """
     tokens, mask = logprobs.answer_mask.sum(1), logprobs.answer_mask
     if kind == "mean_probability":
-        return torch.where(mask, logprobs.answer.exp(), 0.0).sum(1) / tokens
+        core = mask if logprobs.answer_core is None else logprobs.answer_core
+        return torch.where(core, logprobs.answer.exp(), 0.0).sum(1) / core.sum(1)
     total = torch.where(mask, logprobs.answer, 0.0).sum(1)
     return {"sum_logprob": total, "mean_logprob": total / tokens, "probability": total.exp()}[kind]
 
@@ -129,12 +130,21 @@ def floor_unfinished(reward: Tensor, batch: TraceBatch, kind: str, penalty: floa
     return torch.where(finished, groups, worst - penalty).flatten()
 
 
-def advantages(reward: Tensor, group_size: int, baseline: str, scale: str, clip: float = 0.0) -> Tensor:
+def advantages(
+    reward: Tensor,
+    group_size: int,
+    baseline: str,
+    scale: str,
+    clip: float = 0.0,
+    from_prior: Tensor | None = None,
+) -> Tensor:
     """Centre (and scale) rewards within groups of ``group_size``; (N,) to (N,).
 
-    The baseline is the joint mean of a group's prior and posterior traces: only a baseline that does not
-    depend on the source leaves the composite's gradient unbiased. "mean" includes the trace itself and so
-    scales gradients by (G-1)/G against "leave_one_out".
+    Only a baseline whose expectation does not depend on a trace's source leaves the composite's gradient
+    unbiased. "mean" is the joint mean of a group; it includes the trace itself, which scales gradients by (G-1)/G.
+    "leave_one_out" is the mean of the others. Where ``from_prior`` (N,) says that a group holds at least two
+    traces of each source, it is the sources' leave-one-out means, each with its share of the group: if the number
+    of prior traces is fixed, a plain mean of the others would tell which source the trace came from.
     """
     if reward.dim() != 1:
         raise ValueError(f"rewards must have shape (N,), got {tuple(reward.shape)}")
@@ -144,6 +154,8 @@ def advantages(reward: Tensor, group_size: int, baseline: str, scale: str, clip:
         mean = groups.mean(1, keepdim=True)
         if baseline == "leave_one_out":
             mean = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+            if from_prior is not None:
+                mean = _balanced_mean(groups, from_prior.view(-1, group_size), mean)
         equal = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
         advantage = torch.where(equal, 0.0, groups - mean)  # not the mean's rounding error
     if scale == "std":
@@ -151,6 +163,19 @@ def advantages(reward: Tensor, group_size: int, baseline: str, scale: str, clip:
     if clip:
         advantage = advantage.clamp(-clip, clip)
     return advantage.flatten()
+
+
+def _balanced_mean(groups: Tensor, from_prior: Tensor, otherwise: Tensor) -> Tensor:
+    """Leave-one-out mean by source, weighed by the sources' shares, (B, G); ``otherwise`` where one is rare."""
+    found = torch.zeros_like(groups)
+    enough = torch.ones_like(from_prior[:, :1])
+    for source in (from_prior, ~from_prior):
+        count = source.sum(1, keepdim=True)
+        total = torch.where(source, groups, 0.0).sum(1, keepdim=True)
+        left = torch.where(source, count - 1, count)
+        found += count * (total - torch.where(source, groups, 0.0)) / left.clamp_min(1)
+        enough = enough & (count >= 2)
+    return torch.where(enough, found / groups.shape[1], otherwise)
 
 
 # --- credit and loss
@@ -166,7 +191,12 @@ def likelihood_credit(batch: TraceBatch, old: LogProbs, config: RunConfig) -> Cr
     reward = answer_reward(old, config.reward)
     reward = floor_unfinished(reward, batch, config.reward, config.unfinished_penalty)
     advantage = advantages(
-        reward, batch.group_size, config.baseline, config.advantage_scale, config.advantage_clip
+        reward,
+        batch.group_size,
+        config.baseline,
+        config.advantage_scale,
+        config.advantage_clip,
+        batch.from_prior,
     )
     if config.nll_gate == "prior_positive":
         answer_weight = (batch.from_prior & batch.finished & (advantage > 0)).to(reward)
@@ -258,6 +288,85 @@ def coupled_loss(
         parts["kl"] = mean(kl, batch.mask & credit.kl_mask[:, None], totals.kl_tokens)
         loss = loss + config.kl_weight * parts["kl"]
     parts["clipped_share"] = (clipped & batch.mask).sum() / max(1, totals.trace_tokens)
+    return loss, {name: value.detach() for name, value in parts.items()}
+
+
+# --- the group bound (METHODS.md): a question's traces inside one logarithm
+
+
+def whole_trace(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum over a trace's tokens in float64; (N, T) to (N,)."""
+    return torch.where(mask, values, 0.0).double().sum(1)
+
+
+def source_weights(old: LogProbs, batch: TraceBatch) -> tuple[Tensor, Tensor]:
+    """P(z)/H(z) and Q(z)/H(z) of whole traces, (N,) float64, with H = (n_p P + n_q Q) / G.
+
+    n_p and n_q are the traces that prior and posterior drew for this question: the balance heuristic of multiple
+    importance sampling (Veach and Guibas 1995), unbiased for any fixed counts. No weight is above G over the
+    count of its source. Without log q every trace is the prior's, and the weights are 1 and 0.
+    """
+    log_p = whole_trace(old.prior, batch.mask)
+    if old.posterior is None:
+        return torch.ones_like(log_p), torch.zeros_like(log_p)
+    log_q = whole_trace(old.posterior, batch.mask)
+    groups = batch.from_prior.view(-1, batch.group_size).double()
+    share = groups.mean(1, keepdim=True).expand_as(groups).flatten()
+    log_h = torch.logaddexp(share.log() + log_p, torch.log1p(-share) + log_q)
+    return (log_p - log_h).exp(), (log_q - log_h).exp()
+
+
+def group_credit(evidence: Tensor, floor: Tensor, from_prior: Tensor) -> tuple[Tensor, Tensor]:
+    """Credit s_i = e_i / (c + mean e) and its baseline b_i; all (B, G), floor c (B, 1).
+
+    The baseline is what the group would earn, E / (c + E), without trace i and without one trace of the other
+    source, averaged over which one. So its law is the same whichever source drew trace i, which is what keeps
+    a weighted baseline unbiased when the number of traces of each source is fixed. It is 0 where no trace is left.
+    """
+    credit = evidence / (floor + evidence.mean(1, keepdim=True))
+    prior = from_prior.to(evidence)
+    same = torch.where(from_prior[:, :, None], prior[:, None, :], 1 - prior[:, None, :])  # (B, i, j)
+    count = same.sum(2)  # traces of i's source
+    total = (same * evidence[:, None, :]).sum(2)
+    left = (count - 1).clamp_min(0)
+    # Estimated evidence of i's source without i, times the source's share of the group.
+    rest = torch.where(left > 0, count * (total - evidence) / left.clamp_min(1), 0.0)
+    size = torch.where(left > 0, count, 0.0)
+    pair = (rest[:, :, None] + rest[:, None, :]) / (size[:, :, None] + size[:, None, :]).clamp_min(1)
+    alone = rest / size.clamp_min(1)
+    other = 1 - same
+    others = other.sum(2)
+    earned = (other * (pair / (floor[:, :, None] + pair))).sum(2) / others.clamp_min(1)
+    return credit, torch.where(others > 0, earned, alone / (floor + alone))
+
+
+def evidence_loss(
+    new: LogProbs, old: LogProbs, batch: TraceBatch, credit: Credit, totals: Totals, config: RunConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of the group bound for some of a step's rollouts, divided by the step's number of traces:
+
+        - mean_i sum_t [ A_i f(p_new / p_old) + B_i f(q_new / q_old) ]  -  nll_weight mean_i s_i log p(y|x,z_i)
+
+    with A = ``credit.advantage``, B = ``credit.posterior_advantage`` (already times posterior_weight) and
+    s = ``credit.answer_weight``. Returns the scalar loss and its detached parts, which add up over micro-batches.
+    """
+    policy = torch.zeros((), device=batch.mask.device)
+    clipped_tokens = policy
+    for now, before, advantage in (
+        (new.prior, old.prior, credit.advantage),
+        (new.posterior, old.posterior, credit.posterior_advantage),
+    ):
+        if advantage is not None:
+            log_ratio = torch.where(batch.mask, now - before, 0.0)
+            value, clipped = clipped_ratio(
+                log_ratio, advantage, config.clip, config.clip_range, config.clip_range_high
+            )
+            policy = policy - torch.where(batch.mask, value, 0.0).sum() / totals.traces
+            clipped_tokens = clipped_tokens + (clipped & batch.mask).sum()
+    answers = torch.where(new.answer_mask, credit.answer_weight[:, None] * new.answer, 0.0)
+    parts = {"policy": policy, "nll": -answers.sum() / totals.traces}
+    parts["clipped_share"] = clipped_tokens / max(1, totals.trace_tokens)
+    loss = parts["policy"] + config.nll_weight * parts["nll"]
     return loss, {name: value.detach() for name, value in parts.items()}
 
 

@@ -132,12 +132,23 @@ class Prompter:
             x = " ".join(x.split("\n"))
         else:
             prior_root = posterior_root = self._chat_root(x)
+        answer = self._encode(style.answer(y))
         return Prompt(
             prior=tuple(prior_root + self._encode(*style.prior(x))),
             posterior=tuple(posterior_root + self._encode(*style.posterior(x, y))),
             seam=self.seam,
-            answer=tuple(self._encode(style.answer(y))),
+            answer=tuple(answer),
+            empty_trace=tuple(self._encode(style.trace_end)),
+            answer_core=self._core(answer, y),
         )
+
+    def _core(self, ids: list[int], answer: str) -> tuple[bool, ...]:
+        """Which tokens of a wrapped answer hold some of its own text."""
+        ends = [len(self.tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
+        start = self.tokenizer.decode(ids).find(answer)
+        if start < 0:  # a tokenizer that does not give the text back
+            return (True,) * len(ids)
+        return tuple(b > start and a < start + len(answer) for a, b in zip([0, *ends], ends, strict=False))
 
     def check_length(
         self,

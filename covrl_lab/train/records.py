@@ -36,6 +36,7 @@ class StepRecord:
     reward_posterior: float | None
     answer_logprob_prior: float | None  # log p(y|x,z), also after unfinished traces
     answer_logprob_posterior: float | None
+    prior_share: float  # traces that the prior prompt drew: alpha as it was used
     finished_share: float
     trace_tokens: float
     trace_tokens_prior: float | None
@@ -98,6 +99,7 @@ def step_record(
         reward_posterior=mean(credit.reward, posterior),
         answer_logprob_prior=mean(answer, prior),
         answer_logprob_posterior=mean(answer, posterior),
+        prior_share=mean(prior),
         finished_share=mean(batch.finished),
         trace_tokens=mean(lengths),
         trace_tokens_prior=mean(lengths, prior),
@@ -139,8 +141,11 @@ def trace_rows(
     frame.insert(0, "step", step)
     ratios = zip(log_ratio(old, config), batch.mask, strict=True)
     frame["log_ratio"] = [row[keep].tolist() for row, keep in ratios]
-    for name in ("reward", "advantage", "answer_weight"):
-        frame[name] = getattr(credit, name).tolist()
+    for name in ("reward", "advantage", "posterior_advantage", "answer_weight"):
+        if getattr(credit, name) is not None:
+            frame[name] = getattr(credit, name).tolist()
+    if old.no_trace is not None:
+        frame["no_trace_logp"] = old.no_trace.sum(1).tolist()
     return frame
 
 

@@ -127,7 +127,12 @@ def _scored(policy: Policy, segments: Sequence[Segment], hidden: Tensor, before:
 
 
 def _segments(
-    prompts: Sequence[Prompt], batch: TraceBatch, temperature: float, posterior: bool, answers: bool = True
+    prompts: Sequence[Prompt],
+    batch: TraceBatch,
+    temperature: float,
+    posterior: bool,
+    answers: bool = True,
+    no_trace: bool = False,
 ) -> dict[str, list[Segment]]:
     out: dict[str, list[Segment]] = {"prior": []}
     for i in range(len(batch)):
@@ -135,10 +140,24 @@ def _segments(
         out["prior"].append(Segment([*p.prior, *z], len(p.prior), temperature))
         if posterior:
             out.setdefault("posterior", []).append(Segment([*p.posterior, *z], len(p.posterior), temperature))
-        if answers:  # an answer is a likelihood of the model itself: always at temperature 1
-            context = [*p.prior, *z, *p.seam]
-            out.setdefault("answer", []).append(Segment([*context, *p.answer], len(context), 1.0))
+        if answers:
+            out.setdefault("answer", []).append(_answer_segment(p, z))
+        if no_trace:
+            out.setdefault("no_trace", []).append(_answer_segment(p, p.empty_trace))
     return out
+
+
+def _answer_segment(prompt: Prompt, trace: Sequence[int]) -> Segment:
+    """The answer after a trace. It is a likelihood of the model itself: always at temperature 1."""
+    context = [*prompt.prior, *trace, *prompt.seam]
+    return Segment([*context, *prompt.answer], len(context), 1.0)
+
+
+@torch.no_grad()
+def answer_logprobs(policy: Policy, prompts: Sequence[Prompt], traces: Sequence[Sequence[int]]) -> Tensor:
+    """log p(y|x,z) in nats, (k,), of k prompts' answers after k traces (token ids)."""
+    segments = [_answer_segment(p, z) for p, z in zip(prompts, traces, strict=True)]
+    return torch.stack([values.sum() for values in score_segments(policy, segments)])
 
 
 def _pad(rows: list[Tensor], width: int) -> Tensor:
@@ -154,24 +173,29 @@ def trace_logprobs(
     *,
     temperature: float = 1.0,
     posterior: bool = True,
+    no_trace: bool = False,
     packed: bool = True,
 ) -> LogProbs:
     """Score B prompts' N traces and reference answers; differentiable where gradients are enabled.
 
     Trace log-probabilities are those of the sampling distribution softmax(logits / temperature) over the
-    whole vocabulary; answers are scored at temperature 1. ``posterior=False`` leaves log q out.
+    whole vocabulary; answers are scored at temperature 1. ``posterior=False`` leaves log q out,
+    ``no_trace`` adds the answers after an empty trace, without gradient.
     ``packed=False`` uses plain padded rows.
     """
-    groups = _segments(prompts, batch, temperature, posterior)
+    groups = _segments(prompts, batch, temperature, posterior, no_trace=no_trace)
     flat = [s for segments in groups.values() for s in segments]
     scores = iter(score_segments(policy, flat, packed))
     rows = {name: [next(scores) for _ in segments] for name, segments in groups.items()}
     width = batch.mask.shape[1]
     answer = pad_sequence(rows["answer"], batch_first=True)
     lengths = torch.tensor([len(r) for r in rows["answer"]], device=answer.device)
+    core = [torch.tensor(prompts[i // batch.group_size].answer_core) for i in range(len(batch))]
     return LogProbs(
         prior=_pad(rows["prior"], width),
         posterior=_pad(rows["posterior"], width) if posterior else None,
+        no_trace=pad_sequence(rows["no_trace"], batch_first=True).detach() if no_trace else None,
+        answer_core=pad_sequence(core, batch_first=True).to(answer.device),
         answer=answer,
         answer_mask=torch.arange(answer.shape[1], device=answer.device) < lengths[:, None],
     )
@@ -196,8 +220,7 @@ def reference(
             segments = _segments(prompts, batch, temperature, posterior=False, answers=False)["prior"]
             found["ref_prior"] = _pad(score_segments(policy, segments), batch.mask.shape[1])
         if "bare_answer" in needs:
-            contexts = [[*p.prior, *p.seam] for p in prompts]
-            segments = [Segment([*c, *p.answer], len(c), 1.0) for c, p in zip(contexts, prompts, strict=True)]
+            segments = [_answer_segment(p, p.empty_trace) for p in prompts]
             rows = pad_sequence(score_segments(policy, segments), batch_first=True)
             found["bare_answer"] = rows.repeat_interleave(batch.group_size, dim=0)
     return found

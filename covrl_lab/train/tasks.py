@@ -2,7 +2,7 @@
 
 A task is a built-in generator (``TASKS``), ``reasoning_gym/NAME``, ``hf/OWNER/NAME``, or the path of a
 .jsonl, .json, .csv or .parquet file. Training and held-out questions are disjoint by construction: a hash of
-the question's text alone decides its side, so no seed, order or file edit can move a question across.
+the question's words alone decides its side, so no seed, order or file edit can move a question across.
 """
 
 from __future__ import annotations
@@ -39,8 +39,12 @@ def _digest(question: str) -> str:
 
 
 def is_held_out(question: str) -> bool:
-    """Whether a question belongs to the held-out fifth; depends on nothing but its text."""
-    return int(_digest(question)[:16], 16) % HELD_OUT_EVERY == 0
+    """Whether a question belongs to the held-out fifth.
+
+    Only its words and numbers decide, not their order: "3 + 5" and "5 + 3" are on the same side.
+    """
+    words = sorted(re.findall(r"\w+", normalise_question(question)))
+    return int(hashlib.sha256(" ".join(words).encode()).hexdigest()[:16], 16) % HELD_OUT_EVERY == 0
 
 
 def _worked_examples(generate: Callable, level: int) -> list[Demonstration]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..config import RunConfig
+from ..runs.alarms import alarms
 from ..runs.folder import read_jsonl, step_file, write_parquet
 from ..types import ConfigError, Credit, Example, LogProbs, Prompt, TraceBatch
 from .checkpoints import (
@@ -40,6 +42,8 @@ from .records import StepRecord, step_record, trace_rows
 from .sampling import draw_sources, sample_traces
 from .scoring import join, micro_batches, own_prompts, pad_and_cat, reference, trace_logprobs
 from .tasks import check_task
+
+LOG = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -65,6 +69,8 @@ class Trainer:
         self.policy: Policy | None = None
         self._accelerator = None
         self._unrecorded = False  # whether the weights have been updated since the last whole record
+        self._alarms: set[str] = set()  # kinds that have been said
+        self._trace_use: float | None = None  # trace dependence at the last evaluation, nats
 
     def setup(self) -> Trainer:
         """Load task, tokenizer and model, check prompt lengths, and resume; iterating does it, too."""
@@ -198,7 +204,11 @@ class Trainer:
         prompts = self._prompts(examples)
         generator = self._generator(f"rollouts-{draw}" if draw else "rollouts", step)
         from_prior = draw_sources(
-            len(prompts), config.rollouts_per_question, config.alpha, config.source_split, generator
+            len(prompts),
+            config.rollouts_per_question,
+            self.method_state.get("alpha", config.alpha),
+            config.source_split,
+            generator,
         )
         batch = sample_traces(
             self.policy,
@@ -223,6 +233,7 @@ class Trainer:
             batch.rows(rows),
             temperature=self.config.temperature,
             posterior=needs_posterior(self.config),
+            no_trace="no_trace" in self.method.needs,
         )
 
     def _verifier_rewards(
@@ -306,9 +317,10 @@ class Trainer:
     def _set_learning_rate(self) -> None:
         """Linear warm-up, then a cosine to zero at the last step, or constant."""
         c = self.config
-        factor = min(1.0, (self.step + 1) / max(1, c.warmup_steps))
-        if c.lr_schedule == "cosine" and self.step >= c.warmup_steps:
-            done = (self.step - c.warmup_steps) / max(1, c.steps - c.warmup_steps)
+        warmup = min(c.warmup_steps, c.steps)  # a run shorter than its warm-up still reaches the full rate
+        factor = min(1.0, (self.step + 1) / max(1, warmup))
+        if c.lr_schedule == "cosine" and self.step >= warmup:
+            done = (self.step - warmup) / max(1, c.steps - warmup)
             factor = 0.5 * (1 + math.cos(math.pi * done))
         for group in self.optimizer.param_groups:
             group["lr"] = c.learning_rate * factor
@@ -329,18 +341,30 @@ class Trainer:
             temperature=config.temperature,
             top_p=config.top_p,
             seed=config.seed,
+            posterior=config.alpha < 1,
             progress=self.progress,
         )
         write_parquet(results, step_file(self.run_dir / "evaluations", self.step))
         summary = {"step": self.step, **summarise(results)}
         append_line(self.run_dir / "evaluations.jsonl", summary)
+        self._trace_use = summary["trace_dependence"]
         return summary
+
+    def _warn(self, bar: tqdm) -> None:
+        """Say each sign that the run goes wrong once, above the progress bar and in the log."""
+        found = alarms(self.records, read_jsonl(self.run_dir / "evaluations.jsonl"))
+        for kind, alarm in found.items():
+            if kind not in self._alarms:
+                self._alarms.add(kind)
+                LOG.warning("step %d: %s", self.step, alarm)
+                if self.progress:
+                    bar.write(f"step {self.step}: {alarm}")
 
     def _summary(self, record: StepRecord) -> dict[str, str]:
         """What the progress bar shows."""
         accuracy = next((r["accuracy"] for r in reversed(self.records) if r["accuracy"] is not None), None)
         shown = {"prior": record.reward_prior, "posterior": record.reward_posterior, "kl": record.kl}
-        shown |= {"finished": record.finished_share, "accuracy": accuracy}
+        shown |= {"finished": record.finished_share, "accuracy": accuracy, "trace use": self._trace_use}
         return {name: f"{value:.2f}" for name, value in shown.items() if value is not None}
 
     def _start_tracker(self) -> None:

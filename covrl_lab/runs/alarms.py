@@ -1,0 +1,66 @@
+"""Signs that a run goes wrong, read from its files: each a sentence with what was seen and what to change.
+
+A rising reward is no proof of reasoning. The first evaluation is what later ones are compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+RECENT = 3  # steps that the last state of a run is judged by
+HALF = 0.5  # traces or trace dependence below this share of their start raise an alarm
+FINISHED = 0.5  # so does a lower share of finished traces
+
+
+def _recent(metrics: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """The values of the last steps; empty before there are enough."""
+    values = [step[name] for step in metrics[-RECENT:] if step.get(name) is not None]
+    return values if len(values) == RECENT else []
+
+
+def alarms(metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What a reader should know about a run now, by kind; empty where nothing is wrong.
+
+    metrics: lines of ``metrics.jsonl``; evaluations: lines of ``evaluations.jsonl``. Lines written by older
+    versions lack some values; the rules that need them are left out.
+    """
+    found = {}
+    finished, norms = _recent(metrics, "finished_share"), _recent(metrics, "gradient_norm")
+    if finished and max(finished) < FINISHED:
+        found["unfinished"] = (
+            f"only {sum(finished) / len(finished):.0%} of the traces end within the limit, and an unfinished "
+            "trace teaches nothing: raise max_trace_tokens"
+        )
+    if norms and not any(norms):
+        found["no gradient"] = (
+            f"the gradient was 0 in the last {RECENT} steps, so nothing is being learned: the traces of a "
+            "question all earn the same; raise rollouts_per_question or choose an easier task"
+        )
+    if len(evaluations) < 2:
+        return found
+    first, last = evaluations[0], evaluations[-1]
+
+    def change(name: str) -> tuple[float, float] | None:
+        pair = first.get(name), last.get(name)
+        return None if None in pair else pair
+
+    dependence, length = change("trace_dependence"), change("eval_trace_tokens")
+    answer, accuracy = change("answer_logprob"), change("accuracy")
+    remedy = "use method='covrl' or 'verifree', or lower nll_weight"
+    if dependence and dependence[1] < HALF * dependence[0]:
+        found["trace dependence"] = (
+            f"the answer depends less on the trace: log p(y|x,z) moves by {dependence[1]:.1f} nats when the "
+            f"trace is exchanged, {dependence[0]:.1f} before training; {remedy}"
+        )
+    if length and length[1] < HALF * length[0]:
+        found["trace length"] = (
+            f"traces have shrunk from {length[0]:.0f} to {length[1]:.0f} tokens, so the model may be "
+            f"unlearning to reason; {remedy}"
+        )
+    if answer and accuracy and answer[1] > answer[0] + 1 and last["accuracy_high"] < accuracy[0]:
+        found["reward without accuracy"] = (
+            f"log p(y|x,z) rose from {answer[0]:.1f} to {answer[1]:.1f} nats while accuracy fell from "
+            f"{accuracy[0]:.1%} to {accuracy[1]:.1%}: the reward is no longer about right answers; {remedy}"
+        )
+    return found

@@ -1,0 +1,174 @@
+"""CoVRL's group bound in the enumerable world: exact gradients at any length, and an optimum that reasons."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from covrl_lab import RunConfig
+from covrl_lab.theory.world import World
+from covrl_lab.train.methods import METHODS, _adapted, covrl_credit
+from covrl_lab.train.objectives import Totals, group_credit, source_weights
+from covrl_lab.types import LogProbs, TraceBatch
+
+NO_TRACE = -3.0  # log p(y|x) without a trace, nats
+COUNTS = [(1, 2, 2), (1, 1, 1), (1, 1, 2), (1, 3, 0), (1, 2, 1), (3, 1, 1), (3, 2, 0), (2, 2, 1)]
+
+
+def group(
+    world: World, index: torch.Tensor, from_prior: torch.Tensor
+) -> tuple[LogProbs, LogProbs, TraceBatch]:
+    """A group of the world's traces ``index``: live log-probabilities, detached ones, and the batch."""
+    prior, posterior = (world.trace_logprobs(t)[index] for t in (world.prior, world.posterior))
+    answer = world.answer_logprobs()[index]
+    mask = torch.ones_like(answer, dtype=torch.bool)
+    no_trace = torch.full_like(answer, NO_TRACE / answer.shape[1])
+    new = LogProbs(prior, posterior, answer, mask, no_trace=no_trace)
+    ids = world.traces[index]
+    rows = torch.ones(len(index), dtype=torch.bool)
+    batch = TraceBatch(ids, torch.ones_like(ids, dtype=torch.bool), from_prior, rows, len(index))
+    return new, new.detach(), batch
+
+
+def enumerate_groups(world: World, n_prior: int, n_posterior: int, config: RunConfig):
+    """Expected loss over all groups, the bound, and the posterior's target, each a differentiable scalar."""
+    from_prior = torch.tensor([True] * n_prior + [False] * n_posterior)
+    size, method = len(from_prior), METHODS["covrl"]
+    log_p, log_q = (world.trace_logprobs(t).sum(1) for t in (world.prior, world.posterior))
+    log_r = world.answer_logprobs().sum(1)
+    floor = math.exp(config.evidence_floor * NO_TRACE)
+    loss = bound = posterior_target = 0.0
+    for members in itertools.product(range(len(world.traces)), repeat=size):
+        index = torch.tensor(members)
+        probability = torch.where(from_prior, log_p[index], log_q[index]).sum().exp().detach()
+        new, old, batch = group(world, index, from_prior)
+        credit = covrl_credit(batch, old, config, {})
+        totals = Totals.of(batch, credit, old.answer_mask)
+        loss = loss + probability * method.loss(new, old, batch, credit, totals, config)[0]
+        # By hand: the hybrid's probability of each trace is a constant of the sampler.
+        p, q = log_p[index].exp(), log_q[index].exp()
+        hybrid = ((n_prior * p + n_posterior * q) / size).detach()
+        evidence = p * log_r[index].exp() / hybrid
+        bound = bound + probability * torch.log(floor + evidence.mean())
+        weight = (evidence / (floor + evidence.mean())).detach()
+        posterior_target = posterior_target + probability * (weight * log_q[index]).mean()
+    return loss, bound, posterior_target
+
+
+@pytest.mark.parametrize(("length", "n_prior", "n_posterior"), COUNTS)
+@pytest.mark.parametrize("floor", [0.0, 0.5, 1.0])
+def test_the_gradient_is_that_of_the_bound_at_any_length(length, n_prior, n_posterior, floor):
+    """Also with the baseline, for any fixed numbers of prior and posterior traces; float64 rounding."""
+    world = World(length, answer_tokens=2 if length == 1 else 1)
+    config = RunConfig(method="covrl", evidence_floor=floor, posterior_weight=0.0)
+    loss, bound, _ = enumerate_groups(world, n_prior, n_posterior, config)
+    found, truth = -world.gradient(loss), world.gradient(bound)
+    assert truth.norm() > 0.05
+    torch.testing.assert_close(found, truth, atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize(("length", "n_prior", "n_posterior"), [c for c in COUNTS if c[2]])
+def test_the_posterior_is_drawn_towards_the_true_posterior(length, n_prior, n_posterior):
+    world = World(length)
+    both, without = (RunConfig(method="covrl", posterior_weight=weight) for weight in (0.7, 0.0))
+    loss, _, target = enumerate_groups(world, n_prior, n_posterior, both)
+    plain = enumerate_groups(world, n_prior, n_posterior, without)[0]
+    found = world.gradient(plain) - world.gradient(loss)
+    torch.testing.assert_close(found, 0.7 * world.gradient(target), atol=1e-14, rtol=0)
+
+
+def test_the_bound_rises_with_the_group_towards_the_evidence():
+    """Jensen: more traces in the logarithm, a tighter bound, whatever prompts they came from."""
+    world, config = World(1), RunConfig(method="covrl", evidence_floor=1.0)
+    values = [float(enumerate_groups(world, n, n, config)[1].detach()) for n in (1, 2)] + [
+        float(torch.log(math.exp(NO_TRACE) + world.log_evidence().exp()))
+    ]
+    assert values[0] < values[1] < values[2]
+    assert values[2] - values[1] < 0.6 * (values[2] - values[0])
+
+
+def test_source_weights_by_hand():
+    """Two prior and two posterior traces: P/H = 2P/(P+Q); a prior-only group has weights of 1."""
+    p, q = torch.tensor([0.5, 0.1, 0.2, 0.01]), torch.tensor([0.1, 0.3, 0.2, 0.5])
+    mask = torch.ones(4, 1, dtype=torch.bool)
+    logs = LogProbs(p.log()[:, None], q.log()[:, None], torch.zeros(4, 1), mask)
+    rows = torch.ones(4, dtype=torch.bool)
+    batch = TraceBatch(mask.long(), mask, torch.tensor([True, True, False, False]), rows, 4)
+    prior, posterior = source_weights(logs, batch)
+    np.testing.assert_allclose(prior, 2 * p / (p + q), rtol=1e-6)
+    np.testing.assert_allclose(posterior, 2 * q / (p + q), rtol=1e-6)
+    alone = TraceBatch(mask.long(), mask, torch.tensor([True] * 4), rows, 4)
+    np.testing.assert_allclose(source_weights(logs, alone)[0], 1.0, rtol=1e-12)
+
+
+def test_group_credit_by_hand():
+    """c = 0.1, e = (0.4, 0, 0, 0): s = (0.4 / 0.2, 0, 0, 0); a baseline leaves one trace of each source out."""
+    evidence = torch.tensor([[0.4, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    from_prior = torch.tensor([[True, True, False, False]])
+    credit, baseline = group_credit(evidence, torch.tensor([[0.1]], dtype=torch.float64), from_prior)
+    np.testing.assert_allclose(credit, [[2.0, 0, 0, 0]])
+    # Left for trace 0: one prior and one posterior trace of no evidence. For trace 1: trace 0 and a posterior one.
+    # For posterior traces: half the time trace 0 stays, and then the estimate is (2 x 0.4 + 2 x 0) / 4 = 0.2.
+    np.testing.assert_allclose(baseline, [[0, 0.2 / 0.3, 0.1 / 0.3, 0.1 / 0.3]])
+
+
+def test_unfinished_traces_earn_nothing_and_a_group_without_evidence_is_left_alone():
+    world = World(1)
+    index, from_prior = torch.tensor([0, 1, 2, 0]), torch.tensor([True, True, False, False])
+    _, old, batch = group(world, index, from_prior)
+    batch = TraceBatch(batch.ids, batch.mask, from_prior, torch.tensor([False, True, True, False]), 4)
+    credit = covrl_credit(batch, old, RunConfig(method="covrl"), {})
+    assert credit.reward[[0, 3]].tolist() == [0, 0] and (credit.advantage[[0, 3]] <= 0).all()
+    none = TraceBatch(batch.ids, batch.mask, from_prior, torch.zeros(4, dtype=torch.bool), 4)
+    credit = covrl_credit(none, old, RunConfig(method="covrl"), {})
+    assert not credit.advantage.any() and not credit.answer_weight.any()
+
+
+def guess_or_reason(
+    share: torch.Tensor, group: int = 4, right: float = 0.2
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(published bound, group bound) where a share of the traces reason and the others are empty.
+
+    An empty trace leaves the answer at e^-5, a right one at 0.95, a wrong one, which the model trusts, at e^-12.
+    """
+    probability = torch.stack([1 - share, share * right, share * (1 - right)])
+    likelihood = torch.tensor([math.exp(-5), 0.95, math.exp(-12)], dtype=torch.float64)
+    published = (probability * likelihood.log()).sum()
+    bound = 0.0
+    floor = math.exp(0.5 * -5)
+    for kinds in itertools.product(range(3), repeat=group):
+        index = torch.tensor(kinds)
+        bound = bound + probability[index].prod() * torch.log(floor + likelihood[index].mean())
+    return published, bound
+
+
+def test_the_published_bound_prefers_not_to_reason_and_the_group_bound_reasons():
+    shares = [torch.tensor(s, dtype=torch.float64) for s in (0.01, 0.25, 0.5, 0.75, 0.99)]
+    published, bound = zip(*(map(float, guess_or_reason(s)) for s in shares), strict=True)
+    assert np.all(np.diff(published) < 0), "one trace in the logarithm: being wrong costs more than guessing"
+    assert np.all(np.diff(bound) > 0)
+
+
+@pytest.mark.parametrize(("floor", "reasons"), [(0.5, True), (1.0, False)])
+def test_a_floor_at_the_level_of_a_guess_pays_for_guessing(floor, reasons):
+    """Credit of an empty trace beside wrong ones: with c = p(y|x without a trace) as large as a right one's often is."""
+    guess = torch.tensor([[-5.0]], dtype=torch.float64)
+    evidence = torch.tensor(
+        [[math.exp(-5), math.exp(-12), math.exp(-12), math.exp(-12)]], dtype=torch.float64
+    )
+    credit, _ = group_credit(evidence, (floor * guess).exp(), torch.tensor([[True] * 4]))
+    assert (float(credit[0, 0]) < 0.1) == reasons
+
+
+def test_alpha_follows_the_evidence_upwards_only():
+    config = RunConfig(method="covrl", alpha_rate=0.5)
+    credit, responsibility = torch.tensor([2.0, 0.0]), torch.tensor([0.9, 0.1])
+    assert _adapted(credit, responsibility, config, {})["alpha"] == pytest.approx(0.5 + 0.5 * 0.4)
+    assert _adapted(credit, responsibility, config, {"alpha": 0.9})["alpha"] == pytest.approx(0.9)
+    assert (
+        _adapted(credit, 0 * responsibility, config, {"alpha": 0.6})["alpha"] == 0.5
+    )  # never below its setting
+    assert _adapted(0 * credit, responsibility, config, {"alpha": 0.7})["alpha"] == 0.7  # nothing measured
+    assert _adapted(credit, responsibility, RunConfig(method="covrl"), {}) == {}
