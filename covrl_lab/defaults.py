@@ -130,3 +130,9 @@ METHOD_SETTINGS: dict[str, frozenset[str]] = {
 }
 # What these are where nobody reads them; the others come from METHOD_DEFAULTS.
 UNREAD = {"kl_gradient": "exact", "unfinished_penalty": 1.0}
+
+
+def settings_read(method: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """``settings`` without those that belong to other methods only."""
+    others = (METHOD_DEFAULTS[method].keys() | UNREAD.keys()) - METHOD_SETTINGS[method]
+    return {name: value for name, value in settings.items() if name not in others}

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from covrl_lab.config import CHOICES, METHOD_DEFAULTS, RunConfig
+from covrl_lab.config import CHOICES, RunConfig
+from covrl_lab.defaults import METHOD_DEFAULTS
 from covrl_lab.types import ConfigError
 
 NUMBERS = [f.name for f in dataclasses.fields(RunConfig) if f.type.split(" |")[0] in ("int", "float")]

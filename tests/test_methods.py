@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM
 from world import World, select
 
 from covrl_lab.config import RunConfig
+from covrl_lab.defaults import settings_read
 from covrl_lab.runs.folder import load_run
 from covrl_lab.train import methods, objectives
 from covrl_lab.train.methods import METHODS, repeats, rlpr_credit
@@ -43,7 +44,8 @@ BETA = 0.3  # LaTRO's weight of the KL to the reference
 
 
 def exact(**changes) -> RunConfig:
-    return RunConfig(**(EXACT | changes))
+    settings = EXACT | changes
+    return RunConfig(**settings_read(settings["method"], settings))
 
 
 def worst(left, right) -> float:
@@ -260,7 +262,8 @@ def test_what_posterior_traces_cost_the_prior_only_methods(name):
 # --- a step of two groups, everything that methods read
 def full_step(name: str, **changes):
     """new, old (ref_prior and bare_answer too), batch and config of a method, ragged, in float64."""
-    config = RunConfig(**(TINY | SETTINGS[name] | changes))
+    settings = TINY | SETTINGS[name] | changes
+    config = RunConfig(**settings_read(settings["method"], settings))
     g = torch.Generator().manual_seed(0)
     mask = torch.arange(5) < torch.tensor([5, 3, 1, 4, 2, 5, 3, 4])[:, None]
     answer_mask = torch.arange(3) < torch.tensor([1, 1, 1, 1, 3, 3, 3, 3])[:, None]

@@ -14,6 +14,7 @@ import torch
 from world import World, expected_loss, select
 
 from covrl_lab.config import RunConfig
+from covrl_lab.defaults import settings_read
 from covrl_lab.train.objectives import (
     Totals,
     advantages,
@@ -40,7 +41,8 @@ TOLERANCE = 1e-12  # float64 sums over at most a thousand terms agree to 1e-14
 
 
 def exact(**changes) -> RunConfig:
-    return RunConfig(**(EXACT | changes))
+    settings = EXACT | dict(method="covrl_published") | changes
+    return RunConfig(**settings_read(settings["method"], settings))
 
 
 def worst(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -287,7 +289,7 @@ def test_covrl_without_posterior_is_jlb_to_the_bit():
     """w = alpha = 1 and no KL: the posterior's log-probabilities, there or not, change nothing."""
     new, old, batch = random_step(torch.float32)
     jlb = RunConfig(method="jlb", model="tiny", quantization="none")
-    covrl = dataclasses.replace(jlb, method="covrl")
+    covrl = dataclasses.replace(jlb, method="covrl_published")
     assert (covrl.alpha, covrl.composite_weight, covrl.kl_weight, covrl.advantage_clip) == (1, 1, 0, 1)
     results = []
     for config, posterior in ((covrl, True), (jlb, False)):

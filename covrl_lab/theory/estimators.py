@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..config import METHOD_DEFAULTS, RunConfig
+from ..config import RunConfig
+from ..defaults import METHOD_DEFAULTS, settings_read
 from ..train.methods import METHODS
 from ..train.objectives import (
     Totals,
@@ -136,7 +137,7 @@ def _verifier_reward(world: World) -> Tensor:
 def _objective(world: World, name: str, weight: float, reference: Tensor) -> Tensor:
     """What a method's gradient is the gradient of, when nothing is traded for lower noise; a scalar."""
     law, answer = world.prior_probs(), world.answer_logprobs()
-    if name in ("covrl", "ravr_like"):
+    if name in ("covrl_published", "ravr_like"):
         return world.elbo(weight)
     if name == "verifree":
         return world.log_evidence().exp()
@@ -218,9 +219,11 @@ def gradient_quality(
 
     # The frozen base of LaTRO and nothing else: the prior, half as sharp.
     reference = (world.prior[0] / 2).log_softmax(1)[0].detach()
-    variants = {name: {} for name in METHODS}
-    variants["covrl, published KL gradient"] = {"kl_gradient": "published"}
-    variants["covrl, clipped"] = {
+    variants = {
+        name: {} for name in METHODS if name != "covrl"
+    }  # its bound is about groups, not single rollouts
+    variants["covrl_published, published KL gradient"] = {"kl_gradient": "published"}
+    variants["covrl_published, clipped"] = {
         "clip": "ppo",
         "clip_range": clip_range,
         "clip_range_high": clip_range,
@@ -228,10 +231,14 @@ def gradient_quality(
     for label, changes in variants.items():
         name = label.split(",")[0]
         own = {"alpha": alpha, "composite_weight": composite_weight, "nll_gate": "none"}
-        settings = EXACT_SETTINGS | (own if name == "covrl" else {}) | changes
-        config = RunConfig(method=name, **settings)
+        settings = EXACT_SETTINGS | (own if name == "covrl_published" else {}) | changes
+        config = RunConfig(method=name, **settings_read(name, settings))
         add("whole loss", label, *method_gradients(world, name, config, reference))
-    order = {"covrl": 0, "covrl, published KL gradient": 1, "covrl, clipped": 2}
+    order = {
+        "covrl_published": 0,
+        "covrl_published, published KL gradient": 1,
+        "covrl_published, clipped": 2,
+    }
     rows.sort(key=lambda row: (row["part"], order.get(row["estimator"], 3)))
     return pd.DataFrame(rows)
 

@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML
 
-from ..config import METHOD_DEFAULTS, RunConfig
+from ..config import RunConfig
+from ..defaults import METHOD_DEFAULTS
 from ..runs.compare import curves
 from ..runs.folder import Run, load_run
 from ..runs.sweep import Sweep

@@ -17,7 +17,8 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from covrl_lab.config import METHOD_DEFAULTS, RunConfig
+from covrl_lab.config import RunConfig
+from covrl_lab.defaults import METHOD_DEFAULTS
 from covrl_lab.train.trainer import Trainer
 
 
