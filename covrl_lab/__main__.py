@@ -75,6 +75,7 @@ def plan(settings: dict[str, Any], options: argparse.Namespace) -> int:
 def compare(settings: dict[str, Any], options: argparse.Namespace) -> int:
     """Tables that compare run folders: accuracy, paired differences, probability of improvement."""
     from .runs import compare as tables
+    from .views.comparison import export, readable
 
     scores = tables.scores(tables.find_runs(", ".join(options.runs)))
     resampling = tables.Resampling(options.over)
@@ -83,9 +84,9 @@ def compare(settings: dict[str, Any], options: argparse.Namespace) -> int:
         found["paired_differences"] = tables.paired_differences(scores, options.reference, resampling)
         found["improvement"] = tables.probability_of_improvement(scores, options.reference, resampling)
     for name, table in found.items():
-        print(f"{name}\n{tables.readable(table).to_string(index=False)}\n")
+        print(f"{name}\n{readable(table).to_string(index=False)}\n")
         if options.export:
-            print(*tables.export(table, options.export, name), "", sep="\n")
+            print(*export(table, options.export, name), "", sep="\n")
     return 0
 
 

@@ -3,12 +3,14 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from covrl_lab import ConfigError, RunConfig
+from covrl_lab.__main__ import main
 from covrl_lab.runs import compare
 from covrl_lab.runs.compare import Resampling
 from covrl_lab.runs.stats import interquartile_mean, share_interval
@@ -364,6 +366,18 @@ def test_export_keeps_numbers_in_csv_and_reads_well_in_markdown(runs):
     assert len(lines) == 4 and lines[2].startswith("| a \\| &lt;b&gt; | arithmetic | 2 | 4 | 4 | 62.5% (")
     signed = readable(compare.paired_differences(compare.scores(compare.find_runs("runs/*"))))
     assert signed["difference"][0].startswith("+50.0% (") and signed["by_seed"][0] == "+25.0%, +75.0%"
+
+
+def test_the_command_prints_and_exports_every_table(runs, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["compare", "a: runs/a-*", "rlpr: runs/b-*", "--over", "seeds", "--export", "out/command"])
+    assert done.value.code == 0
+    printed = capsys.readouterr().out
+    for name in ("final_accuracy", "paired_differences", "improvement"):
+        assert f"{name}\n" in printed
+        assert (Path("out/command") / f"{name}.csv").is_file()
+        assert (Path("out/command") / f"{name}.md").is_file()
+    assert "+50.0% (" in printed
 
 
 def test_figures_hold_the_tables_numbers(runs):
