@@ -159,23 +159,27 @@ class RunConfig(metaclass=_Checked):
                 raise ConfigError(f"unknown {name} {value!r}{did_you_mean(value, valid)}")
         self._fill_in_the_method()
         self._check_ranges()
+        self._refuse_unread()
         if self.run_dir is None:
             task = Path(self.task).stem if "." in self.task else self.task.replace("/", "-")
             object.__setattr__(self, "run_dir", f"runs/{task}-{self.method}-{self.run_id()}")
 
     def _fill_in_the_method(self) -> None:
-        """Settings left at None take the method's own value; one that the method does not read is refused."""
-        defaults, read = METHOD_DEFAULTS[self.method], METHOD_SETTINGS[self.method]
+        """Settings left at None take the method's own value."""
         if self.clip_range is not None and self.clip_range_high is None:
             object.__setattr__(self, "clip_range_high", self.clip_range)  # alone it moves both bounds
-        for name, default in {**defaults, **UNREAD}.items():
-            value = getattr(self, name)
-            if value is None:
+        for name, default in METHOD_DEFAULTS[self.method].items():
+            if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-            elif value != default and name not in read:
+
+    def _refuse_unread(self) -> None:
+        """A setting that the method does not read would have no effect, and yet stand in the record."""
+        read = METHOD_SETTINGS[self.method]
+        for name, default in {**METHOD_DEFAULTS[self.method], **UNREAD}.items():
+            if name not in read and getattr(self, name) != default:
                 raise ConfigError(
-                    f"method={self.method!r} does not use {name}, so {name}={value!r} would have no effect; "
-                    f"leave it out (it uses: {', '.join(sorted(read))})"
+                    f"method={self.method!r} does not use {name}, so {name}={getattr(self, name)!r} would have "
+                    f"no effect; leave it out (it uses: {', '.join(sorted(read))})"
                 )
 
     def _check_types(self) -> None:

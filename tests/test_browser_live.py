@@ -28,7 +28,16 @@ def lab(tmp_path_factory):
 def running(lab):
     """A run that another process writes into the served folder."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = ["nice", sys.executable, "-m", "covrl_lab", *SMALL, "--run_dir", str(lab.folder / "run")]
+    command = [
+        "nice",
+        sys.executable,
+        "-m",
+        "covrl_lab",
+        "train",
+        *SMALL,
+        "--run_dir",
+        str(lab.folder / "run"),
+    ]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     yield process
     process.kill()

@@ -133,13 +133,13 @@ def test_a_wrong_type_is_refused(settings, kind):
 
 def test_numbers_may_come_as_papermill_delivers_them():
     # YAML 1.1 reads 1e-5 as text: a sign after the e needs a dot before it to make a number.
-    config = RunConfig(learning_rate="1e-5", alpha="0.3", steps="12", seed=7.0, kl_weight=1, difficulty="3")
+    config = RunConfig(learning_rate="1e-5", alpha="0.3", steps="12", seed=7.0, nll_weight=1, difficulty="3")
     assert (config.learning_rate, config.alpha, config.steps) == (1e-5, 0.3, 12)
-    assert (config.seed, config.kl_weight, config.difficulty) == (7, 1.0, 3)
+    assert (config.seed, config.nll_weight, config.difficulty) == (7, 1.0, 3)
     for name in NUMBERS:
         value = getattr(config, name)
         assert value is None or type(value) is (float if name in FLOATS else int)
-    same = RunConfig(learning_rate=1e-5, alpha=0.3, steps=12, seed=7, kl_weight=1.0, difficulty=3)
+    same = RunConfig(learning_rate=1e-5, alpha=0.3, steps=12, seed=7, nll_weight=1.0, difficulty=3)
     assert config == same and config.run_id() == same.run_id()
 
 
@@ -155,12 +155,67 @@ def test_a_method_alone_is_a_whole_configuration(method):
     assert all(getattr(config, name) is not None for name in METHOD_DEFAULTS[method])
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("jlb", {"kl_weight": 0.3}),
+        ("grpo", {"nll_weight": 0.1}),
+        ("covrl", {"composite_weight": 0.3}),
+        ("covrl", {"kl_gradient": "published"}),
+        ("rlpr", {"unfinished_penalty": 2.0}),
+        ("verifree", {"std_filter": 0.1}),
+        ("covrl_published", {"evidence_floor": 1.0}),
+    ],
+    ids=str,
+)
+def test_a_setting_that_the_method_does_not_read_is_refused(method, settings):
+    (name,) = settings
+    message = refused(method=method, **settings)
+    assert message.startswith(f"method={method!r} does not use {name}, so")
+    assert "it uses: " in message and name not in message.split("it uses: ")[1].split(", ")
+
+
+@pytest.mark.parametrize("method", METHOD_DEFAULTS)
+def test_what_a_method_records_can_be_read_back(method, tmp_path):
+    config = RunConfig(method=method, run_dir=str(tmp_path))
+    config.save(tmp_path / "config.json")
+    assert RunConfig.load(tmp_path / "config.json") == config
+
+
+def test_a_run_of_an_earlier_version_keeps_its_method(tmp_path):
+    """What was called covrl then is covrl_published now; a lone clip_range moves both bounds."""
+    settings = RunConfig(method="covrl_published", clip_range=0.1).to_dict() | {"method": "covrl"}
+    assert settings["clip_range_high"] == 0.1
+    for name in ("evidence_floor", "posterior_weight", "alpha_rate"):
+        del settings[name]
+    (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert RunConfig.load(tmp_path / "config.json").method == "covrl_published"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rollouts_per_question": 1, "method": "grpo"}, "rollouts_per_question must be 2 or more"),
+        (
+            {"method": "covrl_published", "alpha": 0.0, "kl_weight": 0.3},
+            "alpha must be above 0 with nll_gate",
+        ),
+        ({"method": "latro", "reward": "probability"}, "reward must be 'sum_logprob' or 'mean_logprob'"),
+    ],
+    ids=str,
+)
+def test_settings_that_teach_nothing_or_the_wrong_thing_are_refused(settings, message):
+    assert refused(**settings).startswith(message)
+
+
 def test_method_defaults_give_way_to_explicit_values():
     assert RunConfig(method="jlb").alpha == 1.0
     assert RunConfig(method="covrl").alpha == 0.5
-    assert RunConfig(method="covrl").composite_weight == 0.5
+    assert RunConfig(method="covrl_published").composite_weight == 0.5
     assert RunConfig(method="jlb", alpha=0.25).alpha == 0.25
-    zero = RunConfig(method="covrl", alpha=0.0, kl_weight=0)  # zero is a value, not a gap
+    zero = RunConfig(
+        method="covrl_published", alpha=0.0, kl_weight=0, nll_weight=0
+    )  # zero is a value, not a gap
     assert (zero.alpha, zero.kl_weight) == (0.0, 0.0)
 
 

@@ -153,7 +153,7 @@ def test_the_published_bound_prefers_not_to_reason_and_the_group_bound_reasons()
 
 @pytest.mark.parametrize(("floor", "reasons"), [(0.5, True), (1.0, False)])
 def test_a_floor_at_the_level_of_a_guess_pays_for_guessing(floor, reasons):
-    """Credit of an empty trace beside wrong ones: with c = p(y|x without a trace) as large as a right one's often is."""
+    """Credit of an empty trace beside wrong ones: small unless c is no more than the probability of a guess."""
     guess = torch.tensor([[-5.0]], dtype=torch.float64)
     evidence = torch.tensor(
         [[math.exp(-5), math.exp(-12), math.exp(-12), math.exp(-12)]], dtype=torch.float64

@@ -38,7 +38,7 @@ TINY = dict(model="tiny", quantization="none")
 EXACT = TINY | dict(clip="none", loss_aggregation="trace_sum", baseline="none", advantage_scale="none")
 EXACT |= dict(advantage_clip=0, kl_weight=1, nll_weight=1, std_filter=0)
 CREDIT = ("reward", "advantage", "answer_weight", "kl_mask")
-FIELDS = ("prior", "posterior", "answer", "ref_prior", "bare_answer")
+FIELDS = ("prior", "posterior", "answer", "ref_prior", "bare_answer", "no_trace")
 TOLERANCE = 1e-10
 BETA = 0.3  # LaTRO's weight of the KL to the reference
 
@@ -274,7 +274,7 @@ def full_step(name: str, **changes):
     new = LogProbs(draw(mask), draw(mask), draw(answer_mask), answer_mask)
     nearby = (x + draw(x != 0, 0.3) for x in (new.prior, new.posterior, new.answer))
     bare = draw(answer_mask[::4], 6.0).repeat_interleave(4, 0)
-    old = LogProbs(*nearby, answer_mask, ref_prior=draw(mask), bare_answer=bare)
+    old = LogProbs(*nearby, answer_mask, ref_prior=draw(mask), bare_answer=bare, no_trace=bare)
     if config.alpha == config.composite_weight == 1:
         new, old = (dataclasses.replace(x, posterior=None) for x in (new, old))
     finished = torch.tensor([1, 1, 0, 1, 1, 1, 1, 0], dtype=torch.bool)
@@ -305,7 +305,7 @@ def test_padding_never_matters(name, value):
     clean = step_gradient(new, old, batch, config)
 
     def poison(rows, how):
-        masks = {n: rows.answer_mask if "answer" in n else batch.mask for n in FIELDS}
+        masks = {n: batch.mask if n.endswith(("prior", "posterior")) else rows.answer_mask for n in FIELDS}
         dirty = {n: getattr(rows, n) for n in FIELDS if getattr(rows, n) is not None}
         signs = {"ref_prior": -1}  # not what the prior holds, else the two would cancel
         hows = {n: signs.get(n, 1) * how for n in dirty}
@@ -350,7 +350,7 @@ def test_a_column_of_rewards_never_becomes_a_square(name, monkeypatch):
         wrong = credit(batch, old, config, {})
     except (ValueError, RuntimeError):
         return
-    assert name in ("covrl", "jlb", "jepo", "ravr_like")
+    assert name in ("covrl", "covrl_published", "jlb", "jepo", "ravr_like")
     assert all(torch.equal(getattr(clean, n), getattr(wrong, n)) for n in CREDIT)
 
 
@@ -517,9 +517,9 @@ def test_every_method_trains(name, runs):
     numbers = run.metrics[["loss", "policy_loss", "reward", "gradient_norm"]].astype(float)
     assert numbers.notna().all(axis=None) and (numbers.abs() < 1e6).all(axis=None)
     assert traces[["reward", "advantage", "answer_weight"]].notna().all(axis=None)
-    assert set(traces["source"]) == {"covrl": {"prior", "posterior"}, "ravr_like": {"posterior"}}.get(
-        name, {"prior"}
-    )
+    both = {"prior", "posterior"}
+    sources = {"covrl": both, "covrl_published": both, "ravr_like": {"posterior"}}
+    assert set(traces["source"]) == sources.get(name, {"prior"})
     assert traces["finished"].any() and not traces["finished"].all()
     assert (traces["advantage"] != 0).any() and made.policy.adapter_change() > 0
     assert all(p.isfinite().all() for _, p in made.policy.trainable())
@@ -532,7 +532,7 @@ def test_credit_is_cut_from_the_graph(name, runs):
         tensors = [getattr(x, f.name) for x in (batch, old, credit) for f in dataclasses.fields(x)]
         assert not any(t.requires_grad for t in tensors if isinstance(t, torch.Tensor))
         needs = METHODS[runs(name).config.method].needs
-        found = {n for n in ("ref_prior", "bare_answer") if getattr(old, n) is not None}
+        found = {n for n in ("ref_prior", "bare_answer", "no_trace") if getattr(old, n) is not None}
         assert found | ({"verifier_reward"} if batch.verifier_reward is not None else set()) == needs
 
 
@@ -629,7 +629,7 @@ def test_the_reference_is_the_policy_without_its_adapter(scored):
 
 
 def test_bare_answers_are_a_plain_forward(scored):
-    """bare_answer: prompt, seam and answer through transformers, no trace, no adapter, temperature 1."""
+    """bare_answer: prompt, an empty trace, seam and answer through transformers, no adapter, temperature 1."""
     policy, prompts, batch = scored
     plain = copy.deepcopy(policy).model.unload()
     assert isinstance(plain, LlamaForCausalLM) and not any("lora" in n for n, _ in plain.named_modules())
@@ -637,7 +637,8 @@ def test_bare_answers_are_a_plain_forward(scored):
     bare = found["bare_answer"]
     for i in range(len(batch)):
         p = prompts[i // 3]
-        ids, n = torch.tensor([[*p.prior, *p.seam, *p.answer]]), len(p.answer)
+        ids, n = torch.tensor([[*p.prior, *p.empty_trace, *p.seam, *p.answer]]), len(p.answer)
+        assert policy.tokenizer.decode(list(p.empty_trace)) == "\n"
         with torch.no_grad():
             logp = plain(ids).logits[0].double().log_softmax(-1)
         by_hand = logp[-n - 1 : -1].gather(1, ids[0, -n:, None])[:, 0]

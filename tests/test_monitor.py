@@ -41,7 +41,7 @@ def until(condition, seconds=120):
 def start(run_dir):
     """Train in another process."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "covrl_lab", *SMALL, "--run_dir", str(run_dir)]
+    command = [sys.executable, "-m", "covrl_lab", "train", *SMALL, "--run_dir", str(run_dir)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
 

@@ -376,6 +376,7 @@ def test_predict_is_greedy_trace_seam_greedy_answer(tiny_policies, prompter, nam
             text = decode(trace).split("\n")[0].strip()
             assert result == {
                 "trace": text,
+                "trace_ids": trace,
                 "prediction": decode(answer).split("\n")[0].strip(),
                 "finished": holds_newline(policy, trace[-1]) and text != "",
                 "trace_tokens": len(trace),

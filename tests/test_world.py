@@ -90,8 +90,9 @@ def test_kl_sweep_over_weights_ends_at_zero():
 def test_exact_gradients_are_exact_and_the_others_are_not(alpha, w):
     frame = estimators.gradient_quality(World(1).between(1.2, 0.8), alpha, w, 0.05).set_index("estimator")
     loss = frame[frame["part"] == "whole loss"]
-    assert set(METHODS) <= set(loss.index)
-    assert (loss.loc[list(METHODS), "bias"] < 1e-10).all()
+    exact = sorted(set(METHODS) - {"covrl"})  # its bound is about groups: tests/test_group_bound.py
+    assert set(exact) <= set(loss.index)
+    assert (loss.loc[exact, "bias"] < 1e-10).all()
     assert (loss["noise"] > 0.01).all()
     exact, published = (
         [f"{s} sample, {kind}" for s in ("prior", "posterior")] for kind in ("exact", "published")
@@ -101,8 +102,8 @@ def test_exact_gradients_are_exact_and_the_others_are_not(alpha, w):
         return
     assert (frame.loc[exact, "bias"] < 1e-10).all()
     assert (frame.loc[published, "bias"] > 0.01).all()
-    assert loss.loc["covrl, published KL gradient", "bias"] > 1e-3
-    assert (loss.loc["covrl, clipped", "bias"] > 1e-3) == (alpha != w)
+    assert loss.loc["covrl_published, published KL gradient", "bias"] > 1e-3
+    assert (loss.loc["covrl_published, clipped", "bias"] > 1e-3) == (alpha != w)
 
 
 def test_gradient_noise_against_a_sum_by_hand():

@@ -23,7 +23,7 @@ from ..types import ConfigError
 
 TRACE_COLUMNS = """
 step rollout example_id question answer source finished trace tokens token_ids logp logq answer_logp log_ratio
-reward advantage answer_weight
+reward advantage answer_weight posterior_advantage no_trace_logp
 """.split()
 
 
@@ -85,7 +85,8 @@ class Run:
 
         Columns: step, rollout, example_id, question, answer, source, finished, trace, tokens (text),
         token_ids, logp, logq (nats a token), log_ratio (log p'/h a token), answer_logp (nats a token),
-        reward, advantage, answer_weight.
+        reward, advantage, answer_weight, and, NaN where the method has none, posterior_advantage and
+        no_trace_logp (log p(y|x) without a trace, nats).
         """
         chosen = steps or self.steps
         files = [step_file(self.path / "traces", step) for step in chosen]

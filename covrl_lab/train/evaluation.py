@@ -139,7 +139,9 @@ def evaluate(
         for start in range(0, len(examples) if posterior else 0, ROWS):
             part = slice(start, start + ROWS)
             results = predict(policy, prompter, prompts[part], **limits, posterior=True)
-            for row, example, result in zip(rows[part], examples[part], results, strict=True):
+            for row, example, result in zip(
+                rows[: len(examples)][part], examples[part], results, strict=True
+            ):
                 row["posterior_score"] = scored(result, example)
             bar.update(len(results))
     return pd.DataFrame(rows)

@@ -141,11 +141,11 @@ def trace_rows(
     frame.insert(0, "step", step)
     ratios = zip(log_ratio(old, config), batch.mask, strict=True)
     frame["log_ratio"] = [row[keep].tolist() for row, keep in ratios]
-    for name in ("reward", "advantage", "posterior_advantage", "answer_weight"):
-        if getattr(credit, name) is not None:
-            frame[name] = getattr(credit, name).tolist()
-    if old.no_trace is not None:
-        frame["no_trace_logp"] = old.no_trace.sum(1).tolist()
+    columns = {name: getattr(credit, name) for name in ("reward", "advantage", "answer_weight")}
+    columns["posterior_advantage"] = credit.posterior_advantage
+    columns["no_trace_logp"] = None if old.no_trace is None else old.no_trace.sum(1)
+    for name, values in columns.items():
+        frame[name] = float("nan") if values is None else values.tolist()
     return frame
 
 
