@@ -234,7 +234,7 @@ class RunConfig(metaclass=_Checked):
     tracker: str = "none"
 
     def __post_init__(self) -> None:
-        self._check_types()
+        _check_types(self)
         for name, valid in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in valid:
@@ -242,76 +242,10 @@ class RunConfig(metaclass=_Checked):
         for name, value in METHOD_DEFAULTS[self.method].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        self._check_ranges()
+        _check_ranges(self)
         if self.run_dir is None:
             task = Path(self.task).stem if "." in self.task else self.task.replace("/", "-")
             object.__setattr__(self, "run_dir", f"runs/{task}-{self.method}-{self.run_id()}")
-
-    def _check_types(self) -> None:
-        """Accept what papermill delivers: ints for floats, whole floats and numeric strings for numbers."""
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if value is None and "None" in f.type:
-                continue
-            kind = f.type.split(" |")[0]
-            try:
-                if kind == "float" and not isinstance(value, bool):
-                    fixed: Any = float(value)
-                elif kind == "int" and not isinstance(value, bool) and float(value) == int(float(value)):
-                    fixed = int(float(value))
-                elif kind == "str" and isinstance(value, str | Path):
-                    fixed = str(value)
-                elif kind == "bool" and isinstance(value, bool):
-                    fixed = value
-                else:
-                    raise ValueError
-                if kind == "float" and not math.isfinite(fixed):
-                    raise ValueError
-            except (TypeError, ValueError, OverflowError):
-                names = {
-                    "float": "a finite number",
-                    "int": "a whole number",
-                    "str": "text",
-                    "bool": "True or False",
-                }
-                raise ConfigError(f"{f.name} must be {names[kind]}, not {value!r}") from None
-            object.__setattr__(self, f.name, fixed)
-
-    def _check_ranges(self) -> None:
-        def need(ok: bool, name: str, rule: str) -> None:
-            if not ok:
-                raise ConfigError(f"{name} must be {rule}, not {getattr(self, name)!r}")
-
-        for name, (low, high, rule) in RANGES.items():
-            need(low <= getattr(self, name) <= high, name, rule)
-        if self.n_sample > 1:
-            need(self.method == "jlb", "n_sample", "1 unless method='jlb'")
-            need(self.reward == "sum_logprob", "reward", "'sum_logprob' when n_sample is above 1")
-            need(
-                self.rollouts_per_question % self.n_sample == 0,
-                "n_sample",
-                "a divisor of rollouts_per_question",
-            )
-        if self.nll_gate == "reward" and "probability" not in self.reward:
-            raise ConfigError(
-                "nll_gate='reward' needs reward='probability' or 'mean_probability': weights >= 0"
-            )
-        if (self.reward == "verdict") != (self.method == "grpo"):
-            raise ConfigError(
-                "reward='verdict' goes with method='grpo' and with no other; leave reward at None"
-            )
-        if self.baseline == "leave_one_out":
-            need(
-                self.rollouts_per_question >= 2,
-                "rollouts_per_question",
-                "2 or more with baseline='leave_one_out'",
-            )
-        if self.composite_weight == 0:
-            need(
-                self.alpha == 0 or self.clip != "none", "alpha", "0 when composite_weight is 0, or set a clip"
-            )
-        if self.composite_weight == 1:
-            need(self.alpha > 0, "alpha", "above 0 when composite_weight is 1: p' = p needs prior traces")
 
     # --- JSON in and out
     def to_dict(self) -> dict[str, Any]:
@@ -362,6 +296,72 @@ class RunConfig(metaclass=_Checked):
         """The settings that change a run's numbers."""
         others = ("run_dir", "tracker", "checkpoint_every")
         return {k: v for k, v in self.to_dict().items() if k not in others}
+
+
+def _check_types(config: RunConfig) -> None:
+    """Accept what papermill delivers: ints for floats, whole floats and numeric strings for numbers."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if value is None and "None" in f.type:
+            continue
+        kind = f.type.split(" |")[0]
+        try:
+            if kind == "float" and not isinstance(value, bool):
+                fixed: Any = float(value)
+            elif kind == "int" and not isinstance(value, bool) and float(value) == int(float(value)):
+                fixed = int(float(value))
+            elif kind == "str" and isinstance(value, str | Path):
+                fixed = str(value)
+            elif kind == "bool" and isinstance(value, bool):
+                fixed = value
+            else:
+                raise ValueError
+            if kind == "float" and not math.isfinite(fixed):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
+            names = {
+                "float": "a finite number",
+                "int": "a whole number",
+                "str": "text",
+                "bool": "True or False",
+            }
+            raise ConfigError(f"{f.name} must be {names[kind]}, not {value!r}") from None
+        object.__setattr__(config, f.name, fixed)
+
+
+def _check_ranges(config: RunConfig) -> None:
+    """ConfigError for the first value out of range, or that does not go with another."""
+
+    def need(ok: bool, name: str, rule: str) -> None:
+        if not ok:
+            raise ConfigError(f"{name} must be {rule}, not {getattr(config, name)!r}")
+
+    for name, (low, high, rule) in RANGES.items():
+        need(low <= getattr(config, name) <= high, name, rule)
+    if config.n_sample > 1:
+        need(config.method == "jlb", "n_sample", "1 unless method='jlb'")
+        need(config.reward == "sum_logprob", "reward", "'sum_logprob' when n_sample is above 1")
+        need(
+            config.rollouts_per_question % config.n_sample == 0,
+            "n_sample",
+            "a divisor of rollouts_per_question",
+        )
+    if config.nll_gate == "reward" and "probability" not in config.reward:
+        raise ConfigError("nll_gate='reward' needs reward='probability' or 'mean_probability': weights >= 0")
+    if (config.reward == "verdict") != (config.method == "grpo"):
+        raise ConfigError("reward='verdict' goes with method='grpo' and with no other; leave reward at None")
+    if config.baseline == "leave_one_out":
+        need(
+            config.rollouts_per_question >= 2,
+            "rollouts_per_question",
+            "2 or more with baseline='leave_one_out'",
+        )
+    if config.composite_weight == 0:
+        need(
+            config.alpha == 0 or config.clip != "none", "alpha", "0 when composite_weight is 0, or set a clip"
+        )
+    if config.composite_weight == 1:
+        need(config.alpha > 0, "alpha", "above 0 when composite_weight is 1: p' = p needs prior traces")
 
 
 def check_parameters(names: dict[str, Any], valid: Iterable[str]) -> None:

@@ -23,12 +23,14 @@ from safetensors import SafetensorError
 from covrl_lab.config import RunConfig
 from covrl_lab.runs.folder import load_run, read_jsonl, step_file, steps_in
 from covrl_lab.train import checkpoints, opening
+from covrl_lab.train import step as step_module
 from covrl_lab.train import trainer as trainer_module
 from covrl_lab.train.models import load_policy
 from covrl_lab.train.policy import load_adapter
 from covrl_lab.train.prompts import Prompter
 from covrl_lab.train.records import StepRecord
 from covrl_lab.train.scoring import micro_batches, trace_logprobs
+from covrl_lab.train.step import set_learning_rate
 from covrl_lab.train.tasks import is_held_out, load_task
 from covrl_lab.train.trainer import Trainer
 from covrl_lab.types import ConfigError, TraceBatch
@@ -375,7 +377,8 @@ def test_killed_before_the_first_checkpoint(short_reference, tmp_path):
 def test_an_interruption_anywhere_changes_nothing(short_reference, tmp_path, monkeypatch, place):
     """Ctrl-C while sampling, in the second update, in an evaluation, or before the record is written."""
     trainer, calls = make(tmp_path / "run", SHORT), []
-    working = getattr(trainer_module, place)
+    module = step_module if hasattr(step_module, place) else trainer_module
+    working = getattr(module, place)
     # The call that falls into step 2; a step of two updates scores twice, steps 0 and 2 are evaluated.
     fatal = {"sample_traces": 2, "trace_logprobs": 4, "evaluate": 2, "step_record": 2, "append_line": 4}[
         place
@@ -387,7 +390,7 @@ def test_an_interruption_anywhere_changes_nothing(short_reference, tmp_path, mon
             raise KeyboardInterrupt
         return working(*args, **kwargs)
 
-    monkeypatch.setattr(trainer_module, place, interrupted)
+    monkeypatch.setattr(module, place, interrupted)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     assert calls[-1] == (1 if place in ("sample_traces", "trace_logprobs") else 2)
@@ -462,7 +465,7 @@ def test_micro_batches_change_nothing(tmp_path, monkeypatch):
         counted.append([p.tolist() for p in parts])
         return parts
 
-    monkeypatch.setattr(trainer_module, "micro_batches", counting)
+    monkeypatch.setattr(step_module, "micro_batches", counting)
     whole, record, gradient = gradients(tmp_path / "whole")
     assert counted == [[list(range(12))]]
     assert record.gradient_norm > 0 and record.answer_term_share > 0, "a seed where all terms act"
@@ -525,10 +528,10 @@ def test_the_learning_rate_follows_the_schedule(reference):
 def test_learning_rate_tables(settings, table):
     config, rates = RunConfig(learning_rate=2.0, **settings), []
     for step in range(config.steps):
-        state = SimpleNamespace(config=config, step=step, optimizer=SimpleNamespace(param_groups=[{}, {}]))
-        Trainer._set_learning_rate(state)
-        assert state.optimizer.param_groups[0] == state.optimizer.param_groups[1]
-        rates.append(state.optimizer.param_groups[0]["lr"])
+        optimizer = SimpleNamespace(param_groups=[{}, {}])
+        set_learning_rate(optimizer, config, step)
+        assert optimizer.param_groups[0] == optimizer.param_groups[1]
+        rates.append(optimizer.param_groups[0]["lr"])
     np.testing.assert_allclose(rates, 2.0 * np.array(table), rtol=1e-6)
 
 
