@@ -245,7 +245,7 @@ class Sweep:
 
 
 class _Driver(threading.Thread):
-    """Keeps up to ``workers`` runs with an executor until all runs of a sweep have ended, here or elsewhere."""
+    """Keeps up to ``workers`` runs of a sweep with an executor until all have ended, here or elsewhere."""
 
     def __init__(self, sweep: Sweep, executor: Any, workers: int | None) -> None:
         super().__init__(daemon=True)
