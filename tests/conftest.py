@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from helpers import make_trainer, move_adapter
 
+from covrl_lab.train import opening
 from covrl_lab.train.models import load_policy
 
 
@@ -18,10 +20,8 @@ def tiny_policies():
     def get(name="tiny"):
         if name not in cache:
             policy = load_policy(name, quantization="none", dtype="float32", lora_rank=4)
-            generator = torch.Generator().manual_seed(1)
+            generator = move_adapter(policy, seed=1, scale=0.1)
             with torch.no_grad():
-                for _, parameter in policy.trainable():
-                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
                 head = 0.25 * torch.randn(policy.head.weight.shape, generator=generator)
             policy.head.weight = torch.nn.Parameter(head.to(policy.device), requires_grad=False)
             cache[name] = policy
@@ -33,3 +33,25 @@ def tiny_policies():
 @pytest.fixture(scope="session")
 def tiny_policy(tiny_policies):
     return tiny_policies()
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """The uninterrupted run that others are compared with."""
+    torch.manual_seed(123)  # the global generator must not matter
+    return make_trainer(tmp_path_factory.mktemp("reference") / "run").run()
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fails a test that loads a model before everything has been checked."""
+
+    def loaded(*args, **kwargs):
+        pytest.fail("a model was loaded before everything had been checked")
+
+    monkeypatch.setattr(opening, "load_policy", loaded)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
