@@ -1,4 +1,6 @@
-"""Tiny random policies shared by the tests of one process; each test leaves them as it found them."""
+"""Which test files are slow or run alone, and fixtures that several files share."""
+
+import os
 
 import pytest
 import torch
@@ -6,6 +8,32 @@ from helpers import make_trainer, move_adapter
 
 from covrl_lab.train import opening
 from covrl_lab.train.models import load_policy
+
+# Files that drive a browser, a grid or a whole notebook, or measure time: two at once would time out.
+ALONE = """
+    test_benchmark test_browser test_browser_ablation test_browser_live test_explorer test_mixing test_monitor
+    test_nbval test_packaging test_report test_sweep test_train_notebook
+""".split()
+# `make quick` leaves these out, besides: they train for minutes, or load many models.
+SLOW = [name for name in ALONE if name not in ("test_explorer", "test_mixing")]
+SLOW += ["test_bench", "test_checkpoints", "test_embedded", "test_methods", "test_trainer"]
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Mark by file: ``slow``, and the group that pytest-xdist runs in one worker.
+
+    What runs alone is one group and comes first, since it takes longest; every other file is a group, so that
+    its fixtures are made once.
+    """
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker("slow")
+        alone = item.path.stem in ALONE
+        item.add_marker(pytest.mark.xdist_group("alone" if alone else item.path.stem))
+    items.sort(key=lambda item: item.path.stem not in ALONE)
 
 
 @pytest.fixture(scope="session")

@@ -29,10 +29,8 @@ SHORT = TRAINED | {
     "updates_per_step": 2,
     "checkpoint_every": 10,
     "eval_samples": 0,
+    "max_trace_tokens": 12,
 }
-
-
-SHORT |= {"max_trace_tokens": 12}
 
 
 def frames(folder: Path) -> dict[str, str]:

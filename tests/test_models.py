@@ -7,13 +7,7 @@ from helpers import TINIES, move_adapter, text_gradients, text_ids, text_logits
 from safetensors.torch import load_file, save_file
 
 from covrl_lab.train.embedded import EMBEDDED
-from covrl_lab.train.models import (
-    TINY,
-    check_model,
-    load_config,
-    load_policy,
-    load_tokenizer,
-)
+from covrl_lab.train.models import TINY, check_model, load_config, load_policy, load_tokenizer
 from covrl_lab.types import ConfigError
 
 pytestmark = pytest.mark.usefixtures("offline")

@@ -5,10 +5,7 @@ import torch
 from helpers import move_adapter, text_gradients, text_ids, text_logits
 from peft import PeftModel
 
-from covrl_lab.train.models import (
-    TINY,
-    load_policy,
-)
+from covrl_lab.train.models import TINY, load_policy
 from covrl_lab.train.policy import load_adapter, save_adapter
 from covrl_lab.types import ConfigError
 
