@@ -210,7 +210,8 @@ class Trainer:
     ) -> tuple[LogProbs, Credit, dict[str, float]]:
         """Leave the gradient of the method's loss in the adapter's ``grad``; the weights stay.
 
-        Arguments and results as in ``step.add_gradient``."""
+        Arguments and results as in ``step.add_gradient``.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         return add_gradient(
             self.config, self.method, self.policy, prompts, batch, self.method_state, old, credit
