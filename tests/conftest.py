@@ -1,13 +1,12 @@
-"""Which test files are slow or run alone, and fixtures that several files share."""
+"""Which test files are slow or run alone, and fixtures that several files share.
+
+Imports torch inside fixtures only: pytest-xdist's own process and most files of views need none.
+"""
 
 import os
 
 import pytest
-import torch
 from helpers import make_trainer, move_adapter
-
-from covrl_lab.train import opening
-from covrl_lab.train.models import load_policy
 
 # Files that drive a browser, a grid or a whole notebook, or measure time: two at once would time out.
 ALONE = """
@@ -18,8 +17,9 @@ ALONE = """
 SLOW = [name for name in ALONE if name not in ("test_explorer", "test_mixing")]
 SLOW += ["test_bench", "test_checkpoints", "test_embedded", "test_methods", "test_trainer"]
 
+# Before torch is imported; processes that a test starts inherit it, so that their numbers are the same.
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items):
@@ -43,6 +43,10 @@ def tiny_policies():
     The adapter is not zero, so that gradients reach both of its factors. The output head is random and not
     tied to the embedding, else the most likely next token would mostly be the last one again.
     """
+    import torch
+
+    from covrl_lab.train.models import load_policy
+
     cache = {}
 
     def get(name="tiny"):
@@ -66,6 +70,8 @@ def tiny_policy(tiny_policies):
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
     """The uninterrupted run that others are compared with."""
+    import torch
+
     torch.manual_seed(123)  # the global generator must not matter
     return make_trainer(tmp_path_factory.mktemp("reference") / "run").run()
 
@@ -77,7 +83,7 @@ def no_model(monkeypatch):
     def loaded(*args, **kwargs):
         pytest.fail("a model was loaded before everything had been checked")
 
-    monkeypatch.setattr(opening, "load_policy", loaded)
+    monkeypatch.setattr("covrl_lab.train.opening.load_policy", loaded)
 
 
 @pytest.fixture
