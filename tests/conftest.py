@@ -22,6 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m and pytest-xdist read the marks
 def pytest_collection_modifyitems(items):
     """Mark by file: ``slow``, and the group that pytest-xdist runs in one worker.
 
