@@ -19,7 +19,7 @@ demo: .venv/.installed
 	@echo "Open $(CURDIR)/$(DEMO)/01_quickstart.html"
 
 # Two workers: one runs what drives browsers, grids and notebooks, one after the other; see tests/conftest.py.
-PYTEST := .venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := .venv/bin/python -m pytest -n 2 --no-loadscope-reorder
 test: lint
 	$(PYTEST) $(PYTEST_ARGS)
 

@@ -22,19 +22,25 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m and pytest-xdist read the marks
 def pytest_collection_modifyitems(items):
-    """Mark by file: ``slow``, and the group that pytest-xdist runs in one worker.
-
-    What runs alone is one group and comes first, since it takes longest; every other file is a group, so that
-    its fixtures are made once.
-    """
+    """Mark slow files; what runs alone comes first, since it takes longest."""
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker("slow")
-        alone = item.path.stem in ALONE
-        item.add_marker(pytest.mark.xdist_group("alone" if alone else item.path.stem))
     items.sort(key=lambda item: item.path.stem not in ALONE)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file stays in one worker, so that its fixtures are made once; so do all files that run alone."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            name = nodeid.split(".py::")[0].split("/")[-1]
+            return "alone" if name in ALONE else name
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
