@@ -8,7 +8,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 2000
 
-.PHONY: demo test lint bench lab learning clean
+.PHONY: demo test quick lint bench lab learning clean
 
 # The second plotly renderer writes plots that an HTML file can show without Jupyter.
 demo: .venv/.installed
@@ -18,8 +18,14 @@ demo: .venv/.installed
 	.venv/bin/jupyter nbconvert --to html $(DEMO)/01_quickstart.ipynb
 	@echo "Open $(CURDIR)/$(DEMO)/01_quickstart.html"
 
+# Two workers: one runs what drives browsers, grids and notebooks, one after the other; see tests/conftest.py.
+PYTEST := .venv/bin/python -m pytest -n 2 --no-loadscope-reorder
 test: lint
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+# Without the tests marked slow: for every edit.
+quick: lint
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 lint: .venv/.installed
 	.venv/bin/python -m ruff check .

@@ -152,107 +152,21 @@ class RunConfig(metaclass=_Checked):
     tracker: str = "none"
 
     def __post_init__(self) -> None:
-        self._check_types()
+        _check_types(self)
         for name, valid in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in valid:
                 raise ConfigError(f"unknown {name} {value!r}{did_you_mean(value, valid)}")
-        self._fill_in_the_method()
-        self._check_ranges()
-        self._refuse_unread()
+        if self.clip_range is not None and self.clip_range_high is None:
+            object.__setattr__(self, "clip_range_high", self.clip_range)  # alone it moves both bounds
+        for name, value in METHOD_DEFAULTS[self.method].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        _check_ranges(self)
+        _refuse_unread(self)
         if self.run_dir is None:
             task = Path(self.task).stem if "." in self.task else self.task.replace("/", "-")
             object.__setattr__(self, "run_dir", f"runs/{task}-{self.method}-{self.run_id()}")
-
-    def _fill_in_the_method(self) -> None:
-        """Settings left at None take the method's own value."""
-        if self.clip_range is not None and self.clip_range_high is None:
-            object.__setattr__(self, "clip_range_high", self.clip_range)  # alone it moves both bounds
-        for name, default in METHOD_DEFAULTS[self.method].items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
-
-    def _refuse_unread(self) -> None:
-        """A setting that the method does not read would have no effect, and yet stand in the record."""
-        read = METHOD_SETTINGS[self.method]
-        for name, default in {**METHOD_DEFAULTS[self.method], **UNREAD}.items():
-            if name not in read and getattr(self, name) != default:
-                raise ConfigError(
-                    f"method={self.method!r} does not use {name}, so {name}={getattr(self, name)!r} would have "
-                    f"no effect; leave it out (it uses: {', '.join(sorted(read))})"
-                )
-
-    def _check_types(self) -> None:
-        """Accept what papermill delivers: ints for floats, whole floats and numeric strings for numbers."""
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if value is None and "None" in f.type:
-                continue
-            kind = f.type.split(" |")[0]
-            try:
-                if kind == "float" and not isinstance(value, bool):
-                    fixed: Any = float(value)
-                elif kind == "int" and not isinstance(value, bool) and float(value) == int(float(value)):
-                    fixed = int(float(value))
-                elif kind == "str" and isinstance(value, str | Path):
-                    fixed = str(value)
-                elif kind == "bool" and isinstance(value, bool):
-                    fixed = value
-                else:
-                    raise ValueError
-                if kind == "float" and not math.isfinite(fixed):
-                    raise ValueError
-            except (TypeError, ValueError, OverflowError):
-                names = {
-                    "float": "a finite number",
-                    "int": "a whole number",
-                    "str": "text",
-                    "bool": "True or False",
-                }
-                raise ConfigError(f"{f.name} must be {names[kind]}, not {value!r}") from None
-            object.__setattr__(self, f.name, fixed)
-
-    def _check_ranges(self) -> None:
-        def need(ok: bool, name: str, rule: str) -> None:
-            if not ok:
-                raise ConfigError(f"{name} must be {rule}, not {getattr(self, name)!r}")
-
-        for name, (low, high, rule) in RANGES.items():
-            need(low <= getattr(self, name) <= high, name, rule)
-        if self.n_sample > 1:
-            need(self.method == "jlb", "n_sample", "1 unless method='jlb'")
-            need(self.reward == "sum_logprob", "reward", "'sum_logprob' when n_sample is above 1")
-            need(
-                self.rollouts_per_question % self.n_sample == 0,
-                "n_sample",
-                "a divisor of rollouts_per_question",
-            )
-        if self.nll_gate == "reward" and "probability" not in self.reward:
-            raise ConfigError(
-                "nll_gate='reward' needs reward='probability' or 'mean_probability': weights >= 0"
-            )
-        if (self.reward == "verdict") != (self.method == "grpo"):
-            raise ConfigError(
-                "reward='verdict' goes with method='grpo' and with no other; leave reward at None"
-            )
-        if self.baseline != "none":
-            rule = (
-                f"2 or more with baseline={self.baseline!r}: one trace alone has nothing to be compared with"
-            )
-            need(self.rollouts_per_question >= 2, "rollouts_per_question", rule)
-        if self.nll_gate == "prior_positive" and self.nll_weight:
-            need(self.alpha > 0, "alpha", "above 0 with nll_gate='prior_positive', which needs prior traces")
-        if self.method == "latro":
-            rule = (
-                "'sum_logprob' or 'mean_logprob' with method='latro': its KL is taken off a log-probability"
-            )
-            need("logprob" in self.reward, "reward", rule)
-        if self.composite_weight == 0:
-            need(
-                self.alpha == 0 or self.clip != "none", "alpha", "0 when composite_weight is 0, or set a clip"
-            )
-        if self.composite_weight == 1:
-            need(self.alpha > 0, "alpha", "above 0 when composite_weight is 1: p' = p needs prior traces")
 
     # --- JSON in and out
     def to_dict(self) -> dict[str, Any]:
@@ -305,6 +219,85 @@ class RunConfig(metaclass=_Checked):
         """The settings that change a run's numbers."""
         others = ("run_dir", "tracker", "checkpoint_every")
         return {k: v for k, v in self.to_dict().items() if k not in others}
+
+
+def _check_types(config: RunConfig) -> None:
+    """Accept what papermill delivers: ints for floats, whole floats and numeric strings for numbers."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if value is None and "None" in f.type:
+            continue
+        kind = f.type.split(" |")[0]
+        try:
+            if kind == "float" and not isinstance(value, bool):
+                fixed: Any = float(value)
+            elif kind == "int" and not isinstance(value, bool) and float(value) == int(float(value)):
+                fixed = int(float(value))
+            elif kind == "str" and isinstance(value, str | Path):
+                fixed = str(value)
+            elif kind == "bool" and isinstance(value, bool):
+                fixed = value
+            else:
+                raise ValueError
+            if kind == "float" and not math.isfinite(fixed):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
+            names = {
+                "float": "a finite number",
+                "int": "a whole number",
+                "str": "text",
+                "bool": "True or False",
+            }
+            raise ConfigError(f"{f.name} must be {names[kind]}, not {value!r}") from None
+        object.__setattr__(config, f.name, fixed)
+
+
+def _refuse_unread(config: RunConfig) -> None:
+    """A setting that the method does not read would have no effect, and yet stand in the record."""
+    read = METHOD_SETTINGS[config.method]
+    for name, default in {**METHOD_DEFAULTS[config.method], **UNREAD}.items():
+        if name not in read and (value := getattr(config, name)) != default:
+            raise ConfigError(
+                f"method={config.method!r} does not use {name}, so {name}={value!r} would have no effect; "
+                f"leave it out (it uses: {', '.join(sorted(read))})"
+            )
+
+
+def _check_ranges(config: RunConfig) -> None:
+    """ConfigError for the first value out of range, or that does not go with another."""
+
+    def need(ok: bool, name: str, rule: str) -> None:
+        if not ok:
+            raise ConfigError(f"{name} must be {rule}, not {getattr(config, name)!r}")
+
+    for name, (low, high, rule) in RANGES.items():
+        need(low <= getattr(config, name) <= high, name, rule)
+    if config.n_sample > 1:
+        need(config.method == "jlb", "n_sample", "1 unless method='jlb'")
+        need(config.reward == "sum_logprob", "reward", "'sum_logprob' when n_sample is above 1")
+        need(
+            config.rollouts_per_question % config.n_sample == 0,
+            "n_sample",
+            "a divisor of rollouts_per_question",
+        )
+    if config.nll_gate == "reward" and "probability" not in config.reward:
+        raise ConfigError("nll_gate='reward' needs reward='probability' or 'mean_probability': weights >= 0")
+    if (config.reward == "verdict") != (config.method == "grpo"):
+        raise ConfigError("reward='verdict' goes with method='grpo' and with no other; leave reward at None")
+    if config.baseline != "none":
+        rule = f"2 or more with baseline={config.baseline!r}: one trace alone has nothing to be compared with"
+        need(config.rollouts_per_question >= 2, "rollouts_per_question", rule)
+    if config.nll_gate == "prior_positive" and config.nll_weight:
+        need(config.alpha > 0, "alpha", "above 0 with nll_gate='prior_positive', which needs prior traces")
+    if config.method == "latro":
+        rule = "'sum_logprob' or 'mean_logprob' with method='latro': its KL is taken off a log-probability"
+        need("logprob" in config.reward, "reward", rule)
+    if config.composite_weight == 0:
+        need(
+            config.alpha == 0 or config.clip != "none", "alpha", "0 when composite_weight is 0, or set a clip"
+        )
+    if config.composite_weight == 1:
+        need(config.alpha > 0, "alpha", "above 0 when composite_weight is 1: p' = p needs prior traces")
 
 
 def check_parameters(names: dict[str, Any], valid: Iterable[str]) -> None:

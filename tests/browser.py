@@ -17,12 +17,11 @@ import sys
 import time
 import urllib.request
 from contextlib import contextmanager
-from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import ROOT, checkout_environment
 
-ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking")
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 QUIET = {
@@ -65,12 +64,7 @@ def jupyterlab(folder, *notebooks, width=1400, height=1000):
         port = probe.getsockname()[1]
         probe.close()
         settings = folder / ".settings"
-        environment = os.environ | {
-            "JUPYTERLAB_SETTINGS_DIR": str(settings),
-            "JUPYTER_PREFER_ENV_PATH": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
-            "OMP_NUM_THREADS": "1",
-        }
+        environment = checkout_environment(JUPYTERLAB_SETTINGS_DIR=str(settings), JUPYTER_PREFER_ENV_PATH="1")
         for plugin, values in QUIET.items():
             _write_settings(settings, plugin, values)
         command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}"]

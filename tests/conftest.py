@@ -1,9 +1,46 @@
-"""Tiny random policies shared by the tests of one process; each test leaves them as it found them."""
+"""Which test files are slow or run alone, and fixtures that several files share.
+
+Imports torch inside fixtures only: pytest-xdist's own process and most files of views need none.
+"""
+
+import os
 
 import pytest
-import torch
+from helpers import make_trainer, move_adapter
 
-from covrl_lab.train.models import load_policy
+# Files that drive a browser, a grid or a whole notebook, or measure time: two at once would time out.
+ALONE = """
+    test_benchmark test_browser test_browser_ablation test_browser_live test_explorer test_mixing test_monitor
+    test_nbval test_packaging test_report test_sweep test_train_notebook
+""".split()
+# `make quick` leaves these out, besides: they train for minutes, or load many models.
+SLOW = [name for name in ALONE if name not in ("test_explorer", "test_mixing")]
+SLOW += ["test_bench", "test_checkpoints", "test_embedded", "test_methods", "test_trainer"]
+
+# Before torch is imported; processes that a test starts inherit it, so that their numbers are the same.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_modifyitems(items):
+    """Mark slow files; what runs alone comes first, since it takes longest."""
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker("slow")
+    items.sort(key=lambda item: item.path.stem not in ALONE)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file stays in one worker, so that its fixtures are made once; so do all files that run alone."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            name = nodeid.split(".py::")[0].split("/")[-1]
+            return "alone" if name in ALONE else name
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -13,15 +50,17 @@ def tiny_policies():
     The adapter is not zero, so that gradients reach both of its factors. The output head is random and not
     tied to the embedding, else the most likely next token would mostly be the last one again.
     """
+    import torch
+
+    from covrl_lab.train.models import load_policy
+
     cache = {}
 
     def get(name="tiny"):
         if name not in cache:
             policy = load_policy(name, quantization="none", dtype="float32", lora_rank=4)
-            generator = torch.Generator().manual_seed(1)
+            generator = move_adapter(policy, seed=1, scale=0.1)
             with torch.no_grad():
-                for _, parameter in policy.trainable():
-                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
                 head = 0.25 * torch.randn(policy.head.weight.shape, generator=generator)
             policy.head.weight = torch.nn.Parameter(head.to(policy.device), requires_grad=False)
             cache[name] = policy
@@ -33,3 +72,27 @@ def tiny_policies():
 @pytest.fixture(scope="session")
 def tiny_policy(tiny_policies):
     return tiny_policies()
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """The uninterrupted run that others are compared with."""
+    import torch
+
+    torch.manual_seed(123)  # the global generator must not matter
+    return make_trainer(tmp_path_factory.mktemp("reference") / "run").run()
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fails a test that loads a model before everything has been checked."""
+
+    def loaded(*args, **kwargs):
+        pytest.fail("a model was loaded before everything had been checked")
+
+    monkeypatch.setattr("covrl_lab.train.opening.load_policy", loaded)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -1,13 +1,11 @@
 """The panels in JupyterLab itself: what a reader clicks, drags and sees, against the run folder's numbers."""
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from browser import jupyterlab
-from hostile import BAIT, HOSTILE, hostile_run
-from test_reweight import EXAMPLE
+from helpers import BAIT, EXAMPLE_RUN, HOSTILE, ROOT, hostile_run
 
 from covrl_lab import load_run
 from covrl_lab.views.html import visible
@@ -19,7 +17,7 @@ SELECTED = f"{TOKEN}[aria-selected=true]"
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
-    shutil.copytree(EXAMPLE, folder / "results" / "example_run")
+    shutil.copytree(EXAMPLE_RUN, folder / "results" / "example_run")
     with jupyterlab(folder, "02_traces.ipynb", height=1300) as lab:
         yield lab
 
@@ -229,8 +227,7 @@ def test_hostile_text_stays_text(lab, capsys):
 
 def copy_helpers(folder):
     """Put what makes runs up where a notebook of the served folder can import it."""
-    for name in ("run_folders.py",):
-        shutil.copy(Path(__file__).parent / name, folder / name)
+    shutil.copy(ROOT / "tests" / "helpers.py", folder / "helpers.py")
 
 
 def test_traces_of_two_thousand_tokens_stay_within_their_boxes_and_reach(lab):
@@ -239,7 +236,7 @@ def test_traces_of_two_thousand_tokens_stay_within_their_boxes_and_reach(lab):
     lab.write(
         "long.ipynb",
         "from pathlib import Path\n"
-        "from run_folders import made_up_run\n"
+        "from helpers import made_up_run\n"
         "from covrl_lab import TraceExplorer\n"
         "run = made_up_run(Path('long'), steps=1, questions=1, rollouts=2, length=2000)\n"
         "explorer = TraceExplorer(run)",
@@ -308,7 +305,7 @@ def test_a_slider_move_redraws_soon(lab, capsys):
     lab.write(
         "speed.ipynb",
         "from pathlib import Path\n"
-        "from run_folders import made_up_run\n"
+        "from helpers import made_up_run\n"
         "from covrl_lab import MixingRatio\n"
         "run = made_up_run(Path('speed'), steps=1, questions=16, rollouts=4, length=256)\n"
         "mixing = MixingRatio(run)",

@@ -1,21 +1,22 @@
 """The run monitor and the prompt bench in a real JupyterLab."""
 
-import os
-import subprocess
-import sys
-
 import pytest
-from browser import ROOT, jupyterlab
+from browser import jupyterlab
+from helpers import TINY_RUN, start_training
 
 from covrl_lab import load_run
 from covrl_lab.train.probe import open_source, probe_question
 from covrl_lab.views.bench import find_source
 
 # A step takes about a second: a page that draws a figure for every one of hundreds a minute gets no rest.
-SMALL = (
-    "--model tiny --quantization none --dtype float32 --demonstrations 3 --questions_per_step 16 "
-    "--rollouts_per_question 8 --max_trace_tokens 24 --eval_questions 4 --eval_every 0 --steps 5000"
-).split()
+SMALL = TINY_RUN | {
+    "demonstrations": 3,
+    "questions_per_step": 16,
+    "rollouts_per_question": 8,
+    "max_trace_tokens": 24,
+    "eval_every": 0,
+    "steps": 5000,
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +28,7 @@ def lab(tmp_path_factory):
 @pytest.fixture
 def running(lab):
     """A run that another process writes into the served folder."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [
-        "nice",
-        sys.executable,
-        "-m",
-        "covrl_lab",
-        "train",
-        *SMALL,
-        "--run_dir",
-        str(lab.folder / "run"),
-    ]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_training(SMALL | {"run_dir": lab.folder / "run"}, "nice")
     yield process
     process.kill()
     process.wait(30)

@@ -6,9 +6,7 @@ import time
 import numpy as np
 import plotly.graph_objects as go
 import pytest
-from hostile import HOSTILE, hostile_run
-from run_folders import made_up_run
-from test_reweight import EXAMPLE
+from helpers import EXAMPLE_RUN, HOSTILE, hostile_run, made_up_run
 
 from covrl_lab import MixingRatio, TraceExplorer, load_run
 from covrl_lab.runs.folder import Run, step_file
@@ -20,7 +18,7 @@ from covrl_lab.views.token_view import SCALES, token_html
 
 @pytest.fixture(scope="module")
 def example():
-    return load_run(EXAMPLE)
+    return load_run(EXAMPLE_RUN)
 
 
 def listed(table, name):

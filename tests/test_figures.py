@@ -17,7 +17,7 @@ from covrl_lab.train.probe import trace_frame
 from covrl_lab.types import Example, LogProbs, TraceBatch
 from covrl_lab.views.figures import plot_answer_logprobs, plot_evaluation_curve, plot_training_curves
 from covrl_lab.views.html import accuracy_table, trace_table, visible
-from covrl_lab.views.token_figures import plot_token_comparison
+from covrl_lab.views.token_figures import plot_coherence, plot_token_comparison
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -321,3 +321,32 @@ def test_a_newline_in_hover_text_is_a_sign():
 def test_figures_need_no_torch():
     code = "import sys, covrl_lab.views.figures; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_coherence_figure_has_a_line_a_trace_and_the_best_traces_tokens_on_its_axes():
+    hostile = "<script>alert(1)</script>$x$"
+    rows = [("prior", [-3.0, -2.0, -9.0]), ("prior", [-3.0, -2.5, -1.0]), ("posterior", [-3.0, -4.0, -0.5])]
+    frame = pd.DataFrame(
+        [
+            {
+                "source": source,
+                "tokens": [f" {i}", hostile if i == 2 else "\n"],
+                "coherence": np.array(values),
+            }
+            for i, (source, values) in enumerate(rows)
+        ],
+        index=[10, 11, 12],
+    )
+    figure = plot_coherence(frame)
+    lines = [line for line in figure.data if line.y[0] is not None]
+    assert sorted(list(line.y) for line in lines) == sorted(values for _, values in rows)
+    assert [list(line.x) for line in lines] == [[0, 1, 2]] * 3
+    bold = [list(line.y) for line in lines if line.showlegend]
+    assert bold == [rows[1][1], rows[2][1]], "the traces that end best"
+    assert figure.layout.xaxis2.ticktext == ("–", "·1", "↵")
+    assert figure.layout.xaxis.ticktext[1] == "·2"
+    assert "<script" not in str(figure) and "$x$" not in str(figure) and "&lt;script&gt;" in str(figure)
+    other = plot_coherence(frame, chosen=[10, 12])
+    assert other.layout.xaxis2.ticktext == ("–", "·0", "↵")
+    alone = plot_coherence(frame[frame["source"] == "posterior"])
+    assert "xaxis2" not in alone.layout and len(plot_coherence(frame.head(0)).data) == 0

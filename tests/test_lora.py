@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import move_adapter
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from covrl_lab.train import lora, models
@@ -15,9 +16,7 @@ def both(monkeypatch, name="tiny", **settings):
     for fuse in (lambda model: None, lora.fuse):
         monkeypatch.setattr(models, "fuse", fuse)
         policy = models.load_policy(name, lora_rank=4, **settings)
-        generator = torch.Generator().manual_seed(1)
-        for _, parameter in policy.trainable():
-            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        move_adapter(policy, seed=1, scale=0.1)
         found.append(policy)
     return found
 

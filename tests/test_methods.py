@@ -15,12 +15,13 @@ from types import MappingProxyType
 import pandas as pd
 import pytest
 import torch
+from helpers import select
 from transformers import LlamaForCausalLM
-from world import World, select
 
 from covrl_lab.config import RunConfig
 from covrl_lab.defaults import settings_read
 from covrl_lab.runs.folder import load_run
+from covrl_lab.theory.world import World
 from covrl_lab.train import methods, objectives
 from covrl_lab.train.methods import METHODS, repeats, rlpr_credit
 from covrl_lab.train.models import load_policy, load_tokenizer

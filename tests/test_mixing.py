@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 import pytest
-from test_reweight import EXAMPLE, random_frame
+from helpers import EXAMPLE_RUN, random_frame
 
 from covrl_lab import MixingRatio, load_run, reweight
 from covrl_lab.views.token_figures import plot_mixing
@@ -12,7 +12,7 @@ from covrl_lab.views.token_figures import plot_mixing
 
 @pytest.fixture(scope="module")
 def example():
-    return load_run(EXAMPLE)
+    return load_run(EXAMPLE_RUN)
 
 
 def test_a_slider_recomputes_its_side(example):

@@ -4,14 +4,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pandas as pd
 import pytest
+from helpers import TINY_RUN, lines, start_training, until
 
 from covrl_lab import RunConfig
 from covrl_lab.views.monitor import (
@@ -23,35 +21,12 @@ from covrl_lab.views.monitor import (
     traces_html,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
-SMALL = (
-    "--model tiny --quantization none --dtype float32 --demonstrations 1 --questions_per_step 2 "
-    "--rollouts_per_question 2 --max_trace_tokens 6 --eval_questions 4 --eval_every 0 --steps 2000"
-).split()
-
-
-def until(condition, seconds=120):
-    """Wait for a condition; the time limit only ends a test that hangs."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def start(run_dir):
-    """Train in another process."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "covrl_lab", "train", *SMALL, "--run_dir", str(run_dir)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+SMALL = TINY_RUN | {"eval_every": 0, "steps": 2000}
 
 
 def shown(page):
     """column -> text, of the cells that show a column's latest value."""
     return dict(re.findall(r'<b data-column="(\w+)">([^<]*)</b>', page))
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture
@@ -83,7 +58,7 @@ def test_the_monitor_follows_stops_and_resumes_a_run_of_another_process(tmp_path
     run = tmp_path / "run"
     monitor = RunMonitor(run, every=0.05)
     assert monitor.snapshot.status == "waiting" and monitor.button.disabled
-    process = start(run)
+    process = start_training(SMALL | {"run_dir": run})
     try:
         until(lambda: monitor.snapshot.step >= 5)
         assert monitor.snapshot.status == "running" and monitor.snapshot.steps == 2000
@@ -109,7 +84,7 @@ def test_the_monitor_follows_stops_and_resumes_a_run_of_another_process(tmp_path
 
         monitor.button.click()
         assert not (run / "STOP").exists()
-        process = start(run)
+        process = start_training(SMALL | {"run_dir": run})
         until(lambda: monitor.snapshot.step > step)
         other = RunMonitor(run, every=0.05)  # as after a restart of the kernel
         until(lambda: other.snapshot.step > step + 1)

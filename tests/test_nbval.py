@@ -15,21 +15,12 @@ import nbformat
 import numpy as np
 import papermill
 import pytest
+from helpers import NOTEBOOKS, ROOT, TINY_RUN, checkout_environment, parameters
 from nbconvert import HTMLExporter
-from test_notebooks import NOTEBOOKS, ROOT, parameters
 
 from covrl_lab.theory.world import World
 
-SMALL = {
-    "quantization": "none",
-    "dtype": "float32",
-    "demonstrations": 1,
-    "steps": 2,
-    "questions_per_step": 2,
-    "rollouts_per_question": 2,
-    "max_trace_tokens": 6,
-    "eval_questions": 4,
-}
+SMALL = {name: value for name, value in TINY_RUN.items() if name != "model"} | {"steps": 2}
 ESTIMATORS = {"alpha": 0.7, "composite_weight": 0.25, "distance": 1.5, "temperature": 2.0, "samples": 50}
 # Parameters of a run that takes seconds; {}: as committed, from the files in notebooks/results.
 SMOKE = {
@@ -48,10 +39,9 @@ STRICT = {"05_compare", "06_estimators", "08_results"}
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
     """A folder to run in, with the committed results; kernels get this checkout, their own environment."""
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    for name, value in checkout_environment().items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("PLOTLY_RENDERER", raising=False)
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     (tmp_path / "results").symlink_to(ROOT / "notebooks" / "results")

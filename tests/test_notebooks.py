@@ -1,23 +1,20 @@
 """The notebooks take RunConfig's names, and hold no more than readers want; test_nbval.py runs them."""
 
-import ast
 import dataclasses
 import json
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
 import yaml
+from helpers import NOTEBOOKS, ROOT, parameters
 from notebook_noise import noise
 
 from covrl_lab import RunConfig
 
-ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 OWN_NAMES = {
     "progress": "bool",  # show progress bars
     "step": "int",  # step whose traces to look at first
@@ -38,19 +35,6 @@ OWN_NAMES = {
 }
 FIELDS = {field.name: field.type for field in dataclasses.fields(RunConfig)}
 HOOKS = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))["repos"][0]["hooks"]
-
-
-def parameters(path):
-    """name -> (annotation, value) of a notebook's one parameters cell."""
-    cells = nbformat.read(path, as_version=4).cells
-    (cell,) = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
-    found = {}
-    for node in ast.parse(cell.source).body:
-        assert isinstance(node, ast.AnnAssign), f"not a typed literal: {ast.unparse(node)}"
-        lines = cell.source.splitlines()[node.lineno - 1 : node.end_lineno]
-        assert any("#" in line for line in lines), f"{node.target.id} has no comment"
-        found[node.target.id] = (ast.unparse(node.annotation), ast.literal_eval(node.value))
-    return found
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

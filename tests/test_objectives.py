@@ -11,10 +11,11 @@ from itertools import product
 
 import pytest
 import torch
-from world import World, expected_loss, select
+from helpers import select
 
 from covrl_lab.config import RunConfig
 from covrl_lab.defaults import settings_read
+from covrl_lab.theory.world import World
 from covrl_lab.train.objectives import (
     Totals,
     advantages,
@@ -43,6 +44,25 @@ TOLERANCE = 1e-12  # float64 sums over at most a thousand terms agree to 1e-14
 def exact(**changes) -> RunConfig:
     settings = EXACT | dict(method="covrl_published") | changes
     return RunConfig(**settings_read(settings["method"], settings))
+
+
+def expected_loss(
+    world: World, config: RunConfig, old: World | None = None, group: int = 1, credit: Credit | None = None
+) -> torch.Tensor:
+    """Expectation of the library's loss over all groups of i.i.d. rollouts drawn from ``old``.
+
+    Goes through likelihood_credit and coupled_loss once a group; probabilities are constants.
+    """
+    new, before, batch = world.logprobs(), (old or world).logprobs().detach(), world.batch()
+    law, total = (old or world).sampling_probs(config.alpha), torch.zeros((), dtype=torch.float64)
+    for members in product(range(len(batch)), repeat=group):
+        index = list(members)
+        part, part_old = select(batch, index, group_size=group), select(before, index)
+        earned = select(credit, index) if credit else likelihood_credit(part, part_old, config)
+        totals = Totals.of(part, earned, part_old.answer_mask)
+        loss, _ = coupled_loss(select(new, index), part_old, part, earned, totals, config)
+        total = total + law[index].prod() * loss
+    return total
 
 
 def worst(left: torch.Tensor, right: torch.Tensor) -> float:

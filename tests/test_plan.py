@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from helpers import TINIES
 
 from covrl_lab import ConfigError, RunConfig
 from covrl_lab.train import lora, scoring, tree
@@ -31,7 +32,6 @@ from covrl_lab.train.scoring import packed_tokens
 from covrl_lab.train.tree import count_nodes
 from covrl_lab.types import Prompt, TraceBatch
 
-TINY = ["tiny", "tiny-qwen3", "tiny-gemma3"]
 HERE = Device("a test's", memory=16 * GIB, rate=1e12, bandwidth=1e10, runtime=0, share=0.5)
 
 
@@ -39,7 +39,7 @@ def storage(*tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-@pytest.mark.parametrize("model", TINY)
+@pytest.mark.parametrize("model", TINIES)
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_weights_adapter_and_optimiser_take_what_the_plan_says(model, quantization, dtype):
@@ -64,7 +64,7 @@ def test_weights_adapter_and_optimiser_take_what_the_plan_says(model, quantizati
     assert memory_parts(config, shape, tokens, HERE)["adapter"] == actual
 
 
-@pytest.mark.parametrize("model", TINY)
+@pytest.mark.parametrize("model", TINIES)
 def test_keys_and_values_take_what_the_plan_says(model):
     policy = load_policy(model, quantization="none", lora_rank=0, device="cpu")
     config = RunConfig(
@@ -129,7 +129,7 @@ def test_built_in_shapes_have_the_published_parameter_counts():
 
 
 def test_a_shape_reads_what_transformers_writes():
-    for model in TINY:
+    for model in TINIES:
         assert Shape.of(load_config(model).to_dict()) == shape_of(model)
     with pytest.raises(ConfigError, match="intermediate_size"):
         Shape.of({"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1})

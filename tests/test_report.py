@@ -5,12 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from browser import browser
+from helpers import EXAMPLE_RUN, ROOT
 
 import covrl_lab
 from covrl_lab import ConfigError, load_run
@@ -18,8 +18,6 @@ from covrl_lab.views import report as reporting
 from covrl_lab.views.html import visible
 from covrl_lab.views.report import report
 
-ROOT = Path(__file__).resolve().parents[1]
-EXAMPLE = ROOT / "notebooks" / "results" / "example_run"
 HOSTILE = [
     "<script>hit()</script>",
     "<img src=x onerror=hit()>",
@@ -47,7 +45,7 @@ HOSTILE = [
 @pytest.fixture
 def hostile(tmp_path):
     """The example run, with a hostile string in every text of every trace, and in its settings."""
-    run = shutil.copytree(EXAMPLE, tmp_path / "<img src=x onerror=hit()>")
+    run = shutil.copytree(EXAMPLE_RUN, tmp_path / "<img src=x onerror=hit()>")
     for path in (run / "traces").iterdir():
         frame = pd.read_parquet(path).head(len(HOSTILE))
         frame["example_id"] = [HOSTILE[i // 7] for i in range(len(HOSTILE))]  # three questions
@@ -76,7 +74,7 @@ def opened(chrome, path, scheme="light"):
 
 
 def test_the_report_opens_offline_and_draws(tmp_path):
-    path = report(load_run(EXAMPLE), tmp_path / "report.html")
+    path = report(load_run(EXAMPLE_RUN), tmp_path / "report.html")
     with browser() as chrome:
         for scheme, ground in (("light", "rgb(255, 255, 255)"), ("dark", "rgb(21, 24, 28)")):
             page, errors, requests = opened(chrome, path, scheme)
@@ -86,7 +84,7 @@ def test_the_report_opens_offline_and_draws(tmp_path):
                 assert place.locator(".main-svg").count() and place.locator(".point").count() > 5
             assert page.evaluate("getComputedStyle(document.body).backgroundColor") == ground
             curve = page.evaluate("document.querySelector('.figure').data[0]")
-            metrics = load_run(EXAMPLE).metrics
+            metrics = load_run(EXAMPLE_RUN).metrics
             assert curve["name"] == "prior"
             drawn = page.evaluate("Array.from(document.querySelector('.figure').calcdata[0], p => p.y)")
             np.testing.assert_allclose(drawn, metrics["reward_prior"])
@@ -123,7 +121,7 @@ def test_hostile_text_stays_text(hostile, tmp_path):
 
 
 def test_the_numbers_are_those_of_the_files(tmp_path):
-    run = load_run(EXAMPLE)
+    run = load_run(EXAMPLE_RUN)
     text = report(run, tmp_path / "report.html").read_text(encoding="utf-8")
     last, first = run.evaluations.iloc[-1], run.evaluations.iloc[0]
     assert f"<b>{last.accuracy:.1%}</b> after step 30" in text
@@ -138,7 +136,7 @@ def test_the_numbers_are_those_of_the_files(tmp_path):
 
 
 def test_the_same_files_give_the_same_bytes(tmp_path):
-    one, other = report(EXAMPLE, tmp_path / "one.html"), report(str(EXAMPLE), tmp_path / "other.html")
+    one, other = report(EXAMPLE_RUN, tmp_path / "one.html"), report(str(EXAMPLE_RUN), tmp_path / "other.html")
     assert one.read_bytes() == other.read_bytes()
     assert one.stat().st_size < 6_000_000
     assert str(ROOT) not in one.read_text(encoding="utf-8"), "a path of this machine"
@@ -146,7 +144,7 @@ def test_the_same_files_give_the_same_bytes(tmp_path):
 
 def test_the_policy_names_the_very_scripts(tmp_path, monkeypatch):
     monkeypatch.setattr(reporting, "get_plotlyjs", lambda: "hit()")
-    page = reporting.page(load_run(EXAMPLE))
+    page = reporting.page(load_run(EXAMPLE_RUN))
     # echo -n 'hit()' | openssl dgst -sha256 -binary | base64
     assert (
         "script-src 'sha256-ChM/OVOQnhgXHONBjbjcCr6SlibTx7sFQNaNzVnqWpo=' 'sha256-" in page
@@ -158,7 +156,7 @@ def test_the_policy_names_the_very_scripts(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("missing", ["traces", "evaluations.jsonl", "metrics.jsonl"])
 def test_a_run_that_has_only_begun_has_a_report(tmp_path, missing):
-    run = shutil.copytree(EXAMPLE, tmp_path / "run")
+    run = shutil.copytree(EXAMPLE_RUN, tmp_path / "run")
     shutil.rmtree(run / missing) if missing == "traces" else (run / missing).unlink()
     text = report(run).read_text(encoding="utf-8")
     assert (run / "report.html").exists() and "Configuration" in text
@@ -171,10 +169,10 @@ def test_command_line_and_errors(tmp_path):
     with pytest.raises(ConfigError, match="not a run folder"):
         report(tmp_path)
     with pytest.raises(ConfigError, match="does not exist"):
-        report(EXAMPLE, tmp_path / "nowhere" / "report.html")
+        report(EXAMPLE_RUN, tmp_path / "nowhere" / "report.html")
     command = [sys.executable, "-m", "covrl_lab", "report"]
     out = tmp_path / "out.html"
-    done = subprocess.run([*command, EXAMPLE, out], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*command, EXAMPLE_RUN, out], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == f"Report: {out}\n" and out.exists()
     done = subprocess.run([*command, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "not a run folder" in done.stderr and "Traceback" not in done.stderr

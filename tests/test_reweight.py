@@ -2,41 +2,19 @@
 
 import dataclasses
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import EXAMPLE_RUN, random_frame
 
 from covrl_lab import reweight
 from covrl_lab.runs.folder import load_run
 from covrl_lab.train import objectives
 from covrl_lab.types import ConfigError, LogProbs
 
-EXAMPLE = Path(__file__).parents[1] / "notebooks/results/example_run"
 WEIGHTS = [0.0, 0.2, 0.5, 1.0]
-
-
-def random_frame(n=12, longest=30, seed=0, spread=3.0):
-    """Rows as in ``Run.traces``, lengths 1 to ``longest``, gaps of a few nats and some of none."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for i in range(n):
-        length = int(rng.integers(1, longest + 1))
-        logp = -rng.exponential(2.0, length)
-        logq = np.minimum(logp + spread * rng.standard_normal(length) * (rng.random(length) < 0.7), -1e-6)
-        rows.append(
-            {
-                "source": ("prior", "posterior")[i % 2],
-                "finished": bool(rng.random() < 0.7),
-                "logp": list(logp),
-                "logq": list(logq),
-                "advantage": float(rng.standard_normal()) if i else 0.0,
-                "reward": float(-rng.exponential(5.0)),
-            }
-        )
-    return pd.DataFrame(rows)
 
 
 def as_tensors(frame):
@@ -184,10 +162,10 @@ def test_summary_by_hand():
     assert (found["ratio_low"], found["ratio_high"]) == pytest.approx((min(ratio), max(ratio)))
 
 
-@pytest.mark.skipif(not EXAMPLE.exists(), reason="the example run is not in this checkout")
+@pytest.mark.skipif(not EXAMPLE_RUN.exists(), reason="the example run is not in this checkout")
 def test_a_trained_run_is_met_at_its_own_settings():
     """What the trainer wrote, from its float32 tensors, against what its stored lists give."""
-    run = load_run(EXAMPLE)
+    run = load_run(EXAMPLE_RUN)
     settings = reweight.Settings.of(run.config)
     metrics = run.metrics.set_index("step")
     for step in run.steps:

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import TINIES
 
 from covrl_lab.runs.stats import bootstrap_interval, share_interval
 from covrl_lab.train import evaluation, sampling
@@ -17,7 +18,6 @@ from covrl_lab.train.sampling import PackedRows, _pick, draw_sources, generate, 
 from covrl_lab.train.scoring import trace_logprobs
 from covrl_lab.types import Example
 
-TINIES = ["tiny", "tiny-qwen3", "tiny-gemma3"]
 EXAMPLES = [
     Example("a", "the hat?", "seven"),
     Example("b", "what is it that the cat sat on?", "mat"),

@@ -12,6 +12,7 @@ import warnings
 
 import pytest
 import torch
+from helpers import TINIES
 from peft import LoraConfig, get_peft_model
 from transformers import (
     BloomConfig,
@@ -65,7 +66,6 @@ FAMILIES = {
     "phi3-window": (Phi3ForCausalLM, Phi3Config, {"sliding_window": 8}),
     "mistral-window": (MistralForCausalLM, MistralConfig, {"sliding_window": 8}),
 }
-TINIES = ["tiny", "tiny-qwen3", "tiny-gemma3"]
 
 
 @pytest.fixture(scope="module")

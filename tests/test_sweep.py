@@ -7,51 +7,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
+from helpers import ROOT, TINY_RUN, checkout_environment, until
+from helpers import numbers as steps_of
 from nbclient import NotebookClient
 
 from covrl_lab import ConfigError, RunConfig
 from covrl_lab.runs.sweep import LocalExecutor, Sweep
 from covrl_lab.runs.worker import status, supervise
 
-ROOT = Path(__file__).resolve().parents[1]
-SMALL = {
-    "model": "tiny",
-    "quantization": "none",
-    "dtype": "float32",
-    "demonstrations": 1,
-    "steps": 4,
-    "questions_per_step": 2,
-    "rollouts_per_question": 2,
-    "max_trace_tokens": 6,
-    "eval_questions": 4,
-    "checkpoint_every": 2,
-}
+SMALL = TINY_RUN | {"steps": 4, "checkpoint_every": 2}
 GRID = {"alpha": [0.25, 0.5, 0.75], "seed": [0, 1, 2, 3]}
-NOISE = ("seconds", "seconds_sampling", "seconds_update", "peak_memory_gib")
 PATIENCE = 420  # seconds until a test gives up
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """What the processes inherit: this checkout, one thread each."""
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-def until(happened, what):
-    """Wait until ``happened()`` gives something true, and return it."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if found := happened():
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"never happened: {what}")
+    for name, value in checkout_environment().items():
+        monkeypatch.setenv(name, value)
 
 
 def alive(*processes):
@@ -61,9 +38,7 @@ def alive(*processes):
 
 def numbers(folder):
     """What a run measured, without what no two runs share: its steps and its evaluations."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [{name: value for name, value in line.items() if name not in NOISE} for line in lines]
-    return steps, (folder / "evaluations.jsonl").read_text()
+    return steps_of(folder), (folder / "evaluations.jsonl").read_text()
 
 
 @pytest.fixture
@@ -90,7 +65,7 @@ for values in itertools.product(*grid.values()):
     Trainer(RunConfig(**settings, run_dir=f"{folder}/{run_id}"), progress=False).run()
 """
     argument = json.dumps([SMALL, GRID, str(folder)])
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = checkout_environment()
     subprocess.run([sys.executable, "-c", code, argument], check=True, env=environment)
     found = {path.name: numbers(path) for path in folder.iterdir()}
     assert len(found) == 12 and all(len(steps) == SMALL["steps"] for steps, _ in found.values())

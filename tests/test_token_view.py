@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_reweight import EXAMPLE
+from helpers import EXAMPLE_RUN
 
 from covrl_lab import load_run, reweight, token_html
 from covrl_lab.types import ConfigError
@@ -11,7 +11,7 @@ from covrl_lab.views.token_view import TokenView
 
 @pytest.fixture(scope="module")
 def example():
-    return load_run(EXAMPLE)
+    return load_run(EXAMPLE_RUN)
 
 
 def test_token_html_gives_every_token_its_number(example):

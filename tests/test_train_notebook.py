@@ -4,30 +4,20 @@ import dataclasses
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
-from test_notebooks import parameters
+from helpers import ROOT, TINY_RUN, checkout_environment, parameters
 
 from covrl_lab import ConfigError, RunConfig, load_run
 
-ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "notebooks" / "03_train.ipynb"
-SMALL = (
-    "-p model tiny -p quantization none -p dtype float32 -p demonstrations 1 -p questions_per_step 2 "
-    "-p rollouts_per_question 2 -p max_trace_tokens 6 -p eval_questions 4 -p run_dir run"
-).split()
+SMALL = [w for name, value in (TINY_RUN | {"run_dir": "run"}).items() for w in ("-p", name, str(value))]
 
 
 def papermill(folder, *arguments):
     """Run the command in ``folder``; (exit code, what it says, executed notebook)."""
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "JUPYTER_PREFER_ENV_PATH": "1",
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = checkout_environment(JUPYTER_PREFER_ENV_PATH="1")
     command = [sys.executable, "-m", "papermill", str(TRAIN), "out.ipynb", *arguments, "-k", "python3"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr, nbformat.read(folder / "out.ipynb", as_version=4)

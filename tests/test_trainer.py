@@ -1,16 +1,8 @@
-"""The training loop: what a run folder holds, and that no interruption, cut or crash changes a number."""
+"""The training loop: what a run folder holds, and that no cut of a step changes a number."""
 
 import dataclasses
-import errno
 import json
 import math
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,109 +10,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors import SafetensorError
+from helpers import CLOCK, TRAINED, lines, make_trainer, move_adapter
 
 from covrl_lab.config import RunConfig
 from covrl_lab.runs.folder import load_run, read_jsonl, step_file, steps_in
-from covrl_lab.train import checkpoints, opening
-from covrl_lab.train import trainer as trainer_module
+from covrl_lab.train import step as step_module
 from covrl_lab.train.models import load_policy
 from covrl_lab.train.policy import load_adapter
 from covrl_lab.train.prompts import Prompter
 from covrl_lab.train.records import StepRecord
 from covrl_lab.train.scoring import micro_batches, trace_logprobs
+from covrl_lab.train.step import set_learning_rate
 from covrl_lab.train.tasks import is_held_out, load_task
 from covrl_lab.train.trainer import Trainer
 from covrl_lab.types import ConfigError, TraceBatch
-
-ROOT = Path(__file__).resolve().parents[1]
-SMALL = {
-    "method": "covrl_published",
-    "model": "tiny",
-    "quantization": "none",
-    "dtype": "float32",
-    "device": "cpu",
-    "lora_rank": 4,
-    "task": "arithmetic",
-    "difficulty": 1,
-    "demonstrations": 1,
-    "steps": 8,
-    "questions_per_step": 2,
-    "rollouts_per_question": 6,
-    "max_trace_tokens": 20,  # a random model ends one trace in ten within these
-    "learning_rate": 5e-3,
-    "warmup_steps": 2,
-    "eval_every": 4,
-    "eval_questions": 3,
-    "eval_samples": 1,
-    "max_answer_tokens": 4,
-    "checkpoint_every": 3,
-    "seed": 3,
-}
-# Four quick steps with two updates each; only the last one makes a checkpoint.
-SHORT = SMALL | {
-    "steps": 4,
-    "eval_every": 2,
-    "updates_per_step": 2,
-    "checkpoint_every": 10,
-    "eval_samples": 0,
-}
-SHORT |= {"max_trace_tokens": 12}
-CLOCK = {"seconds", "seconds_sampling", "seconds_update", "peak_memory_gib"}
-
-
-def make(run_dir, base=SMALL, **settings) -> Trainer:
-    return Trainer(RunConfig(**base | settings, run_dir=str(run_dir)), progress=False)
-
-
-def numbers(run_dir) -> list[dict]:
-    """The lines of metrics.jsonl without clock and memory, as text: equal means identical."""
-    return [json.dumps({k: v for k, v in r.items() if k not in CLOCK}) for r in lines(run_dir)]
-
-
-def lines(run_dir, name="metrics.jsonl") -> list[dict]:
-    text = (Path(run_dir) / name).read_text()
-    assert text.endswith("\n")
-    return [json.loads(line) for line in text.splitlines()]  # every line whole
-
-
-def frames(folder: Path) -> dict[str, str]:
-    return {p.name: pd.read_parquet(p).to_json(double_precision=15) for p in sorted(folder.glob("*.parquet"))}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def assert_same_run(left, right) -> None:
-    """Everything but clocks is identical, to the last bit of the adapter and the optimiser."""
-    left, right = Path(left), Path(right)
-    assert numbers(left) == numbers(right)
-    assert lines(left, "evaluations.jsonl") == lines(right, "evaluations.jsonl")
-    assert frames(left / "traces") == frames(right / "traces")
-    assert frames(left / "evaluations") == frames(right / "evaluations")
-    last = steps_in(left / "checkpoints")[-1]
-    assert last == steps_in(right / "checkpoints")[-1]
-    mine, theirs = (contents(step_file(run / "checkpoints", last, "")) for run in (left, right))
-    # PEFT writes the set of adapted layers in an order that differs between processes.
-    layers = [sorted(json.loads(c.pop("adapter_config.json"))["target_modules"]) for c in (mine, theirs)]
-    assert mine == theirs and layers[0] == layers[1]
-    assert not [p for run in (left, right) for p in run.rglob("*.tmp*")]
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """The uninterrupted run that others are compared with."""
-    torch.manual_seed(123)  # the global generator must not matter
-    return make(tmp_path_factory.mktemp("reference") / "run").run()
-
-
-@pytest.fixture(scope="module")
-def short_reference(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("short") / "run", SHORT).run()
-
-
-# --- what a run folder holds
 
 
 def test_the_run_folder_is_complete(reference):
@@ -150,7 +53,7 @@ def test_the_run_folder_is_complete(reference):
 
 
 def test_metrics_are_the_step_records(reference):
-    metrics = lines(reference.run_dir)
+    metrics = lines(reference.run_dir / "metrics.jsonl")
     fields = [f.name for f in dataclasses.fields(StepRecord)]
     assert [m["step"] for m in metrics] == list(range(1, 9))
     assert all(list(m) == fields for m in metrics)
@@ -165,7 +68,7 @@ def test_metrics_are_the_step_records(reference):
 
 
 def test_evaluations_before_during_and_after(reference):
-    summaries = lines(reference.run_dir, "evaluations.jsonl")
+    summaries = lines(reference.run_dir / "evaluations.jsonl")
     assert [s["step"] for s in summaries] == [0, 4, 8]
     assert steps_in(reference.run_dir / "evaluations") == [0, 4, 8]
     run = load_run(reference.run_dir)
@@ -216,7 +119,7 @@ def recomputed(traces: pd.DataFrame, group: int, penalty: float) -> tuple[np.nda
 
 
 def test_a_run_without_a_step_has_the_same_columns_and_no_trace(reference, tmp_path):
-    make(tmp_path, steps=0).config.save(tmp_path / "config.json")
+    make_trainer(tmp_path, steps=0).config.save(tmp_path / "config.json")
     traces = load_run(tmp_path).traces()
     assert traces.empty and list(traces.columns) == list(load_run(reference.run_dir).traces().columns)
 
@@ -282,175 +185,17 @@ def test_stored_traces_equal_a_fresh_scoring_of_their_ids(reference, step):
 
 
 def test_the_adapter_moves_with_training_only(reference, tmp_path):
-    fresh = make(tmp_path / "run").setup()
+    fresh = make_trainer(tmp_path / "run").setup()
     assert fresh.policy.adapter_change() == 0
     assert reference.policy.adapter_change() > 0
 
 
-# --- going on, stopping, crashing
-
-
-def test_leaving_the_loop_and_a_stop_file_change_nothing(reference, tmp_path):
-    trainer = make(tmp_path / "run")
-    seen = []
-    for record in trainer:
-        seen.append(record.step)
-        if record.step == 2:
-            break
-    assert steps_in(trainer.run_dir / "checkpoints") == [2]  # leaving saves
-    for record in trainer:
-        seen.append(record.step)
-        if record.step == 4:
-            (trainer.run_dir / "STOP").touch()
-    assert seen == [1, 2, 3, 4] and len(lines(trainer.run_dir)) == 4
-    assert list(trainer) == []  # still stopped
-    (trainer.run_dir / "STOP").unlink()
-    again = make(tmp_path / "run")  # as after a restart of the kernel
-    seen += [record.step for record in again]
-    assert seen == list(range(1, 9)) and len(again.records) == 8
-    assert_same_run(again.run_dir, reference.run_dir)
-    assert list(again) == []  # finished: nothing to do, nothing written twice
-    assert_same_run(again.run_dir, reference.run_dir)
-
-
-def start(run_dir, base, **settings) -> list[str]:
-    flags = [f for k, v in (base | settings | {"run_dir": run_dir}).items() for f in (f"--{k}", str(v))]
-    return [sys.executable, "-m", "covrl_lab", "train", *flags]
-
-
-def test_a_killed_process_resumes_to_the_same_numbers(tmp_path):
-    """On the 4-bit base; killed without warning, resumed by the same command."""
-    base = SMALL | {"quantization": "nf4", "eval_samples": 0}
-    log = open(tmp_path / "log", "w")
-    process = subprocess.Popen(start(tmp_path / "run", base), cwd=ROOT, stdout=log, stderr=log)
-    # Meanwhile, the same run without interruption.
-    uninterrupted = make(tmp_path / "uninterrupted", base).setup()
-    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 500
-    while len(read_jsonl(metrics)) < 4 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert process.poll() is None, (tmp_path / "log").read_text()
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    done = len(read_jsonl(metrics))
-    saved = steps_in(tmp_path / "run" / "checkpoints")
-    assert 4 <= done < 8 and saved[-1] in (3, 6)
-    killed = shutil.copytree(tmp_path / "run", tmp_path / "killed")
-
-    finished = subprocess.run(start(tmp_path / "run", base), cwd=ROOT, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.strip() == f"Run folder: {tmp_path / 'run'}"
-    uninterrupted.run()
-    assert_same_run(tmp_path / "run", uninterrupted.run_dir)
-
-    # The same crash with everything half-written that a crash can leave.
-    for name in ("metrics.jsonl", "evaluations.jsonl"):
-        with (killed / name).open("a") as file:
-            file.write('{"step": 5, "loss": -0.')
-    half = killed / "checkpoints" / "step_00006.tmp"
-    half.mkdir(exist_ok=True)
-    (half / "adapter_model.safetensors").write_bytes(b"\x00half")
-    (killed / "traces" / "step_00005.parquet.99.tmp").write_bytes(b"PAR1half")
-    resumed = make(killed, base)
-    first = next(record.step for record in resumed)
-    assert first == saved[-1] + 1
-    resumed.run()
-    assert_same_run(killed, uninterrupted.run_dir)
-
-
-def test_killed_before_the_first_checkpoint(short_reference, tmp_path):
-    """All begins again, and the evaluation before training is there once."""
-    run = shutil.copytree(short_reference.run_dir, tmp_path / "run")
-    shutil.rmtree(run / "checkpoints")
-    trainer = make(run, SHORT)
-    for _ in trainer:
-        break
-    assert [e["step"] for e in lines(run, "evaluations.jsonl")] == [0]
-    assert [m["step"] for m in lines(run)] == [1]
-    trainer.run()
-    assert_same_run(run, short_reference.run_dir)
-
-
-@pytest.mark.parametrize(
-    "place", ["sample_traces", "trace_logprobs", "evaluate", "step_record", "append_line"]
-)
-def test_an_interruption_anywhere_changes_nothing(short_reference, tmp_path, monkeypatch, place):
-    """Ctrl-C while sampling, in the second update, in an evaluation, or before the record is written."""
-    trainer, calls = make(tmp_path / "run", SHORT), []
-    working = getattr(trainer_module, place)
-    # The call that falls into step 2; a step of two updates scores twice, steps 0 and 2 are evaluated.
-    fatal = {"sample_traces": 2, "trace_logprobs": 4, "evaluate": 2, "step_record": 2, "append_line": 4}[
-        place
-    ]
-
-    def interrupted(*args, **kwargs):
-        calls.append(trainer.step)
-        if len(calls) == fatal:
-            raise KeyboardInterrupt
-        return working(*args, **kwargs)
-
-    monkeypatch.setattr(trainer_module, place, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run()
-    assert calls[-1] == (1 if place in ("sample_traces", "trace_logprobs") else 2)
-    # Whatever happened, the files agree with each other: no checkpoint is ahead of the records.
-    assert max(steps_in(tmp_path / "run" / "checkpoints"), default=0) <= len(lines(tmp_path / "run"))
-    if place == "sample_traces":
-        assert steps_in(tmp_path / "run" / "checkpoints") == [1]  # a whole step is not lost
-    trainer.run()
-    assert_same_run(tmp_path / "run", short_reference.run_dir)
-
-
-@pytest.mark.parametrize("again", ["same object", "new object"])
-def test_a_full_disk_is_one_sentence_and_costs_nothing(short_reference, tmp_path, monkeypatch, again):
-    trainer, working = make(tmp_path / "run", SHORT), Path.write_bytes
-
-    def full(path, content):
-        if path.name.startswith("step_00003"):
-            working(path, content[:4])
-            raise OSError(errno.ENOSPC, "No space left on device")
-        working(path, content)
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    trainer_steps = iter(trainer)
-    next(trainer_steps), next(trainer_steps)
-    before = contents(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"no space left for .*; free some and run again"):
-        next(trainer_steps)
-    after = contents(tmp_path / "run")
-    assert {k: after.get(k) for k in before} == before
-    monkeypatch.setattr(Path, "write_bytes", working)
-    trainer = trainer if again == "same object" else make(tmp_path / "run", SHORT)
-    trainer.run()
-    assert_same_run(tmp_path / "run", short_reference.run_dir)
-
-
-def test_a_full_disk_under_a_checkpoint(short_reference, tmp_path, monkeypatch):
-    """safetensors reports it in its own way; the half checkpoint never counts."""
-    trainer, working = make(tmp_path / "run", SHORT), checkpoints.save_file
-
-    def full(tensors, path):
-        Path(path).write_bytes(b"half")
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(ConfigError, match="no space left"):
-        trainer.run()
-    assert steps_in(tmp_path / "run" / "checkpoints") == []
-    monkeypatch.setattr(checkpoints, "save_file", working)
-    trainer.run()
-    assert_same_run(tmp_path / "run", short_reference.run_dir)
-
-
-# --- the update
-
-
 def gradients(tmp_path, **settings) -> tuple[Trainer, StepRecord, dict[str, torch.Tensor]]:
     """The first step's record and gradient from an adapter that is not zero, so that both factors get one."""
-    trainer = make(tmp_path, SMALL | {"steps": 1, "max_grad_norm": 1e9, "eval_every": 0} | settings).setup()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in trainer.policy.trainable():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    trainer = make_trainer(
+        tmp_path, TRAINED | {"steps": 1, "max_grad_norm": 1e9, "eval_every": 0} | settings
+    ).setup()
+    move_adapter(trainer.policy, seed=1, scale=0.1)
     (record,) = trainer
     return trainer, record, {name: p.grad.clone() for name, p in trainer.policy.trainable()}
 
@@ -463,7 +208,7 @@ def test_micro_batches_change_nothing(tmp_path, monkeypatch):
         counted.append([p.tolist() for p in parts])
         return parts
 
-    monkeypatch.setattr(trainer_module, "micro_batches", counting)
+    monkeypatch.setattr(step_module, "micro_batches", counting)
     whole, record, gradient = gradients(tmp_path / "whole")
     assert counted == [[list(range(12))]]
     assert record.gradient_norm > 0 and record.answer_term_share > 0, "a seed where all terms act"
@@ -526,17 +271,17 @@ def test_the_learning_rate_follows_the_schedule(reference):
 def test_learning_rate_tables(settings, table):
     config, rates = RunConfig(learning_rate=2.0, **settings), []
     for step in range(config.steps):
-        state = SimpleNamespace(config=config, step=step, optimizer=SimpleNamespace(param_groups=[{}, {}]))
-        Trainer._set_learning_rate(state)
-        assert state.optimizer.param_groups[0] == state.optimizer.param_groups[1]
-        rates.append(state.optimizer.param_groups[0]["lr"])
+        optimizer = SimpleNamespace(param_groups=[{}, {}])
+        set_learning_rate(optimizer, config, step)
+        assert optimizer.param_groups[0] == optimizer.param_groups[1]
+        rates.append(optimizer.param_groups[0]["lr"])
     np.testing.assert_allclose(rates, 2.0 * np.array(table), rtol=1e-6)
 
 
 def test_a_policy_that_never_finishes_learns_nothing(tmp_path, monkeypatch):
     """Without a finished trace there is no advantage, no answer term and no KL, so no update at all."""
     monkeypatch.setattr(Prompter, "ends", lambda *args: False)
-    trainer = make(tmp_path / "run", max_trace_tokens=3, steps=2, eval_every=0, nll_gate="none")
+    trainer = make_trainer(tmp_path / "run", max_trace_tokens=3, steps=2, eval_every=0, nll_gate="none")
     for record in trainer:
         assert record.finished_share == 0 and record.answer_term_share == 0
         assert (record.gradient_norm, record.kl, record.policy_loss, record.nll) == (0, 0, 0, None)
@@ -564,52 +309,12 @@ def test_training_makes_the_reference_answer_likelier(tmp_path):
         "lr_schedule": "constant",
         "steps": 15,
     }
-    trainer = make(tmp_path / "run", **settings, eval_every=0, eval_questions=1, checkpoint_every=100)
+    trainer = make_trainer(tmp_path / "run", **settings, eval_every=0, eval_questions=1, checkpoint_every=100)
     values = [record.answer_logprob_prior for record in trainer]
     # Two tokens at random are 2 log(1/300) = -11 nats or worse. A run that learns ends near 0; one whose
     # gradient is lost or has the wrong sign stays or falls.
     assert np.mean(values[-3:]) > np.mean(values[:3]) + 5, values
     assert all(record["reward_posterior"] is None for record in trainer.records)  # alpha = 1: no posterior
-
-
-# --- refusals, before a model is loaded
-
-
-@pytest.fixture
-def no_model(monkeypatch):
-    def loaded(*args, **kwargs):
-        pytest.fail("a model was loaded before everything had been checked")
-
-    monkeypatch.setattr(opening, "load_policy", loaded)
-
-
-def test_another_configuration_in_the_folder_is_refused(reference, no_model):
-    before = contents(reference.run_dir)
-    with pytest.raises(ConfigError, match=r"another configuration \(alpha is 0.5 there, 0.25 here\)"):
-        make(reference.run_dir, alpha=0.25)
-    assert contents(reference.run_dir) == before
-    make(reference.run_dir, checkpoint_every=1, tracker="tensorboard")  # these change no number
-
-
-def test_a_foreign_folder_is_refused(tmp_path, no_model):
-    (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="not empty and not a run folder; choose another run_dir"):
-        make(tmp_path)
-    assert contents(tmp_path) == {"thesis.txt": b"mine"}
-    for inside in ("thesis.txt", "thesis.txt/run"):
-        with pytest.raises(ConfigError, match="is a file"):
-            make(tmp_path / inside)
-    (tmp_path / "empty").mkdir()
-    make(tmp_path / "empty")
-    assert not list((tmp_path / "empty").iterdir())  # looking leaves no trace
-
-
-def test_too_little_space_is_refused(tmp_path, monkeypatch, no_model):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage(10**12, 10**12, 10**6))
-    with pytest.raises(ConfigError, match="less than 200 MiB are free for .*; free some space"):
-        make(tmp_path / "deep" / "run")
-    assert not (tmp_path / "deep").exists()
 
 
 @pytest.mark.parametrize(
@@ -623,7 +328,7 @@ def test_too_little_space_is_refused(tmp_path, monkeypatch, no_model):
 )
 def test_unknown_names_are_refused(tmp_path, no_model, settings, words):
     with pytest.raises(ConfigError, match=words):
-        make(tmp_path / "run", **{"difficulty": None} | settings)
+        make_trainer(tmp_path / "run", **{"difficulty": None} | settings)
     assert not (tmp_path / "run").exists()
 
 
@@ -647,7 +352,7 @@ def test_unknown_names_are_refused(tmp_path, no_model, settings, words):
 def test_unusable_questions_are_refused(tmp_path, no_model, rows, words):
     task = write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(ConfigError, match=words) as caught:
-        make(tmp_path / "run", task=task, difficulty=None, eval_questions=1).setup()
+        make_trainer(tmp_path / "run", task=task, difficulty=None, eval_questions=1).setup()
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
@@ -663,11 +368,11 @@ def test_a_row_that_turns_out_unusable_later_costs_no_step(tmp_path, answer, wor
     rows = [{"question": q, "answer": "7"} for q in [*questions, held_out]]
     settings = {"difficulty": None, "questions_per_step": 1, "eval_questions": 1, "eval_every": 0, "steps": 6}
     task = write_rows(tmp_path / "rows.jsonl", rows)
-    fifth = load_task(task).train(4, 1, SMALL["seed"])[0]
+    fifth = load_task(task).train(4, 1, TRAINED["seed"])[0]
     rows[questions.index(fifth.question)]["answer"] = answer
     write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(ConfigError, match=words):
-        make(tmp_path / "run", task=task, prompt_style="few_shot", **settings).run()
+        make_trainer(tmp_path / "run", task=task, prompt_style="few_shot", **settings).run()
     assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 4
     assert steps_in(tmp_path / "run" / "checkpoints")[-1] == 4  # not 3, where the last regular one was
 
@@ -676,6 +381,6 @@ def test_tensorboard_gets_every_step(tmp_path):
     pytest.importorskip(
         "tensorboard", reason="tensorboard is not installed (pip install covrl-lab[trackers])"
     )
-    make(tmp_path / "run", steps=2, eval_every=0, tracker="tensorboard").run()
+    make_trainer(tmp_path / "run", steps=2, eval_every=0, tracker="tensorboard").run()
     events = list((tmp_path / "run").rglob("events.out.tfevents.*"))
     assert events and all(p.stat().st_size > 0 for p in events)

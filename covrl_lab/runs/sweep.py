@@ -94,10 +94,7 @@ class Sweep:
         else:
             for point in _points(grid or {}):
                 self._add(self.base | point)
-        self.error: str | None = None  # why the driver takes no more runs, if it does not
-        self._flying: dict[str, Any] = {}  # id -> future
-        self._stop = threading.Event()
-        self._driver: threading.Thread | None = None
+        self._driver: _Driver | None = None
 
     def _add(self, settings: dict[str, Any]) -> None:
         if "run_dir" in settings:
@@ -159,6 +156,11 @@ class Sweep:
         """Whether this object is driving the sweep."""
         return self._driver is not None and self._driver.is_alive()
 
+    @property
+    def error(self) -> str | None:
+        """Why the driver takes no more runs, if it does not."""
+        return self._driver.error if self._driver is not None else None
+
     def submit(self, executor: Any = None, workers: int | None = None) -> Sweep:
         """Start driving in the background; returns at once. A sweep that is driven already is left as it is.
 
@@ -170,65 +172,10 @@ class Sweep:
             return self
         check_platform()
         for run_id, config in self.runs.items():
-            self._prepare(self.path(run_id), config)
-        self._stop, self.error = threading.Event(), None
-        local = executor is None
-        workers = workers or (1 if local else len(self.runs))
-        threads = self.threads
-        if threads is None and local:
-            threads = max(1, _cores() // workers)
-        arguments = (executor or LocalExecutor(), workers, threads, self._stop if local else None)
-        self._driver = threading.Thread(target=self._drive, args=arguments, daemon=True)
+            _prepare(self.path(run_id), config)
+        self._driver = _Driver(self, executor, workers)
         self._driver.start()
         return self
-
-    @staticmethod
-    def _prepare(path: Path, config: RunConfig) -> None:
-        """Write the run's configuration, unless the folder holds it already."""
-        existing = path / "config.json"
-        if existing.exists():
-            different = config.differences(RunConfig.load(existing))
-            if different:
-                raise ConfigError(
-                    f"{str(path)!r} holds another configuration ({next(iter(different))} differs)"
-                )
-        else:
-            path.mkdir(parents=True, exist_ok=True)
-            config.save(existing)
-
-    def _drive(self, executor: Any, workers: int, threads: int | None, stop: Any) -> None:
-        """Keep up to ``workers`` runs with the executor until every run has ended, here or elsewhere."""
-        while not self._stop.is_set():
-            statuses = self.statuses
-            for run_id, future in list(self._flying.items()):
-                if future.done():
-                    del self._flying[run_id]
-                    self._land(run_id, future)
-            waiting = [i for i, how in statuses.items() if how == "queued" and i not in self._flying]
-            for run_id in waiting[: max(0, workers - len(self._flying))] if not self.error else ():
-                arguments = (str(self.path(run_id)), str(self.notebook), threads, self.timeout_minutes)
-                extra = {} if stop is None else {"stop": stop}
-                try:
-                    self._flying[run_id] = executor.submit(supervise, *arguments, **extra)
-                except Exception as error:
-                    self.error = first_line(
-                        f"the executor takes no more runs: {type(error).__name__}: {error}"
-                    )
-                    break
-            if not self._flying and (self.error or set(statuses.values()) <= set(ENDS)):
-                return
-            time.sleep(POLL_SECONDS)
-
-    def _land(self, run_id: str, future: Any) -> None:
-        """Take note of a future that has ended; what the run came to stands in its folder."""
-        try:
-            future.result()
-        except BrokenExecutor as error:  # nobody knows which run it was: they stay queued
-            self.error = first_line(f"the executor broke: {error}")
-        except Exception as error:
-            if status(self.path(run_id))[0] not in ENDS:
-                why = f"lost by its executor: {type(error).__name__}: {error}"
-                write_end(self.path(run_id), "failed", first_line(why))
 
     def wait(self, timeout_seconds: float | None = None) -> Sweep:
         """Wait until the driver has nothing left to do, or for ``timeout_seconds``."""
@@ -269,12 +216,8 @@ class Sweep:
 
         What waits on a cluster is withdrawn; what has begun there continues unless it is cancelled.
         """
-        self._stop.set()
-        self.wait()
-        for future in self._flying.values():
-            if not future.cancel() and isinstance(future, Future):
-                future.exception()
-        self._flying.clear()
+        if self._driver is not None:
+            self._driver.stop()
 
     def cancel(self, *run_ids: str) -> None:
         """Leave runs out: a queued one does not start, a running one is killed within a second, anywhere."""
@@ -299,6 +242,80 @@ class Sweep:
         if unknown:
             raise ConfigError(f"there is no run {unknown[0]!r} in this sweep; table() lists them")
         return list(run_ids)
+
+
+class _Driver(threading.Thread):
+    """Keeps up to ``workers`` runs of a sweep with an executor until all have ended, here or elsewhere."""
+
+    def __init__(self, sweep: Sweep, executor: Any, workers: int | None) -> None:
+        super().__init__(daemon=True)
+        local = executor is None
+        self.sweep, self.executor = sweep, executor or LocalExecutor()
+        self.workers = workers or (1 if local else len(sweep.runs))
+        self.threads = sweep.threads
+        if self.threads is None and local:
+            self.threads = max(1, _cores() // self.workers)
+        self.error: str | None = None  # why it takes no more runs, if it does not
+        self.stopped = threading.Event()
+        self.extra = {"stop": self.stopped} if local else {}
+        self.submitted: dict[str, Any] = {}  # id -> future
+
+    def run(self) -> None:
+        while not self.stopped.is_set():
+            statuses = self.sweep.statuses
+            for run_id, future in list(self.submitted.items()):
+                if future.done():
+                    del self.submitted[run_id]
+                    self._note_end(run_id, future)
+            waiting = [i for i, how in statuses.items() if how == "queued" and i not in self.submitted]
+            for run_id in waiting[: max(0, self.workers - len(self.submitted))]:
+                if not self.error:
+                    self._submit(run_id)
+            if not self.submitted and (self.error or set(statuses.values()) <= set(ENDS)):
+                return
+            time.sleep(POLL_SECONDS)
+
+    def _submit(self, run_id: str) -> None:
+        sweep = self.sweep
+        arguments = (str(sweep.path(run_id)), str(sweep.notebook), self.threads, sweep.timeout_minutes)
+        try:
+            self.submitted[run_id] = self.executor.submit(supervise, *arguments, **self.extra)
+        except Exception as error:
+            self.error = first_line(f"the executor takes no more runs: {type(error).__name__}: {error}")
+
+    def _note_end(self, run_id: str, future: Any) -> None:
+        """Take note of a future that has ended; what the run came to stands in its folder."""
+        path = self.sweep.path(run_id)
+        try:
+            future.result()
+        except BrokenExecutor as error:  # nobody knows which run it was: they stay queued
+            self.error = first_line(f"the executor broke: {error}")
+        except Exception as error:
+            if status(path)[0] not in ENDS:
+                write_end(
+                    path, "failed", first_line(f"lost by its executor: {type(error).__name__}: {error}")
+                )
+
+    def stop(self) -> None:
+        """End the thread; withdraw what waits, and wait for what runs on this machine."""
+        self.stopped.set()
+        self.join()
+        for future in self.submitted.values():
+            if not future.cancel() and isinstance(future, Future):
+                future.exception()
+        self.submitted.clear()
+
+
+def _prepare(path: Path, config: RunConfig) -> None:
+    """Write the run's configuration, unless the folder holds it already."""
+    existing = path / "config.json"
+    if existing.exists():
+        different = config.differences(RunConfig.load(existing))
+        if different:
+            raise ConfigError(f"{str(path)!r} holds another configuration ({next(iter(different))} differs)")
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+        config.save(existing)
 
 
 def _cores() -> int:

@@ -553,6 +553,7 @@ def _layout(settings: dict[str, Any], task: str, layout: str) -> dict[str, float
     import torch
 
     from covrl_lab.train.scoring import packed_tokens
+    from covrl_lab.train.step import logprobs_of
     from covrl_lab.train.trainer import Trainer
 
     torch.set_num_threads(settings["threads"])
@@ -565,7 +566,8 @@ def _layout(settings: dict[str, Any], task: str, layout: str) -> dict[str, float
         for step in range(settings["steps"]):
             _, prompts, batch = trainer.sample(step)
             with torch.no_grad():
-                logprobs = trainer.logprobs(prompts, batch, torch.arange(len(batch)))
+                rows = torch.arange(len(batch))
+                logprobs = logprobs_of(trainer.config, trainer.policy, prompts, batch, rows)
             answers.append(logprobs.answer.sum(1)[~batch.from_prior])
             finished.append(batch.finished[~batch.from_prior])
             packed.append(packed_tokens(prompts, batch)[0])

@@ -1,4 +1,4 @@
-"""The prompt bench and the probe under it: numbers against plain rows, and every way a click can end."""
+"""The prompt bench: its numbers are the probe's, and every way a click can end."""
 
 import json
 import re
@@ -6,21 +6,17 @@ import threading
 
 import numpy as np
 import pytest
-import torch
+from helpers import ASK, DEMONSTRATIONS
 
 from covrl_lab import RunConfig, Trainer
 from covrl_lab.train import probe
 from covrl_lab.train.models import load_policy
 from covrl_lab.train.policy import load_adapter
-from covrl_lab.train.probe import alternatives, open_source, probe_question
+from covrl_lab.train.probe import open_source, probe_question
 from covrl_lab.train.prompts import Prompter
-from covrl_lab.train.scoring import trace_logprobs
-from covrl_lab.types import ConfigError, Demonstration, Example, TraceBatch
+from covrl_lab.types import ConfigError
 from covrl_lab.views.bench import PromptBench, find_source, summary_html
 
-TOLERANCE = 1e-4  # nats a token
-DEMONSTRATIONS = [Demonstration("2 plus 3?", "2 and 3 more is 5.", "5")]
-ASK = {"question": "What is 14 plus 9?", "answer": "23"}
 SMALL = {"quantization": "none", "dtype": "float32", "demonstrations": 1}
 
 
@@ -43,63 +39,6 @@ def trained(tmp_path_factory):
 def opened(name, step=None, **settings):
     source = find_source(name, **settings)
     return open_source(source.config, source.checkpoint(step))
-
-
-def test_probe_equals_plain_rows(tiny_policy, prompter):
-    frame = probe_question(tiny_policy, prompter, **ASK, k=3, max_tokens=9, temperature=0.7, seed=4)
-    assert frame["source"].tolist() == ["prior"] * 3 + ["posterior"] * 3
-    width = max(map(len, frame["token_ids"]))
-    ids = torch.tensor([[*z, *[0] * (width - len(z))] for z in frame["token_ids"]])
-    mask = torch.arange(width) < torch.tensor([[len(z)] for z in frame["token_ids"]])
-    batch = TraceBatch(ids, mask, torch.tensor([True] * 3 + [False] * 3), torch.tensor(frame["finished"]), 6)
-    with torch.no_grad():
-        plain = trace_logprobs(
-            tiny_policy, [prompter(Example("x", **ASK))], batch, temperature=0.7, packed=False
-        )
-    for i, row in frame.iterrows():
-        np.testing.assert_allclose(row["logp"], plain.prior[i][mask[i]], atol=TOLERANCE)
-        np.testing.assert_allclose(row["logq"], plain.posterior[i][mask[i]], atol=TOLERANCE)
-        np.testing.assert_allclose(row["answer_logp"], plain.answer[i], atol=TOLERANCE)
-        assert row["reward"] == pytest.approx(float(plain.answer[i].sum()), abs=TOLERANCE)
-        assert row["coherence"][-1] == pytest.approx(row["reward"], abs=TOLERANCE)
-        assert len(row["coherence"]) == len(row["tokens"]) + 1
-        assert len(row["alternatives"]) == len(row["tokens"])
-    assert frame["advantage"].mean() == pytest.approx(0, abs=1e-9)
-    assert frame["advantage"].std(ddof=0) == pytest.approx(1)
-
-
-def test_alternatives_are_the_most_probable_tokens_of_each_prompt(tiny_policy, prompter):
-    prompt = prompter(Example("x", **ASK))
-    trace = tiny_policy.tokenizer(" 14 and 9", add_special_tokens=False)["input_ids"]
-    found = alternatives(tiny_policy, prompt, trace, temperature=0.5, top=3)
-    for name, context in (("prior", prompt.prior), ("posterior", prompt.posterior)):
-        assert len(found[name]) == len(trace)
-        for t, shown in enumerate(found[name]):
-            with torch.no_grad():
-                row = torch.tensor([[*context, *trace[:t]]])
-                logits = tiny_policy.causal_lm(input_ids=row, use_cache=False).logits[0, -1]
-            logprobs, ids = (logits / 0.5).log_softmax(-1).topk(3)
-            assert [text for text, _ in shown] == [tiny_policy.tokenizer.decode([i]) for i in ids]
-            np.testing.assert_allclose([p for _, p in shown], logprobs, atol=TOLERANCE)
-
-
-def test_the_seed_decides_the_traces_and_a_tick_can_end_them(tiny_policy, prompter):
-    def traces(**settings):
-        return probe_question(tiny_policy, prompter, **ASK, k=2, max_tokens=6, **settings)[
-            "token_ids"
-        ].tolist()
-
-    assert traces(seed=1) == traces(seed=1) != traces(seed=2)
-    calls = []
-
-    def tick(done):
-        calls.append(done)
-        if len(calls) == 3:
-            raise KeyError("enough")
-
-    with pytest.raises(KeyError, match="enough"):
-        traces(seed=1, tick=tick)
-    assert calls == [1, 1, 1]
 
 
 def test_wrong_input_is_one_sentence(tiny_policy, prompter, tmp_path):

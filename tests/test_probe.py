@@ -1,27 +1,90 @@
-"""The coherence curve equals one plain forward for each prefix."""
+"""The probe and the coherence curve equal plain forwards of single rows."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from helpers import ASK, DEMONSTRATIONS
 
 from covrl_lab.train import scoring
-from covrl_lab.train.probe import coherence
+from covrl_lab.train.probe import alternatives, coherence, probe_question
 from covrl_lab.train.prompts import Prompter
 from covrl_lab.train.scoring import trace_logprobs
-from covrl_lab.types import Demonstration, Example, TraceBatch
-from covrl_lab.views.token_figures import plot_coherence
+from covrl_lab.types import Example, TraceBatch
 
-TOLERANCE = 1e-4  # nats an answer: float32 sums in another order
-DEMONSTRATIONS = [Demonstration("2 plus 3?", "2 and 3 more is 5.", "5")]
-EXAMPLE = Example("a", "What is 14 plus 9?", "23")
+TOLERANCE = 1e-4  # nats a token or an answer: float32 sums in another order
+
+
+@pytest.fixture
+def prompter(tiny_policy):
+    return Prompter(tiny_policy.tokenizer, DEMONSTRATIONS)
+
+
+def test_probe_equals_plain_rows(tiny_policy, prompter):
+    frame = probe_question(tiny_policy, prompter, **ASK, k=3, max_tokens=9, temperature=0.7, seed=4)
+    assert frame["source"].tolist() == ["prior"] * 3 + ["posterior"] * 3
+    width = max(map(len, frame["token_ids"]))
+    ids = torch.tensor([[*z, *[0] * (width - len(z))] for z in frame["token_ids"]])
+    mask = torch.arange(width) < torch.tensor([[len(z)] for z in frame["token_ids"]])
+    batch = TraceBatch(ids, mask, torch.tensor([True] * 3 + [False] * 3), torch.tensor(frame["finished"]), 6)
+    with torch.no_grad():
+        plain = trace_logprobs(
+            tiny_policy, [prompter(Example("x", **ASK))], batch, temperature=0.7, packed=False
+        )
+    for i, row in frame.iterrows():
+        np.testing.assert_allclose(row["logp"], plain.prior[i][mask[i]], atol=TOLERANCE)
+        np.testing.assert_allclose(row["logq"], plain.posterior[i][mask[i]], atol=TOLERANCE)
+        np.testing.assert_allclose(row["answer_logp"], plain.answer[i], atol=TOLERANCE)
+        assert row["reward"] == pytest.approx(float(plain.answer[i].sum()), abs=TOLERANCE)
+        assert row["coherence"][-1] == pytest.approx(row["reward"], abs=TOLERANCE)
+        assert len(row["coherence"]) == len(row["tokens"]) + 1
+        assert len(row["alternatives"]) == len(row["tokens"])
+    assert frame["advantage"].mean() == pytest.approx(0, abs=1e-9)
+    assert frame["advantage"].std(ddof=0) == pytest.approx(1)
+
+
+def test_alternatives_are_the_most_probable_tokens_of_each_prompt(tiny_policy, prompter):
+    prompt = prompter(Example("x", **ASK))
+    trace = tiny_policy.tokenizer(" 14 and 9", add_special_tokens=False)["input_ids"]
+    found = alternatives(tiny_policy, prompt, trace, temperature=0.5, top=3)
+    for name, context in (("prior", prompt.prior), ("posterior", prompt.posterior)):
+        assert len(found[name]) == len(trace)
+        for t, shown in enumerate(found[name]):
+            with torch.no_grad():
+                row = torch.tensor([[*context, *trace[:t]]])
+                logits = tiny_policy.causal_lm(input_ids=row, use_cache=False).logits[0, -1]
+            logprobs, ids = (logits / 0.5).log_softmax(-1).topk(3)
+            assert [text for text, _ in shown] == [tiny_policy.tokenizer.decode([i]) for i in ids]
+            np.testing.assert_allclose([p for _, p in shown], logprobs, atol=TOLERANCE)
+
+
+def test_the_seed_decides_the_traces_and_a_tick_can_end_them(tiny_policy, prompter):
+    def traces(**settings):
+        return probe_question(tiny_policy, prompter, **ASK, k=2, max_tokens=6, **settings)[
+            "token_ids"
+        ].tolist()
+
+    assert traces(seed=1) == traces(seed=1) != traces(seed=2)
+    calls = []
+
+    def tick(done):
+        calls.append(done)
+        if len(calls) == 3:
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        traces(seed=1, tick=tick)
+    assert calls == [1, 1, 1]
 
 
 def setup(policy, style):
     """A prompter, one prompt, and a finished trace that holds the style's end marker."""
     prompter = Prompter(policy.tokenizer, DEMONSTRATIONS, style)
     text = " 14 and 9 more,\tthat is 23." + prompter.style.trace_end
-    return prompter, prompter(EXAMPLE), policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return (
+        prompter,
+        prompter(Example("a", **ASK)),
+        policy.tokenizer(text, add_special_tokens=False)["input_ids"],
+    )
 
 
 def plain(policy, context, answer):
@@ -94,32 +157,3 @@ def test_the_last_value_is_the_scored_answer_of_every_rollout(tiny_policy):
     answers = trace_logprobs(tiny_policy, [prompt, other], batch).answer.sum(1)
     assert [len(curve) for curve in curves] == [len(trace) + 1, 6]
     np.testing.assert_allclose([curve[-1] for curve in curves], answers.detach(), atol=TOLERANCE)
-
-
-def test_the_figure_has_a_line_a_trace_and_the_best_traces_tokens_on_its_axes():
-    hostile = "<script>alert(1)</script>$x$"
-    rows = [("prior", [-3.0, -2.0, -9.0]), ("prior", [-3.0, -2.5, -1.0]), ("posterior", [-3.0, -4.0, -0.5])]
-    frame = pd.DataFrame(
-        [
-            {
-                "source": source,
-                "tokens": [f" {i}", hostile if i == 2 else "\n"],
-                "coherence": np.array(values),
-            }
-            for i, (source, values) in enumerate(rows)
-        ],
-        index=[10, 11, 12],
-    )
-    figure = plot_coherence(frame)
-    lines = [line for line in figure.data if line.y[0] is not None]
-    assert sorted(list(line.y) for line in lines) == sorted(values for _, values in rows)
-    assert [list(line.x) for line in lines] == [[0, 1, 2]] * 3
-    bold = [list(line.y) for line in lines if line.showlegend]
-    assert bold == [rows[1][1], rows[2][1]], "the traces that end best"
-    assert figure.layout.xaxis2.ticktext == ("–", "·1", "↵")
-    assert figure.layout.xaxis.ticktext[1] == "·2"
-    assert "<script" not in str(figure) and "$x$" not in str(figure) and "&lt;script&gt;" in str(figure)
-    other = plot_coherence(frame, chosen=[10, 12])
-    assert other.layout.xaxis2.ticktext == ("–", "·0", "↵")
-    alone = plot_coherence(frame[frame["source"] == "posterior"])
-    assert "xaxis2" not in alone.layout and len(plot_coherence(frame.head(0)).data) == 0

@@ -1,0 +1,44 @@
+"""Live progress: the bar's numbers, and TensorBoard, wandb or trackio through Accelerate."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..config import RunConfig
+from .records import StepRecord
+
+
+class Tracker:
+    """Sends every record to the tracker that the configuration names; does nothing with "none"."""
+
+    def __init__(self, config: RunConfig, device: str) -> None:
+        self._accelerator = None
+        if config.tracker == "none":
+            return
+        from accelerate import Accelerator
+
+        self._accelerator = Accelerator(
+            log_with=config.tracker, project_dir=config.run_dir, cpu=device == "cpu"
+        )
+        settings = {k: v for k, v in config.to_dict().items() if v is not None}
+        self._accelerator.init_trackers("covrl_lab", config=settings)
+
+    def log(self, record: StepRecord) -> None:
+        if self._accelerator is not None:
+            values = {k: v for k, v in dataclasses.asdict(record).items() if v is not None}
+            self._accelerator.log(values, step=record.step)
+
+    def end(self) -> None:
+        if self._accelerator is not None:
+            self._accelerator.end_training()
+
+
+def bar_values(record: StepRecord, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What the progress bar shows: the record's numbers, and the latest of ``evaluations``."""
+    last = evaluations[-1] if evaluations else {}
+    shown = {"prior": record.reward_prior, "posterior": record.reward_posterior, "kl": record.kl}
+    shown |= {"finished": record.finished_share, "accuracy": last.get("accuracy")}
+    shown["trace use"] = last.get("trace_dependence")  # nats
+    return {name: f"{value:.2f}" for name, value in shown.items() if value is not None}
