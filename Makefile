@@ -36,8 +36,8 @@ lint: .venv/.installed
 TRAIN := OMP_NUM_THREADS=1 .venv/bin/covrl-lab train --steps 30 --eval_questions 200 --run_dir runs/learning
 learning: .venv/.installed
 	for seed in 0 1 2; do \
-		$(TRAIN)/covrl-s$$seed --seed $$seed && \
-		$(TRAIN)/prior_only-s$$seed --seed $$seed --alpha 1 --composite_weight 1 --kl_weight 0 || exit 1; \
+		$(TRAIN)/covrl-s$$seed --seed $$seed --method covrl_published && \
+		$(TRAIN)/prior_only-s$$seed --seed $$seed --method covrl_published --alpha 1 --composite_weight 1 --kl_weight 0 || exit 1; \
 	done
 	for run in runs/learning/*; do \
 		kept=notebooks/results/learning/$$(basename $$run) && mkdir -p $$kept && \

@@ -78,7 +78,7 @@ def test_the_monitor_follows_and_stops_a_run(lab, running):
     page.get_by_text("Restart Kernel and Run All Cells…", exact=True).click()
     page.locator(".jp-Dialog button.jp-mod-accept").click()
     has_text(lab, ".covrl-monitor:not(.old)", f"stopped after step {last['step']:.0f} of 5000")
-    page.locator(".covrl-monitor button", has_text="Let it go on").click()
+    page.locator(".covrl-monitor button", has_text="Allow it to resume").click()
     page.wait_for_selector(".covrl-monitor button:has-text('Stop after this step')")
     assert not (run.path / "STOP").exists()
     assert lab.errors == [] and lab.requests == [] and lab.cell_errors() == []

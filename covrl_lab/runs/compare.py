@@ -190,7 +190,7 @@ def scores(methods: Methods, step: int | None = None) -> pd.DataFrame:
             last = steps[-1] if step is None and steps else step
             if last not in steps:
                 wanted = "any step" if step is None else f"step {step}"
-                raise ConfigError(f"{run.path} has no evaluation of {wanted}; leave it out or let it go on")
+                raise ConfigError(f"{run.path} has no evaluation of {wanted}; leave it out or resume it")
             found = pd.read_parquet(step_file(run.path / "evaluations", last))
             found = found.loc[found["sample"] < 0, ["example_id", "score"]]
             named = {"method": label, "task": _task(settings), "seed": settings["seed"], "step": last}

@@ -20,6 +20,7 @@ import pandas as pd
 
 from ..files import write_whole
 from ..types import ConfigError
+from .alarms import alarms
 
 TRACE_COLUMNS = """
 step rollout example_id question answer source finished trace tokens token_ids logp logq answer_logp log_ratio
@@ -74,6 +75,12 @@ class Run:
     def evaluations(self) -> pd.DataFrame:
         """One row an evaluation: step, accuracy with its interval, ...; see ``evaluation.summarise``."""
         return pd.DataFrame(read_jsonl(self.path / "evaluations.jsonl"))
+
+    @property
+    def alarms(self) -> dict[str, str]:
+        """Signs that the run goes wrong, a sentence each by kind; see ``runs.alarms``."""
+        lines = (read_jsonl(self.path / name) for name in ("metrics.jsonl", "evaluations.jsonl"))
+        return alarms(*lines)
 
     @property
     def steps(self) -> list[int]:

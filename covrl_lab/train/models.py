@@ -178,7 +178,7 @@ def _load_frozen(name: str, quantization: str, dtype: torch.dtype, device: torch
             model, report = AutoModelForCausalLM.from_pretrained(
                 source, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **options
             )
-        if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers
+        if missing := sorted(report["missing_keys"]):  # transformers would fill in random numbers
             raise ConfigError(
                 f"the model {name!r} is incomplete: {len(missing)} weights missing, {missing[0]!r} first"
             )

@@ -30,8 +30,9 @@ def draw_sources(
     """(N,) bool, True where the prior draws the trace; a share alpha of them.
 
     "bernoulli": each trace on its own, as in the paper (section on hybrid sampling). "stratified": every
-    group gets floor(alpha G) or ceil(alpha G) prior traces, the fraction by chance: same distribution
-    of each trace, less variance. Prior traces come first in their group.
+    group gets floor(alpha G) or ceil(alpha G) prior traces, the fraction by chance. Each trace
+    has the same distribution as before, but a baseline must not tell its source (``objectives.advantages``). Prior
+    traces come first in their group.
     """
     if split == "bernoulli":
         return torch.rand(questions * group_size, generator=generator) < alpha

@@ -5,13 +5,13 @@ from __future__ import annotations
 import html
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from ..runs.reweight import answer_logprob
-from .style import GREY, SOURCE_COLOURS
+from .style import GREY, POSTERIOR, SOURCE_COLOURS
 
 
 def visible(text: str, spaces: bool = False) -> str:
@@ -108,3 +108,12 @@ def accuracy_table(evaluations: pd.DataFrame) -> str:
     ]
     header = ["after step", "accuracy (95% interval)", "finished traces", "trace length, tokens", "questions"]
     return html_table(header, rows)
+
+
+def alarms_html(alarms: Mapping[str, str]) -> str:
+    """Signs that a run goes wrong, a line each; nothing where there is none."""
+    lines = (
+        f'<div data-alarm="{html.escape(kind)}">⚠ {html_text(text)}</div>' for kind, text in alarms.items()
+    )
+    inside = "".join(lines)
+    return f'<div style="color: {POSTERIOR}; margin: 4px 0">{inside}</div>' if inside else ""

@@ -21,7 +21,7 @@ from IPython.display import HTML
 
 from ..runs.folder import Run, step_file, steps_in
 from .figures import plot_training_curves
-from .html import html_row, html_table, html_text, trace_table
+from .html import alarms_html, html_row, html_table, html_text, trace_table
 from .style import BOTH, GREY, POSTERIOR, PRIOR
 from .widgets import Panel, Plot
 
@@ -113,7 +113,9 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
         heard = newest >= _written(run.path / "STOP") and last
         if heard or silent:
             status = "stopped"
-            message = f"stopped after step {step} of {steps}; let it go on, then start it again as before"
+            message = (
+                f"stopped after step {step} of {steps}; allow it to resume, then start it again as before"
+            )
         else:
             status = "stopping"
             message = f"asked to stop: it ends and saves a checkpoint after step {step + 1}"
@@ -122,7 +124,7 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
         message = (
             f"nothing written since {time.strftime('%H:%M:%S', time.localtime(newest))} "
             f"({_duration(now - newest)}): it takes long, or its process has ended; "
-            "start it again and it goes on from its last checkpoint"
+            "start it again and it resumes from its last checkpoint"
         )
     else:
         status = "running"
@@ -198,7 +200,7 @@ def _number(value: float | None, share: bool) -> str:
 
 
 def status_html(shot: Snapshot) -> str:
-    """Status, time left and the latest accuracy, on one line."""
+    """Status, time left and the latest accuracy, on one line; below it what goes wrong, if anything does."""
     sign, colour = _SIGNS[shot.status]
     parts = [f'<b style="color: {colour}">{sign} {html_text(shot.message)}</b>']
     if shot.seconds_left is not None and shot.status == "running":
@@ -213,7 +215,8 @@ def status_html(shot: Snapshot) -> str:
             f'held-out accuracy <b data-column="accuracy">{last["accuracy"]:.1%}</b> '
             f"after step {last['step']:.0f} ({interval})"
         )
-    return '<div style="line-height: 1.5">' + " &nbsp;·&nbsp; ".join(parts) + "</div>"
+    line = '<div style="line-height: 1.5">' + " &nbsp;·&nbsp; ".join(parts) + "</div>"
+    return line + (alarms_html(shot.run.alarms) if shot.step else "")
 
 
 def numbers_html(shot: Snapshot) -> str:
@@ -282,7 +285,7 @@ class RunMonitor(Panel):
             self.bar.max, self.bar.value = max(1, shot.steps), shot.step
             asked = (self.run_dir / "STOP").exists()
             self.button.disabled = shot.status in ("waiting", "finished")
-            self.button.description = "Let it go on" if asked else "Stop after this step"
+            self.button.description = "Allow it to resume" if asked else "Stop after this step"
             self.button.icon = "play" if asked else "stop"
             self.button.tooltip = (
                 "Remove the file STOP from the run folder"
@@ -305,7 +308,7 @@ class RunMonitor(Panel):
         return status_html(self.snapshot) + numbers_html(self.snapshot) + traces_html(self.snapshot)
 
     def close(self) -> None:
-        """End the thread and take the panel away; the run itself goes on."""
+        """End the thread and take the panel away; the run itself continues."""
         self._closed.set()
         self.widget.close()
 

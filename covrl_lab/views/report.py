@@ -23,7 +23,7 @@ from ..runs.folder import Run, load_run
 from ..runs.reweight import Settings, Traces, answer_logprob, summarise_traces
 from ..types import ConfigError
 from .figures import plot_answer_logprobs, plot_training_curves
-from .html import accuracy_table, html_row, html_table, html_text, trace_table
+from .html import accuracy_table, alarms_html, html_row, html_table, html_text, trace_table
 from .token_view import token_html
 
 QUESTIONS = 3  # of a step, whose traces are shown
@@ -152,9 +152,15 @@ def _head(run: Run, config: dict[str, Any], metrics: pd.DataFrame, evaluations: 
         )
         if len(evaluations) > 1:
             found += f", from {first.accuracy:.1%} after step {first.step:.0f}"
-        found += f", on {last.eval_questions:.0f} questions, greedy, from the prior prompt.</p>"
+        found += f", on {last.eval_questions:.0f} questions, greedy, from the prior prompt."
+        if "trace_dependence" in evaluations:
+            found += (
+                f" Exchanging the trace for another question's moves log p(y|x,z) by {last.trace_dependence:.1f} "
+                f"nats ({first.trace_dependence:.1f} before training)."
+            )
+        found += "</p>"
     title = html_text(run.path.absolute().name)
-    return f'<h1>{title}</h1>\n<div class="soft">{" · ".join(facts)}</div>\n{found}'
+    return f'<h1>{title}</h1>\n<div class="soft">{" · ".join(facts)}</div>\n{found}{alarms_html(run.alarms)}'
 
 
 def _traces(frame: pd.DataFrame, settings: Settings) -> list[str]:

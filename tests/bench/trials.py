@@ -1,0 +1,136 @@
+"""The objective's trials: methods on tasks of one to three steps, each run resumable, results kept as small files.
+
+    python -m tests.bench.trials                       # all runs, or what is left of them
+    python -m tests.bench.trials --methods covrl grpo --tasks double_add --seeds 0 --workers 2
+
+A run is SmolLM2-135M in NF4, 30 steps of 8 questions x 4 traces, evaluated before and after on 112 held-out
+questions. What is worth keeping is copied to notebooks/results/trials/TASK-METHOD-sSEED/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS, KEPT = ROOT / "runs/trials", ROOT / "notebooks/results/trials"
+SHARED = {"steps": 30, "eval_questions": 112, "eval_every": 0, "max_trace_tokens": 40}
+METHODS = {
+    "covrl": {"method": "covrl"},
+    "published": {"method": "covrl_published"},
+    "verifree": {"method": "verifree"},
+    "rlpr": {"method": "rlpr"},
+    "jlb": {"method": "jlb"},
+    "grpo": {"method": "grpo"},
+    # The mend, one part removed at a time.
+    "floor_of_a_guess": {"method": "covrl", "evidence_floor": 1.0},
+    "no_logarithm": {"method": "covrl", "evidence_floor": 0.0},
+    "posterior_untrained": {"method": "covrl", "posterior_weight": 0.0},
+    "no_answer_term": {"method": "covrl", "nll_weight": 0.0},
+    "prior_only": {"method": "covrl", "alpha": 1.0, "posterior_weight": 0.0},
+    "alpha_adapts": {"method": "covrl", "alpha_rate": 0.2},
+}
+THINGS = "pen cup hat map toy bag box key pie fan".split()
+
+
+def double_add(random: Random) -> tuple[str, str, str]:
+    a, b = random.randint(3, 60), random.randint(2, 40)
+    trace = f"{a} + {a} = {2 * a}. {2 * a} + {b} = {2 * a + b}."
+    return f"Double {a} and then add {b}. What do you get?", trace, str(2 * a + b)
+
+
+def compare_sums(random: Random) -> tuple[str, str, str]:
+    while True:
+        a, b, c, d = (random.randint(2, 30) for _ in range(4))
+        s, t = a + b, c + d
+        if s != t:
+            high, low = max(s, t), min(s, t)
+            trace = f"{a} + {b} = {s}. {c} + {d} = {t}. {high} is larger than {low}."
+            return f"Which is larger, {a} + {b} or {c} + {d}? Give the larger sum.", trace, str(high)
+
+
+def change(random: Random) -> tuple[str, str, str]:
+    a, b, c = random.randint(2, 20), random.randint(2, 20), random.choice([50, 60, 100])
+    x, y = random.sample(THINGS, 2)
+    question = f"A {x} costs {a} coins and a {y} costs {b} coins. You buy both and pay {c} coins."
+    rest = c - a - b
+    trace = f"{a} + {b} = {a + b}. {c} - {a + b} = {rest}."
+    return f"{question} How many coins do you get back?", trace, str(rest)
+
+
+def middle(random: Random) -> tuple[str, str, str]:
+    ordered = sorted(random.sample(range(10, 99), 3))
+    shuffled = ordered[:]
+    random.shuffle(shuffled)
+    question = "Put {}, {} and {} in order. Which number is in the middle?".format(*shuffled)
+    return question, "In order: {}, {}, {}.".format(*ordered), str(ordered[1])
+
+
+GENERATED = {task.__name__: task for task in (double_add, compare_sums, change, middle)}
+TASKS = {
+    "arithmetic": {"task": "arithmetic"},
+    "largest": {"task": "largest_of_three"},
+    "chained": {"task": "chained_arithmetic", "difficulty": 1},
+    "shop": {"task": "shop", "difficulty": 1},
+} | {name: {"task": str(RUNS / f"{name}.jsonl"), "trace_column": "trace"} for name in GENERATED}
+
+
+def write_tasks(rows: int = 1500) -> None:
+    """The generated tasks as JSON lines of question, trace and answer, the same on every machine."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    for name, make in GENERATED.items():
+        found: dict[str, dict] = {}
+        for i in range(4 * rows):
+            question, trace, answer = make(Random(f"{name}/{i}"))
+            found.setdefault(question, {"question": question, "trace": trace, "answer": answer})
+        lines = [json.dumps(row) + "\n" for row in list(found.values())[:rows]]
+        (RUNS / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def run(name: str, settings: dict) -> str:
+    """Train or resume one run, keep its small files; what to print of it."""
+    folder = RUNS / name
+    flags = [f"--{key}={value}" for key, value in (SHARED | settings | {"run_dir": folder}).items()]
+    command = [sys.executable, "-m", "covrl_lab", "train", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        return f"{name}: {done.stderr.strip().splitlines()[-1]}"
+    kept = KEPT / name
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in ("config.json", "metrics.jsonl", "evaluations.jsonl"):
+        shutil.copy(folder / file, kept / file)
+    evaluations = [json.loads(line) for line in (kept / "evaluations.jsonl").read_text().splitlines()]
+    return f"{name}: " + " to ".join(f"{e['accuracy']:.1%}" for e in evaluations)
+
+
+def main() -> None:
+    """Run what is asked for and not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:6])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, default=2)
+    given = parser.parse_args()
+    write_tasks()
+    left = {
+        f"{task}-{method}-s{seed}": TASKS[task] | METHODS[method] | {"seed": seed}
+        for seed in given.seeds
+        for task in given.tasks
+        for method in given.methods
+    }
+    left = {name: settings for name, settings in left.items() if not (KEPT / name).exists()}
+    with ThreadPoolExecutor(given.workers) as pool:
+        for line in pool.map(lambda item: run(*item), left.items()):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Alarms: each fires on its sign and on no other, and the files of older versions raise none by mistake."""
+
+import json
+
+import pytest
+
+from covrl_lab import load_run
+from covrl_lab.runs.alarms import alarms
+from covrl_lab.views.html import alarms_html
+
+FINE = [{"finished_share": 1.0, "gradient_norm": 2.0}] * 4
+START = {
+    "accuracy": 0.25,
+    "accuracy_high": 0.35,
+    "answer_logprob": -10.0,
+    "trace_dependence": 6.0,
+    "eval_trace_tokens": 25.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("steps", "later", "kinds"),
+    [
+        (FINE, {}, []),
+        ([*FINE[:1], *[{"finished_share": 0.2, "gradient_norm": 1.0}] * 3], {}, ["unfinished"]),
+        ([*FINE, {"finished_share": 0.2, "gradient_norm": 1.0}], {}, []),  # one bad step is none
+        ([{"finished_share": 1.0, "gradient_norm": 0.0}] * 3, {}, ["no gradient"]),
+        ([{"finished_share": 1.0, "gradient_norm": 0.0}] * 2, {}, []),  # too early to say
+        (FINE, {"trace_dependence": 2.9}, ["trace dependence"]),
+        (FINE, {"trace_dependence": 3.1}, []),
+        (FINE, {"eval_trace_tokens": 8.0}, ["trace length"]),
+        (FINE, {"answer_logprob": -5.0, "accuracy": 0.1, "accuracy_high": 0.2}, ["reward without accuracy"]),
+        (FINE, {"answer_logprob": -5.0, "accuracy": 0.2, "accuracy_high": 0.3}, []),  # within its interval
+        (FINE, {"answer_logprob": -5.0, "accuracy": 0.6, "accuracy_high": 0.7}, []),
+    ],
+)
+def test_each_sign_raises_its_alarm(steps, later, kinds):
+    found = alarms(steps, [START, START | later])
+    assert list(found) == kinds
+    assert all(any(word in text for word in ("raise", "use method")) for text in found.values())
+
+
+def test_the_first_evaluation_alone_raises_nothing():
+    assert alarms(FINE, [START | {"trace_dependence": 0.0}]) == {} == alarms([], [])
+
+
+def test_files_without_these_columns_raise_nothing():
+    old = {"accuracy": 0.3, "accuracy_high": 0.4}
+    assert alarms([{"finished_share": 1.0}] * 3, [old, old | {"accuracy": 0.0, "accuracy_high": 0.1}]) == {}
+
+
+def test_a_run_folder_says_its_alarms_and_views_escape_them(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    lines = [START, START | {"eval_trace_tokens": 3.0}]
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = load_run(tmp_path).alarms
+    assert list(found) == ["trace length"] and "from 25 to 3 tokens" in found["trace length"]
+    assert 'data-alarm="trace length"' in alarms_html(found)
+    assert "<b>" not in alarms_html({"x": "<b>"}) and alarms_html({}) == ""
