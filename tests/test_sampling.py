@@ -394,6 +394,37 @@ def evaluated(policy, prompter, task=ALWAYS_RIGHT, **settings):
     return evaluate(policy, prompter, task, EXAMPLES, progress=False, **settings)
 
 
+def test_evaluate_says_how_much_answers_depend_on_traces(tiny_policies, prompter, bias):
+    """Against one plain forward for each answer: after its own trace, the next question's, and an empty one."""
+    policy = tiny_policies("tiny")
+    bias(policy, newline=4.0)
+    frame = evaluated(policy, prompter, posterior=True)
+    greedy = frame[frame["sample"] < 0]
+    prompts = [prompter(example) for example in EXAMPLES]
+    results = predict(policy, prompter, prompts, max_trace_tokens=6, max_answer_tokens=4)
+    traces = [result["trace_ids"] for result in results]
+    kinds = {
+        "answer_logp": traces,
+        "other_trace_logp": [*traces[1:], traces[0]],
+        "no_trace_logp": [policy.tokenizer.encode("\n", add_special_tokens=False)] * len(traces),
+    }
+    for name, used in kinds.items():
+        for prompt, trace, value in zip(prompts, used, greedy[name], strict=True):
+            ids = torch.tensor([[*prompt.prior, *trace, *prompt.seam, *prompt.answer]])
+            with torch.no_grad():
+                logprobs = policy.causal_lm(input_ids=ids).logits[0].double().log_softmax(-1)
+            n = len(prompt.answer)
+            assert value == pytest.approx(
+                logprobs[-n - 1 : -1].gather(1, ids[0, -n:, None]).sum().item(), abs=1e-3
+            )
+    summary = summarise(frame)
+    moved = (greedy["answer_logp"] - greedy["other_trace_logp"]).abs().mean()
+    assert summary["trace_dependence"] == pytest.approx(moved) and moved > 0
+    ends = predict(policy, prompter, prompts, max_trace_tokens=6, max_answer_tokens=4, posterior=True)
+    assert summary["posterior_accuracy"] == np.mean([result["finished"] for result in ends])
+    assert frame.loc[frame["sample"] >= 0, ["answer_logp", "posterior_score"]].isna().all(axis=None)
+
+
 def test_evaluate_scores_finished_generations_only(tiny_policies, prompter, prompts, bias):
     policy = tiny_policies("tiny")
     bias(policy, newline=4.0)

@@ -242,3 +242,21 @@ def test_importing_data_is_light():
 def test_empty_prediction_and_examples():
     example = Example("id", "What is 1 + 1?", "2")
     assert load_task("arithmetic").score("", example) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("What is 13 + 58?", "What is 58 + 13?"),
+        ("Which number is the largest: 3, 17 or 25?", "Which number is the largest: 25, 3 or 17?"),
+        ("Join the last letters of 'sun' and 'map'.", "join the last letters of 'map' and 'sun'."),
+    ],
+)
+def test_mirrored_questions_are_on_the_same_side(one, other):
+    assert is_held_out(one) == is_held_out(other)
+
+
+def test_about_a_fifth_is_held_out():
+    """Of 2,000 different sums, within four standard deviations."""
+    held = sum(is_held_out(f"What is {a} + {b}?") for a in range(100, 163) for b in range(a, 163))
+    assert abs(held / 2016 - 0.2) < 4 * (0.2 * 0.8 / 2016) ** 0.5
