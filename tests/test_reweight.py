@@ -192,3 +192,21 @@ def test_wrong_settings_are_refused(given):
 def test_an_empty_frame_gives_empty_arrays():
     empty = reweight.Traces.of(random_frame().iloc[:0])
     assert reweight.quantities(empty, reweight.Settings(1, 1))["ratio"].shape == (0, 0)
+
+
+def test_the_group_bound_weighs_whole_traces():
+    """There the advantages hold P/H already: each token of a trace moves log p by A and log q by B."""
+    config = {"method": "covrl", "evidence_floor": 0.5, "alpha": 0.5, "composite_weight": 1.0, "clip": "ppo"}
+    settings = reweight.Settings.of(config)
+    assert (
+        settings.whole_traces
+        and not reweight.Settings.of(config | {"method": "covrl_published"}).whole_traces
+    )
+    frame = random_frame().assign(posterior_advantage=0.25)
+    traces = reweight.Traces.of(frame)
+    found = reweight.quantities(traces, settings)
+    mask = traces.mask
+    spread = np.broadcast_to(traces.advantage[:, None], mask.shape)
+    np.testing.assert_array_equal(found["gradient_weight_prior"][mask], spread[mask])
+    assert (found["gradient_weight_posterior"][mask] == 0.25).all() and not found["clipped"][mask].any()
+    assert np.isnan(found["gradient_weight_prior"][~mask]).all()

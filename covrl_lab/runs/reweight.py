@@ -43,6 +43,7 @@ class Settings:
     clip: str = "ppo"  # "ppo", "soft" or "none"
     clip_range: float = 0.3
     clip_range_high: float | None = None  # None: as clip_range
+    whole_traces: bool = False  # the group bound: weights P/H of whole traces, which advantages hold already
 
     def __post_init__(self) -> None:
         for name in ("alpha", "composite_weight"):
@@ -57,7 +58,9 @@ class Settings:
     def of(cls, config: Mapping[str, Any]) -> Settings:
         """Those of a run (``Run.config``); the defaults where it does not say."""
         names = ("alpha", "composite_weight", "clip", "clip_range", "clip_range_high")
-        return cls(**{name: config[name] for name in names if config.get(name) is not None})
+        given = {name: config[name] for name in names if config.get(name) is not None}
+        group_bound = config.get("method") == "covrl" and "evidence_floor" in config
+        return cls(**given, whole_traces=group_bound)
 
     @property
     def clip_bounds(self) -> tuple[float, float]:
@@ -71,7 +74,8 @@ class Traces:
     """Traces as padded arrays.
 
     logp (N, T) nats; logq (N, T) or None; lengths (N,) tokens; from_prior and finished (N,) bool;
-    advantage and reward (N,) or None where the traces never earned any.
+    advantage and reward (N,) or None where the traces never earned any; posterior_advantage (N,), the factor of
+    log q, or None where the method has none.
     """
 
     logp: np.ndarray
@@ -81,6 +85,7 @@ class Traces:
     finished: np.ndarray
     advantage: np.ndarray | None = None
     reward: np.ndarray | None = None
+    posterior_advantage: np.ndarray | None = None
 
     @classmethod
     def of(cls, frame: pd.DataFrame) -> Traces:
@@ -99,6 +104,7 @@ class Traces:
             finished=frame["finished"].to_numpy(bool),
             advantage=column("advantage"),
             reward=column("reward"),
+            posterior_advantage=column("posterior_advantage"),
         )
 
     @property
@@ -145,6 +151,7 @@ def quantities(traces: Traces, settings: Settings) -> dict[str, np.ndarray]:
     gradient_weight_prior       its part that moves log p: rho times it
     gradient_weight_posterior   its part that moves log q: 1 - rho times it
 
+    With ``whole_traces`` the two parts are the trace's advantage and posterior advantage, the same on each token.
     Without log q only what alpha = 1 or w = 1 makes independent of it; without advantages no gradient.
     """
     s, logp = settings, traces.logp
@@ -166,7 +173,14 @@ def quantities(traces: Traces, settings: Settings) -> dict[str, np.ndarray]:
         u = np.minimum(composite, LOG_RATIO_CAP)
         importance = np.where(traces.from_prior[:, None], 0.0, np.minimum(-gap, LOG_RATIO_CAP))
         found["kl"] = np.exp(importance) * (np.exp(u) * composite - np.expm1(u))
-    if traces.advantage is not None:
+    if traces.advantage is not None and s.whole_traces:
+        prior, posterior = (
+            np.where(np.isnan(logp), np.nan, 0.0 if part is None else np.nan_to_num(part)[:, None])
+            for part in (traces.advantage, traces.posterior_advantage)
+        )
+        found |= {"clipped": 0 * logp, "gradient_weight": prior + posterior}
+        found |= {"gradient_weight_prior": prior, "gradient_weight_posterior": posterior}
+    elif traces.advantage is not None:
         clipped, slope = _clip(ratio, traces.advantage[:, None], s)
         gradient_weight = np.where(log_ratio > LOG_RATIO_CAP, 0.0, traces.advantage[:, None] * slope * ratio)
         gradient_weight = np.where(np.isnan(logp), np.nan, gradient_weight)
