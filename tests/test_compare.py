@@ -256,7 +256,7 @@ def test_runs_to_numbers(runs):
     ]
     assert list(settings.loc["seed"]) == [0, 1, 0, 1]
     assert list(settings.loc["alpha"]) == [0.5, 0.5, 1.0, 1.0]
-    assert {"method", "kl_weight"} <= set(settings.index) and not {"steps", "run_dir"} & set(settings.index)
+    assert {"method", "nll_weight"} <= set(settings.index) and not {"steps", "run_dir"} & set(settings.index)
 
     frame = compare.scores(methods)
     assert len(frame) == 16, "greedy answers alone"
@@ -271,8 +271,8 @@ def test_runs_to_numbers(runs):
 
 def test_labels_are_the_settings_that_tell_methods_apart(runs):
     """Not the seed, nor the task, nor what the method itself fixes."""
-    write_run(runs / "runs/c-s10", answers(1), seed=10, alpha=0.3, kl_weight=0.1)
-    write_run(runs / "runs/c-s9", answers(1), seed=9, alpha=0.3, kl_weight=0.1)
+    write_run(runs / "runs/c-s10", answers(1), seed=10, alpha=0.3, nll_weight=0.1)
+    write_run(runs / "runs/c-s9", answers(1), seed=9, alpha=0.3, nll_weight=0.1)
     write_run(runs / "runs/d", answers(1), method="rlpr", difficulty=2)
     methods = compare.find_runs("runs/*")
     assert {k: [r.path.name for r in v] for k, v in methods.items()} == {

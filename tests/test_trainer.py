@@ -228,7 +228,7 @@ def test_micro_batches_change_nothing(tmp_path, monkeypatch):
         for name in ("token_ids", "logp", "logq", "answer_logp"):
             np.testing.assert_allclose(np.hstack(stored[name]), np.hstack(traces[name]), atol=2e-4)
     # By question, then within the group; a single rollout is never cut.
-    assert [len(c) for c in counted] == [1, 2, 4, 12]
+    assert [len(c) for c in counted] == [1, 2, 3, 12]
 
 
 def test_a_second_update_sees_the_traces_with_another_policy(tmp_path):

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from ..config import RunConfig
 from .records import StepRecord
+
+LOG = logging.getLogger(__name__)
 
 
 class Tracker:
@@ -42,3 +47,13 @@ def bar_values(record: StepRecord, evaluations: Sequence[Mapping[str, Any]]) -> 
     shown |= {"finished": record.finished_share, "accuracy": last.get("accuracy")}
     shown["trace use"] = last.get("trace_dependence")  # nats
     return {name: f"{value:.2f}" for name, value in shown.items() if value is not None}
+
+
+def announce(alarms: Mapping[str, str], said: set[str], step: int, bar: tqdm) -> None:
+    """Say each kind of alarm once, in the log and above the progress bar; ``said`` holds those that were."""
+    for kind, alarm in alarms.items():
+        if kind not in said:
+            said.add(kind)
+            LOG.warning("step %d: %s", step, alarm)
+            if not bar.disable:
+                bar.write(f"step {step}: {alarm}")

@@ -7,7 +7,6 @@ checkpoint is the adapter, the optimiser and a step number, and a killed run res
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,9 +44,7 @@ from .step import (
     verifier_rewards,
 )
 from .tasks import check_task
-from .tracking import Tracker, bar_values
-
-LOG = logging.getLogger(__name__)
+from .tracking import Tracker, announce, bar_values
 
 
 class Trainer:
@@ -119,7 +116,7 @@ class Trainer:
                 bar.update(1)
                 evaluations = read_jsonl(self.run_dir / "evaluations.jsonl")
                 bar.set_postfix(bar_values(record, evaluations))
-                self._warn(bar, evaluations)
+                announce(alarms(self.records, evaluations), self._alarms, self.step, bar)
                 yield record
         except (OSError, SafetensorError) as error:
             if not is_disk_full(error):
@@ -137,15 +134,6 @@ class Trainer:
                 self.save_checkpoint()
             if self.step == config.steps:
                 self._tracker.end()
-
-    def _warn(self, bar: tqdm, evaluations: Sequence[dict[str, Any]]) -> None:
-        """Say each sign that the run goes wrong once, in the log and above the progress bar."""
-        for kind, alarm in alarms(self.records, evaluations).items():
-            if kind not in self._alarms:
-                self._alarms.add(kind)
-                LOG.warning("step %d: %s", self.step, alarm)
-                if self.progress:
-                    bar.write(f"step {self.step}: {alarm}")
 
     def run(self) -> Trainer:
         """Run to the end."""
