@@ -38,6 +38,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
         "evidence_floor": 0.5,
         "posterior_weight": 1.0,
         "reward": "probability",
+        "baseline": "none",
         "clip": "ppo",
         "clip_range": 0.2,
         "clip_range_high": 0.2,

@@ -44,6 +44,10 @@ def test_the_first_evaluation_alone_raises_nothing():
     assert alarms(FINE, [START | {"trace_dependence": 0.0}]) == {} == alarms([], [])
 
 
+def test_a_model_that_never_used_its_traces_raises_nothing():
+    assert alarms(FINE, [START | {"trace_dependence": 0.5}, START | {"trace_dependence": 0.0}]) == {}
+
+
 def test_files_without_these_columns_raise_nothing():
     old = {"accuracy": 0.3, "accuracy_high": 0.4}
     assert alarms([{"finished_share": 1.0}] * 3, [old, old | {"accuracy": 0.0, "accuracy_high": 0.1}]) == {}

@@ -10,6 +10,7 @@ from covrl_lab.views.bench import find_source
 
 # A step takes about a second: a page that draws a figure for every one of hundreds a minute gets no rest.
 SMALL = TINY_RUN | {
+    "method": "covrl_published",
     "demonstrations": 3,
     "questions_per_step": 16,
     "rollouts_per_question": 8,

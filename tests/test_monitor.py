@@ -21,7 +21,7 @@ from covrl_lab.views.monitor import (
     traces_html,
 )
 
-SMALL = TINY_RUN | {"eval_every": 0, "steps": 2000}
+SMALL = TINY_RUN | {"method": "covrl_published", "eval_every": 0, "steps": 2000}
 
 
 def shown(page):

@@ -114,6 +114,9 @@ def test_few_shot_starts_with_bos_only_where_the_tokenizer_adds_it(tokenizer):
             ids = tokenizer(text)["input_ids"]
             return {"input_ids": [self.bos_token_id, *ids] if add_special_tokens else ids}
 
+        def decode(self, ids):
+            return tokenizer.decode(ids)
+
     with_bos = Prompter(AddsBos(), DEMONSTRATIONS)(EXAMPLE)
     assert with_bos.prior == (tokenizer.bos_token_id, *plain.prior)
     assert with_bos.posterior == (tokenizer.bos_token_id, *plain.posterior)
@@ -206,6 +209,9 @@ def test_pieces_stay_apart_where_a_tokenizer_would_merge_them():
 
         def encode(self, text, add_special_tokens=True):
             return [sum(ord(c) << 8 * k for k, c in enumerate(t)) for t in re.findall(r"[\n:]?.|[\n:]", text)]
+
+        def decode(self, ids):
+            return "".join(chr(i & 255) + (chr(i >> 8) if i >> 8 else "") for i in ids)
 
     tokenizer = Merges()
     prompt = Prompter(tokenizer, DEMONSTRATIONS[:1])(EXAMPLE)
@@ -303,3 +309,17 @@ def test_the_embedded_model_speaks_its_own_template(real_tokenizer):
     text = real_tokenizer.decode(prompt.prior)
     assert text.startswith("<|im_start|>system\n") and text.endswith("<|im_start|>assistant\n<think>\n")
     assert "quixotry" not in text and "quixotry" in real_tokenizer.decode(prompt.posterior)
+
+
+@pytest.mark.parametrize("style", ["few_shot", "chat"])
+@pytest.mark.parametrize("answer", ["42", "Tuesday", r"\frac{1}{2}", ".5", "x. y"])
+def test_the_core_of_an_answer_is_its_own_text(style, answer):
+    """Its tokens hold the whole answer, and none of the wrapper but what a token shares with it."""
+    tokenizer = load_tokenizer("tiny")
+    prompt = Prompter(tokenizer, (), style)(Example("x", "Which one?", answer))
+    core = [token for token, own in zip(prompt.answer, prompt.answer_core, strict=True) if own]
+    assert tokenizer.decode(core).strip(" >") == answer
+    assert not prompt.answer_core[-1] and tokenizer.decode(list(prompt.empty_trace)).strip() in (
+        "",
+        "</think>",
+    )

@@ -439,7 +439,8 @@ def test_evaluate_scores_finished_generations_only(tiny_policies, prompter, prom
     assert list(frame["example_id"]) == ["a", "b", "c"] * 7
     assert list(frame["answer"]) == ["seven", "mat", "8"] * 7
     greedy = predict(policy, prompter, prompts, max_trace_tokens=6, max_answer_tokens=4)
-    assert frame[["trace", "prediction", "finished", "trace_tokens"]].head(3).to_dict("records") == greedy
+    columns = ["trace", "prediction", "finished", "trace_tokens"]
+    assert frame[columns].head(3).to_dict("records") == [{k: row[k] for k in columns} for row in greedy]
 
 
 def test_evaluate_is_a_function_of_its_seed_and_not_of_its_batches(tiny_policies, prompter, monkeypatch):

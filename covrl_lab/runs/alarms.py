@@ -11,6 +11,7 @@ from typing import Any
 RECENT = 3  # steps that the last state of a run is judged by
 HALF = 0.5  # traces or trace dependence below this share of their start raise an alarm
 FINISHED = 0.5  # so does a lower share of finished traces
+USED = 1.0  # nats; a model whose answers moved less than this from the start never used its traces
 
 
 def _recent(metrics: Sequence[Mapping[str, Any]], name: str) -> list[float]:
@@ -48,7 +49,7 @@ def alarms(metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[s
     dependence, length = change("trace_dependence"), change("eval_trace_tokens")
     answer, accuracy = change("answer_logprob"), change("accuracy")
     remedy = "use method='covrl' or 'verifree', or lower nll_weight"
-    if dependence and dependence[1] < HALF * dependence[0]:
+    if dependence and dependence[0] >= USED and dependence[1] < HALF * dependence[0]:
         found["trace dependence"] = (
             f"the answer depends less on the trace: log p(y|x,z) moves by {dependence[1]:.1f} nats when the "
             f"trace is exchanged, {dependence[0]:.1f} before training; {remedy}"

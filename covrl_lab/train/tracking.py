@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,4 +57,4 @@ def announce(alarms: Mapping[str, str], said: set[str], step: int, bar: tqdm) ->
             said.add(kind)
             LOG.warning("step %d: %s", step, alarm)
             if not bar.disable:
-                bar.write(f"step {step}: {alarm}")
+                bar.write(f"step {step}: {alarm}", file=sys.stderr)

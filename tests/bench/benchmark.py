@@ -51,7 +51,7 @@ from covrl_lab.types import ConfigError, did_you_mean
 
 from .speed import FOLDER, report
 
-PRIOR_ONLY = {"alpha": 1.0, "composite_weight": 1.0, "kl_weight": 0.0}
+PRIOR_ONLY = {"alpha": 1.0, "posterior_weight": 0.0}
 STEP = {"task": "arithmetic", "prompt_style": "few_shot", "demonstrations": 3}
 STEP |= {"questions_per_step": 8, "rollouts_per_question": 4, "max_trace_tokens": 28}
 # name -> what it changes; "fixed" holds every trace to max_trace_tokens
@@ -126,13 +126,18 @@ class Results:
 
 
 class Clock:
-    """Seconds inside some methods of an object, and CPU seconds of the process, since the last ``read``."""
+    """Seconds inside some functions of an object or module, and CPU seconds, since the last ``read``."""
 
     def __init__(self, target: Any, **names: str) -> None:
         """``sampling="sample"`` adds the time of ``target.sample`` under "sampling"."""
-        self.seconds = dict.fromkeys(names, 0.0)
+        self.seconds: dict[str, float] = {}
         self.cpu = time.process_time()
+        self.watch(target, **names)
+
+    def watch(self, target: Any, **names: str) -> None:
+        """Time further functions, those of ``target``."""
         for label, name in names.items():
+            self.seconds[label] = 0.0
             setattr(target, name, self._timed(label, getattr(target, name)))
 
     def _timed(self, label: str, function: Callable) -> Callable:
@@ -162,6 +167,7 @@ def resident() -> float:
 
 def _ours(channel, settings: dict[str, Any], fixed: bool) -> None:
     """Serve steps of our trainer over a pipe: a message in is a step, its measurements come back."""
+    from covrl_lab.train import step as step_parts
     from covrl_lab.train.trainer import Trainer
     from covrl_lab.train.tree import count_nodes
 
@@ -181,7 +187,8 @@ def _ours(channel, settings: dict[str, Any], fixed: bool) -> None:
             return drawn[-1]
 
         trainer.sample = sample
-        clock = Clock(trainer, sampling="sample", scoring="score")
+        clock = Clock(trainer, sampling="sample")
+        clock.watch(step_parts, scoring="logprobs_of")
         steps = iter(trainer)
         while channel.recv():
             clock.read(0)
