@@ -20,7 +20,7 @@ from pathlib import Path
 from random import Random
 
 ROOT = Path(__file__).resolve().parents[2]
-RUNS, KEPT = ROOT / "runs/trials", ROOT / "notebooks/results/trials"
+RUNS, KEPT = Path("runs/trials"), Path("notebooks/results/trials")  # below ROOT
 SHARED = {"steps": 30, "eval_questions": 112, "eval_every": 0, "max_trace_tokens": 40}
 METHODS = {
     "covrl": {"method": "covrl"},
@@ -100,7 +100,7 @@ def run(name: str, settings: dict) -> str:
     flags = [f"--{key}={value}" for key, value in (SHARED | settings | {"run_dir": folder}).items()]
     command = [sys.executable, "-m", "covrl_lab", "train", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         return f"{name}: {done.stderr.strip().splitlines()[-1]}"
     kept = KEPT / name
@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
+    os.chdir(ROOT)
     write_tasks()
     left = {
         f"{task}-{method}-s{seed}": TASKS[task] | METHODS[method] | {"seed": seed}
