@@ -84,10 +84,14 @@ def test_choosing_a_question_and_clicking_a_token_shows_its_numbers(lab, traces)
     assert detail(traces, "gradient_weight") == pytest.approx(posterior["advantage"], abs=6e-4)
     marker = "document.querySelector('.covrl-plot.js-plotly-plot').layout.shapes[0].x0"
     wait_until(traces, lambda: traces.evaluate(marker) == at)
-    drawn = traces.evaluate("document.querySelector('.covrl-plot.js-plotly-plot').data[0].y")
-    np.testing.assert_allclose(
-        list(drawn.values()) if isinstance(drawn, dict) else drawn, posterior["logp"], atol=1e-5
-    )
+
+    def drawn() -> list[float]:
+        y = traces.evaluate("document.querySelector('.covrl-plot.js-plotly-plot').data[0].y")
+        return list(y.values()) if isinstance(y, dict) else y
+
+    # The plot follows the selection a moment later; until then it holds the trace drawn before.
+    wait_until(traces, lambda: np.allclose(drawn()[: len(posterior["logp"])], posterior["logp"], atol=1e-5))
+    np.testing.assert_allclose(drawn(), posterior["logp"], atol=1e-5)
     assert not lab.errors
 
 
