@@ -26,6 +26,7 @@ from .objectives import (
     group_credit,
     likelihood_credit,
     source_weights,
+    whole_trace,
 )
 
 State = Mapping[str, float]
@@ -44,8 +45,8 @@ def covrl_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: Sta
     ``alpha_rate`` above 0 lets alpha rise above its setting, to the share of the evidence that prior traces hold.
     """
     size = batch.group_size
-    answer = torch.where(old.answer_mask, old.answer, 0.0).double().sum(1).exp() * batch.finished
-    no_trace = torch.where(old.answer_mask, old.no_trace, 0.0).double().sum(1)
+    answer = whole_trace(old.answer, old.answer_mask).exp() * batch.finished
+    no_trace = whole_trace(old.no_trace, old.answer_mask)
     prior_weight, posterior_weight = source_weights(old, batch)
     evidence = answer * prior_weight
     floor = (config.evidence_floor * no_trace).exp().view(-1, size)[:, :1]

@@ -295,7 +295,7 @@ def coupled_loss(
 
 
 def whole_trace(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum over a trace's tokens in float64; (N, T) to (N,)."""
+    """Sum over the tokens of a trace, or of an answer, in float64; (N, T) to (N,)."""
     return torch.where(mask, values, 0.0).double().sum(1)
 
 
