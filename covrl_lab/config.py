@@ -91,9 +91,7 @@ class RunConfig(metaclass=_Checked):
     gradient_checkpointing: bool = False
     device: str = "auto"  # "auto", "cpu", "cuda"
     # --- task and prompts
-    task: str = (
-        "arithmetic"  # built-in, "reasoning_gym/NAME", "hf/OWNER/NAME", or a .jsonl/.csv/.parquet file
-    )
+    task: str = "arithmetic"  # built-in, "reasoning_gym/NAME", "hf/OWNER/NAME", or a .jsonl/.csv/.parquet file
     difficulty: int | None = None  # 1..5, built-in tasks only
     demonstrations: int = 3  # worked examples in few-shot prompts
     prompt_style: str = "auto"  # "few_shot", "chat", or "auto": few-shot where the task has demonstrations
@@ -293,9 +291,7 @@ def _check_ranges(config: RunConfig) -> None:
         rule = "'sum_logprob' or 'mean_logprob' with method='latro': its KL is taken off a log-probability"
         need("logprob" in config.reward, "reward", rule)
     if config.composite_weight == 0:
-        need(
-            config.alpha == 0 or config.clip != "none", "alpha", "0 when composite_weight is 0, or set a clip"
-        )
+        need(config.alpha == 0 or config.clip != "none", "alpha", "0 when composite_weight is 0, or set a clip")
     if config.composite_weight == 1:
         need(config.alpha > 0, "alpha", "above 0 when composite_weight is 1: p' = p needs prior traces")
 

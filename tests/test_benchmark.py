@@ -49,9 +49,7 @@ def test_peak_bytes_sees_what_a_function_holds_and_frees():
 
 
 def test_scoring_memory_hardly_depends_on_the_vocabulary(policy_of):
-    small, large = (
-        peak_bytes(scoring_run(policy_of(vocabulary), rollouts=32)[1]) for vocabulary in (8_192, 152_064)
-    )
+    small, large = (peak_bytes(scoring_run(policy_of(vocabulary), rollouts=32)[1]) for vocabulary in (8_192, 152_064))
     assert large < 1.1 * small
 
 
@@ -74,9 +72,7 @@ def test_a_trainer_serves_steps_of_equal_length(variant):
     with serving(variant, SMALL | {"model": "tiny"}, threads=1, steps=2) as step:
         first, second = step(), step()
     for taken in (first, second):
-        assert (
-            taken["rows"] == 6 and taken["generated"] == 6 * 5
-        )  # a tiny model's traces end earlier by themselves
+        assert taken["rows"] == 6 and taken["generated"] == 6 * 5  # a tiny model's traces end earlier by themselves
         parts = taken["sampling"] + taken["scoring"] + taken["update"]
         assert parts == pytest.approx(taken["seconds"]) and min(taken["sampling"], taken["scoring"]) > 0
         assert taken["prompt_tokens"] < taken["prompt_tokens_as_rows"]
@@ -230,15 +226,9 @@ def test_figures_show_the_stored_numbers():
     assert [bar.x[0] for bar in speed.token_figure(speed.token_frame(frame)).data] == [2400, 2400, 15000]
     limits = speed.limit_figure(speed.limit_frame(STORED))
     assert [bar.x[2] for bar in limits.data] == [4.0, 5.0]  # measured
-    memory = {
-        "results": {
-            k: {"vocabulary": v, "packed_tokens": 10, "bytes": 3 * 2**20} for k, v in enumerate([8, 9])
-        }
-    }
+    memory = {"results": {k: {"vocabulary": v, "packed_tokens": 10, "bytes": 3 * 2**20} for k, v in enumerate([8, 9])}}
     assert [line.y[0] for line in speed.memory_figure(speed.memory_frame(memory)).data] == [3.0, 3.0]
-    plans = {
-        "results": {"m": {k: {"gib": 1.0, "seconds": s} for k, s in (("predicted", 2), ("measured", 3))}}
-    }
+    plans = {"results": {"m": {k: {"gib": 1.0, "seconds": s} for k, s in (("predicted", 2), ("measured", 3))}}}
     assert [bar.y[0] for bar in speed.plan_figure(speed.plan_frame(plans)).data] == [1.0, 1.0, 2, 3]
     step = STORED["step"]["results"]["0"]["covrl"] | {"loaded_gib": 1.0, "peak_gib": 3.5, "value": 4}
     growth = speed.growth_frame({"results": {"rollouts: 0": step}})

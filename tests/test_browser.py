@@ -339,7 +339,5 @@ def test_a_slider_move_redraws_soon(lab, capsys):
         )
         page.wait_for_timeout(400)
     with capsys.disabled():
-        print(
-            f"\nslider to new plot in the browser: median {np.median(times):.0f} ms, most {max(times):.0f} ms"
-        )
+        print(f"\nslider to new plot in the browser: median {np.median(times):.0f} ms, most {max(times):.0f} ms")
     assert len(times) == 12 and not lab.errors

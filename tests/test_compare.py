@@ -26,11 +26,7 @@ def write_run(folder, scores, step=4, **settings):
     config = RunConfig(**({"eval_questions": len(scores)} | settings))
     config.save(folder / "config.json")
     (folder / "evaluations").mkdir()
-    rows = [
-        {"example_id": i, "sample": k, "score": s if k < 0 else 0.5}
-        for i, s in scores.items()
-        for k in (-1, 0)
-    ]
+    rows = [{"example_id": i, "sample": k, "score": s if k < 0 else 0.5} for i, s in scores.items() for k in (-1, 0)]
     pd.DataFrame(rows).to_parquet(folder / "evaluations" / f"step_{step:05d}.parquet")
     line = {"step": step, "accuracy": float(np.mean(list(scores.values())))}
     (folder / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
@@ -62,9 +58,7 @@ def test_interquartile_mean_is_the_trimmed_mean(count):
         kept.remove(max(kept))
         kept.remove(min(kept))
     assert interquartile_mean(values) == pytest.approx(sum(kept) / len(kept))
-    assert interquartile_mean(np.stack([values, values + 1])) == pytest.approx(
-        [np.mean(kept), np.mean(kept) + 1]
-    )
+    assert interquartile_mean(np.stack([values, values + 1])) == pytest.approx([np.mean(kept), np.mean(kept) + 1])
 
 
 # statsmodels.stats.proportion.proportion_confint(right, count, method="wilson"), version 0.15.0
@@ -196,9 +190,7 @@ def test_differences_are_paired_by_seed_and_question():
     assert (row["method"], row["minus"], row["seeds"], row["questions"]) == ("x", "y", 4, 250)
     assert row["difference"] == pytest.approx(gains.mean())
     half = 1.959964 * gains.std() / math.sqrt(250)
-    assert (row["low"], row["high"]) == pytest.approx(
-        (gains.mean() - half, gains.mean() + half), abs=0.15 * half
-    )
+    assert (row["low"], row["high"]) == pytest.approx((gains.mean() - half, gains.mean() + half), abs=0.15 * half)
     assert row["by_seed"] == pytest.approx((x - y).mean(1))
 
 
@@ -297,9 +289,7 @@ def test_names_and_folders_as_given(runs):
 def test_tasks_are_strata(runs):
     for seed in (0, 1):
         for name, method in (("a", "covrl"), ("b", "rlpr")):
-            write_run(
-                runs / f"runs/{name}-hard-s{seed}", answers(1, 0), seed=seed, method=method, difficulty=3
-            )
+            write_run(runs / f"runs/{name}-hard-s{seed}", answers(1, 0), seed=seed, method=method, difficulty=3)
     methods = compare.find_runs("runs/*")
     frame = compare.scores(methods)
     assert set(frame["task"]) == {"arithmetic", "arithmetic, difficulty 3"}

@@ -94,9 +94,7 @@ def test_a_misspelt_keyword_is_answered_like_any_unknown_name():
 def test_the_command_line_asks_for_a_command():
     done = python("-m", "covrl_lab", "--method", "jlb")
     assert done.returncode == 2
-    assert done.stderr == (
-        "covrl-lab: a command comes first; to train a run use: covrl-lab train --method ...\n"
-    )
+    assert done.stderr == ("covrl-lab: a command comes first; to train a run use: covrl-lab train --method ...\n")
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -213,9 +211,7 @@ def test_method_defaults_give_way_to_explicit_values():
     assert RunConfig(method="covrl").alpha == 0.5
     assert RunConfig(method="covrl_published").composite_weight == 0.5
     assert RunConfig(method="jlb", alpha=0.25).alpha == 0.25
-    zero = RunConfig(
-        method="covrl_published", alpha=0.0, kl_weight=0, nll_weight=0
-    )  # zero is a value, not a gap
+    zero = RunConfig(method="covrl_published", alpha=0.0, kl_weight=0, nll_weight=0)  # zero is a value, not a gap
     assert (zero.alpha, zero.kl_weight) == (0.0, 0.0)
 
 
@@ -272,9 +268,7 @@ def test_differences_name_both_values_and_skip_what_changes_no_number():
 
 def python(*args: str, **kwargs) -> subprocess.CompletedProcess:
     root = Path(__file__).resolve().parents[1]
-    return subprocess.run(
-        [sys.executable, *args], capture_output=True, text=True, cwd=root, timeout=120, **kwargs
-    )
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=root, timeout=120, **kwargs)
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,7 @@ def test_questions_are_searched_filtered_and_sorted(example):
     explorer = TraceExplorer(example, 15)
     frame = example.traces(15)
     assert listed(explorer.questions, "question") == list(frame["question"].unique())
-    totals = (
-        frame.assign(total=frame["answer_logp"].map(np.sum)).groupby(["example_id", "source"])["total"].mean()
-    )
+    totals = frame.assign(total=frame["answer_logp"].map(np.sum)).groupby(["example_id", "source"])["total"].mean()
     (picked, *_), first = frame["example_id"], explorer.questions.rows[0]
     assert first["prior"] == pytest.approx(totals[picked, "prior"])
     assert first["posterior"] == pytest.approx(totals[picked, "posterior"])

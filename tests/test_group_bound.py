@@ -18,9 +18,7 @@ NO_TRACE = -3.0  # log p(y|x) without a trace, nats
 COUNTS = [(1, 2, 2), (1, 1, 1), (1, 1, 2), (1, 3, 0), (1, 2, 1), (3, 1, 1), (3, 2, 0), (2, 2, 1)]
 
 
-def group(
-    world: World, index: torch.Tensor, from_prior: torch.Tensor
-) -> tuple[LogProbs, LogProbs, TraceBatch]:
+def group(world: World, index: torch.Tensor, from_prior: torch.Tensor) -> tuple[LogProbs, LogProbs, TraceBatch]:
     """A group of the world's traces ``index``: live log-probabilities, detached ones, and the batch."""
     prior, posterior = (world.trace_logprobs(t)[index] for t in (world.prior, world.posterior))
     answer = world.answer_logprobs()[index]
@@ -127,9 +125,7 @@ def test_unfinished_traces_earn_nothing_and_a_group_without_evidence_is_left_alo
     assert not credit.advantage.any() and not credit.answer_weight.any()
 
 
-def guess_or_reason(
-    share: torch.Tensor, group: int = 4, right: float = 0.2
-) -> tuple[torch.Tensor, torch.Tensor]:
+def guess_or_reason(share: torch.Tensor, group: int = 4, right: float = 0.2) -> tuple[torch.Tensor, torch.Tensor]:
     """(published bound, group bound) where a share of the traces reason and the others are empty.
 
     An empty trace leaves the answer at e^-5, a right one at 0.95, a wrong one, which the model trusts, at e^-12.
@@ -156,9 +152,7 @@ def test_the_published_bound_prefers_not_to_reason_and_the_group_bound_reasons()
 def test_a_floor_at_the_level_of_a_guess_pays_for_guessing(floor, reasons):
     """Credit of an empty trace beside wrong ones: small unless c is no more than the probability of a guess."""
     guess = torch.tensor([[-5.0]], dtype=torch.float64)
-    evidence = torch.tensor(
-        [[math.exp(-5), math.exp(-12), math.exp(-12), math.exp(-12)]], dtype=torch.float64
-    )
+    evidence = torch.tensor([[math.exp(-5), math.exp(-12), math.exp(-12), math.exp(-12)]], dtype=torch.float64)
     credit, _ = group_credit(evidence, (floor * guess).exp(), torch.tensor([[True] * 4]))
     assert (float(credit[0, 0]) < 0.1) == reasons
 
@@ -168,16 +162,12 @@ def test_alpha_follows_the_evidence_upwards_only():
     credit, responsibility = torch.tensor([2.0, 0.0]), torch.tensor([0.9, 0.1])
     assert _adapted(credit, responsibility, config, {})["alpha"] == pytest.approx(0.5 + 0.5 * 0.4)
     assert _adapted(credit, responsibility, config, {"alpha": 0.9})["alpha"] == pytest.approx(0.9)
-    assert (
-        _adapted(credit, 0 * responsibility, config, {"alpha": 0.6})["alpha"] == 0.5
-    )  # never below its setting
+    assert _adapted(credit, 0 * responsibility, config, {"alpha": 0.6})["alpha"] == 0.5  # never below its setting
     assert _adapted(0 * credit, responsibility, config, {"alpha": 0.7})["alpha"] == 0.7  # nothing measured
     assert _adapted(credit, responsibility, RunConfig(method="covrl"), {}) == {}
 
 
-def published_policy_gradient(
-    world: World, baseline: str, from_prior: torch.Tensor, joint: bool
-) -> torch.Tensor:
+def published_policy_gradient(world: World, baseline: str, from_prior: torch.Tensor, joint: bool) -> torch.Tensor:
     """Expected gradient of the published policy term over all groups with these fixed sources."""
     config = RunConfig(
         method="covrl_published",
@@ -198,9 +188,7 @@ def published_policy_gradient(
         seen = dataclasses.replace(batch, from_prior=torch.ones_like(from_prior)) if joint else batch
         credit = METHODS["covrl_published"].credit(seen, old, config, {})
         totals = Totals.of(batch, credit, old.answer_mask)
-        loss = (
-            loss + probability * METHODS["covrl_published"].loss(new, old, batch, credit, totals, config)[0]
-        )
+        loss = loss + probability * METHODS["covrl_published"].loss(new, old, batch, credit, totals, config)[0]
     return world.gradient(loss)
 
 

@@ -26,9 +26,7 @@ def states_and_gradients(policy):
     hidden = policy.decoder(ids, use_cache=False).last_hidden_state.float()
     weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
     names, parameters = zip(*policy.trainable(), strict=True)
-    return hidden.detach(), dict(
-        zip(names, torch.autograd.grad((weights * hidden).sum(), parameters), strict=True)
-    )
+    return hidden.detach(), dict(zip(names, torch.autograd.grad((weights * hidden).sum(), parameters), strict=True))
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -44,9 +42,7 @@ def test_fused_equals_peft(monkeypatch, quantization, kept):
         assert float(slope.norm()) > 0
         assert float((ours[name] - slope).norm() / slope.norm()) < 1e-5, name
     with fused.base(), plain.base(), torch.no_grad():
-        base, own = (
-            p.decoder(torch.tensor([[5, 6, 7]]), use_cache=False).last_hidden_state for p in (plain, fused)
-        )
+        base, own = (p.decoder(torch.tensor([[5, 6, 7]]), use_cache=False).last_hidden_state for p in (plain, fused))
     assert float((base - own).norm() / own.norm()) < 1e-5, "with the adapter off"
     with torch.no_grad():
         on = fused.decoder(torch.tensor([[5, 6, 7]]), use_cache=False).last_hidden_state

@@ -68,9 +68,7 @@ def expected_gradient(world: World, config: RunConfig, group: int = 1, bare=None
     """Minus the expected gradient of a method's own credit and loss, over all groups it may draw."""
     method = METHODS[config.method]
     new, law = world.logprobs(), world.sampling_probs(config.alpha)
-    old = dataclasses.replace(
-        new.detach(), ref_prior=frozen_prior(world).logprobs().prior.detach(), bare_answer=bare
-    )
+    old = dataclasses.replace(new.detach(), ref_prior=frozen_prior(world).logprobs().prior.detach(), bare_answer=bare)
     batch = dataclasses.replace(world.batch(), verifier_reward=verdicts(world).repeat(2))
     total = torch.zeros((), dtype=torch.float64)
     for members in product(law.nonzero()[:, 0].tolist(), repeat=group):
@@ -170,9 +168,7 @@ def test_jepo_by_hand():
         return METHODS["jlb"].credit(batch, rows, config, {})
 
     pairs = credit([1 / 2, 1 / 8, 1 / 4, 1 / 4], 2)
-    assert pairs.advantage.tolist() == pytest.approx(
-        [2 * math.log(2.5), 2 * math.log(0.625), 0, 0], abs=1e-15
-    )
+    assert pairs.advantage.tolist() == pytest.approx([2 * math.log(2.5), 2 * math.log(0.625), 0, 0], abs=1e-15)
     assert pairs.answer_weight.tolist() == pytest.approx([1.6, 0.4, 1, 1], abs=1e-14)
     triple = credit([1 / 2, 1 / 4, 1 / 8], 3)
     whole, others = 7 / 24, (3 / 16, 5 / 16, 3 / 8)
@@ -374,9 +370,7 @@ def test_never_stopping_never_pays(name, baseline, scale):
     assert batch.finished.view(2, 4).sum(1).tolist() == [3, 3]
     certain = dict(answer=torch.where(done, old.answer, 0.0))
     certain["ref_prior"] = torch.where(done, old.ref_prior, old.prior + 5)  # LaTRO's KL would pay, too
-    batch = dataclasses.replace(
-        batch, verifier_reward=torch.where(batch.finished, batch.verifier_reward, 1.0)
-    )
+    batch = dataclasses.replace(batch, verifier_reward=torch.where(batch.finished, batch.verifier_reward, 1.0))
     credit = METHODS[config.method].credit(batch, dataclasses.replace(old, **certain), config, {})
     assert (credit.advantage[~batch.finished] < 0).all()
     assert (credit.advantage[batch.finished] > 0).any()

@@ -27,9 +27,7 @@ def test_a_slider_recomputes_its_side(example):
     assert mixing.summary["A"] is before
     assert f"{100 * expected['clipped_share']:.1f}" in mixing.table.value
     mixing.step.value = 30
-    assert mixing.summary["A"]["reward"] == pytest.approx(
-        example.metrics.set_index("step")["reward"][30], rel=1e-4
-    )
+    assert mixing.summary["A"]["reward"] == pytest.approx(example.metrics.set_index("step")["reward"][30], rel=1e-4)
 
 
 def test_densities_and_gradient_weights_add_up(example):

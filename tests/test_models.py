@@ -88,9 +88,7 @@ def test_seed_sets_the_adapter_only_and_leaves_the_global_generator_alone():
     assert torch.equal(torch.rand(3), expected)
     for (_, a), (_, b) in zip(first.trainable(), again.trainable(), strict=True):
         assert torch.equal(a, b)
-    assert any(
-        not torch.equal(a, b) for (_, a), (_, b) in zip(first.trainable(), other.trainable(), strict=True)
-    )
+    assert any(not torch.equal(a, b) for (_, a), (_, b) in zip(first.trainable(), other.trainable(), strict=True))
     assert torch.equal(first.head.weight, other.head.weight)
 
 

@@ -111,9 +111,7 @@ def mixing_ratio(notebook, folder):
 
 def compare(notebook, folder):
     assert len(plots(notebook)) == 4
-    assert "| CoVRL | arithmetic | 3 | 200 |" in (folder / "runs/compare/final_accuracy.md").read_text(
-        "utf-8"
-    )
+    assert "| CoVRL | arithmetic | 3 | 200 |" in (folder / "runs/compare/final_accuracy.md").read_text("utf-8")
 
 
 def estimators(notebook, folder):

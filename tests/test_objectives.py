@@ -448,9 +448,7 @@ def test_the_mixture_is_exact_beyond_the_cap():
     rows, leaves = live(gap_logprobs([-200.0, -31.0, 31.0, 200.0], prior=[-1.0, -1.0, -32.0, -201.0]))
     value = log_mixture(rows, 0.5)
     assert worst(value, torch.maximum(rows.prior, rows.posterior) - math.log(2)) < 1e-5
-    for by, share in zip(
-        torch.autograd.grad(value.sum(), leaves[:2]), ([1, 1, 0, 0], [0, 0, 1, 1]), strict=True
-    ):
+    for by, share in zip(torch.autograd.grad(value.sum(), leaves[:2]), ([1, 1, 0, 0], [0, 0, 1, 1]), strict=True):
         assert worst(by, torch.tensor([share])) < 1e-5
 
 

@@ -98,9 +98,7 @@ def test_token_counts_are_those_of_the_packed_tree(prior_only):
 
     shared, other = ids(20), ids(20)
     questions = [ids(7) for _ in range(3)]
-    prompts = [
-        Prompt(tuple(shared + q), tuple(other + q + ids(5)), tuple(ids(2)), tuple(ids(5))) for q in questions
-    ]
+    prompts = [Prompt(tuple(shared + q), tuple(other + q + ids(5)), tuple(ids(2)), tuple(ids(5))) for q in questions]
     yes = torch.ones(12, 6, dtype=torch.bool)
     batch = TraceBatch(torch.tensor([ids(6) for _ in range(12)]), yes, yes[:, 0], yes[:, 0], group_size=4)
 
@@ -181,9 +179,7 @@ def test_every_lever_moves_memory_and_time_the_right_way():
 
 def test_the_decoding_time_by_hand():
     """One question, one rollout: reading the weights, keys and values once a token is the limit."""
-    config = RunConfig(
-        questions_per_step=1, rollouts_per_question=1, quantization="none", max_trace_tokens=10
-    )
+    config = RunConfig(questions_per_step=1, rollouts_per_question=1, quantization="none", max_trace_tokens=10)
     device = dataclasses.replace(HERE, bandwidth=1e9)
     made = plan(config, device=device, prompt_tokens=1, question_tokens=1)
     # SmolLM2-135M: 30 layers of 3538944 parameters, embedding 49152 x 576, two bytes each.

@@ -27,9 +27,7 @@ def test_probe_equals_plain_rows(tiny_policy, prompter):
     mask = torch.arange(width) < torch.tensor([[len(z)] for z in frame["token_ids"]])
     batch = TraceBatch(ids, mask, torch.tensor([True] * 3 + [False] * 3), torch.tensor(frame["finished"]), 6)
     with torch.no_grad():
-        plain = trace_logprobs(
-            tiny_policy, [prompter(Example("x", **ASK))], batch, temperature=0.7, packed=False
-        )
+        plain = trace_logprobs(tiny_policy, [prompter(Example("x", **ASK))], batch, temperature=0.7, packed=False)
     for i, row in frame.iterrows():
         np.testing.assert_allclose(row["logp"], plain.prior[i][mask[i]], atol=TOLERANCE)
         np.testing.assert_allclose(row["logq"], plain.posterior[i][mask[i]], atol=TOLERANCE)
@@ -59,9 +57,7 @@ def test_alternatives_are_the_most_probable_tokens_of_each_prompt(tiny_policy, p
 
 def test_the_seed_decides_the_traces_and_a_tick_can_end_them(tiny_policy, prompter):
     def traces(**settings):
-        return probe_question(tiny_policy, prompter, **ASK, k=2, max_tokens=6, **settings)[
-            "token_ids"
-        ].tolist()
+        return probe_question(tiny_policy, prompter, **ASK, k=2, max_tokens=6, **settings)["token_ids"].tolist()
 
     assert traces(seed=1) == traces(seed=1) != traces(seed=2)
     calls = []

@@ -112,9 +112,7 @@ def test_hostile_text_stays_text(hostile, tmp_path):
         assert page.locator("[onerror], [onload], [onmouseover], [onfocus]").count() == 0
         # Even text that became a script would not run.
         page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=hit()>')")
-        page.evaluate(
-            "document.body.append(Object.assign(document.createElement('script'), {textContent: 'hit()'}))"
-        )
+        page.evaluate("document.body.append(Object.assign(document.createElement('script'), {textContent: 'hit()'}))")
         page.wait_for_timeout(200)
         assert page.evaluate("window.hits") == 0 and len(errors) >= 2
         assert all("Content Security Policy" in error for error in errors)

@@ -137,10 +137,7 @@ def test_summary_by_hand():
     )
     alpha, w = 0.8, 0.5
     found = reweight.summarise_traces(reweight.Traces.of(frame), reweight.Settings(alpha, w, "ppo", 0.3))
-    ratio = [
-        (w * a + (1 - w) * b) / (alpha * a + (1 - alpha) * b)
-        for a, b in ((0.5, 0.25), (0.25, 0.75), (0.1, 0.9))
-    ]
+    ratio = [(w * a + (1 - w) * b) / (alpha * a + (1 - alpha) * b) for a, b in ((0.5, 0.25), (0.25, 0.75), (0.1, 0.9))]
     assert ratio[0] < 1.3 and ratio[1] > 1.3 and ratio[2] > 1.3
     clipped = [0, 1, 0]  # A > 0 above the range; A < 0 above it is not held back
     mass = [alpha, alpha, 1 - alpha]
@@ -154,9 +151,7 @@ def test_summary_by_hand():
     rho = [w * a / (w * a + (1 - w) * b) for a, b in ((0.5, 0.25), (0.25, 0.75), (0.1, 0.9))]
     weight = np.array([ratio[0], 0, 2 * ratio[2]])
     assert found["gradient_weight_prior"] == pytest.approx(np.dot(mass, weight * rho) / sum(mass))
-    assert found["gradient_weight_posterior"] == pytest.approx(
-        np.dot(mass, weight * (1 - np.array(rho))) / sum(mass)
-    )
+    assert found["gradient_weight_posterior"] == pytest.approx(np.dot(mass, weight * (1 - np.array(rho))) / sum(mass))
     u = [0.375 / 0.5, 0.5 / 0.25]
     assert found["kl"] == pytest.approx(np.mean([x * np.log(x) - x + 1 for x in u]))  # the finished trace's
     assert (found["ratio_low"], found["ratio_high"]) == pytest.approx((min(ratio), max(ratio)))
@@ -181,9 +176,7 @@ def test_a_trained_run_is_met_at_its_own_settings():
         assert rho.mean() == pytest.approx(row["responsibility_prior"], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "given", [{"alpha": 1.5}, {"composite_weight": -0.1}, {"clip": "hard"}, {"clip_range": 0.0}]
-)
+@pytest.mark.parametrize("given", [{"alpha": 1.5}, {"composite_weight": -0.1}, {"clip": "hard"}, {"clip_range": 0.0}])
 def test_wrong_settings_are_refused(given):
     with pytest.raises(ConfigError):
         reweight.Settings(**given)
@@ -198,10 +191,7 @@ def test_the_group_bound_weighs_whole_traces():
     """There the advantages hold P/H already: each token of a trace moves log p by A and log q by B."""
     config = {"method": "covrl", "evidence_floor": 0.5, "alpha": 0.5, "composite_weight": 1.0, "clip": "ppo"}
     settings = reweight.Settings.of(config)
-    assert (
-        settings.whole_traces
-        and not reweight.Settings.of(config | {"method": "covrl_published"}).whole_traces
-    )
+    assert settings.whole_traces and not reweight.Settings.of(config | {"method": "covrl_published"}).whole_traces
     frame = random_frame().assign(posterior_advantage=0.25)
     traces = reweight.Traces.of(frame)
     found = reweight.quantities(traces, settings)

@@ -170,9 +170,7 @@ def test_greedy_equals_transformers(tiny_policies, prompts, name):
 
 @pytest.mark.parametrize("waste", [0, 1.2, 100], ids=["a block a row", "some blocks", "one block"])
 @pytest.mark.parametrize("name", TINIES)
-def test_greedy_equals_transformers_where_rows_stop_early(
-    tiny_policies, prompts, bias, monkeypatch, name, waste
-):
+def test_greedy_equals_transformers_where_rows_stop_early(tiny_policies, prompts, bias, monkeypatch, name, waste):
     policy, blocks, share = tiny_policies(name), [], PackedRows._share
 
     def spy(rows, paths):
@@ -196,9 +194,7 @@ def test_end_of_text_may_be_a_list(tiny_policies, prompts, monkeypatch):
     policy = tiny_policies("tiny")
     full = transformers_greedy(policy, prompts[0].prior, 8)
     stop = full[3]
-    monkeypatch.setattr(
-        policy.causal_lm.generation_config, "eos_token_id", [policy.tokenizer.eos_token_id, stop]
-    )
+    monkeypatch.setattr(policy.causal_lm.generation_config, "eos_token_id", [policy.tokenizer.eos_token_id, stop])
     ids, done, _ = generate(policy, [prompts[0].prior], max_tokens=8, ended=never)
     assert ids[0] == full[: full.index(stop) + 1] and done == [False]
 
@@ -225,9 +221,7 @@ def test_rows_do_not_depend_on_their_neighbours(tiny_policies, prompts, bias, na
 def sampled(policy, prompter, prompts, *, group=4, max_tokens=12, seed=0, **settings):
     sources = draw_sources(len(prompts), group, 0.5, "stratified", torch.Generator().manual_seed(seed))
     generator = torch.Generator().manual_seed(seed)
-    return sample_traces(
-        policy, prompter, prompts, sources, max_tokens=max_tokens, generator=generator, **settings
-    )
+    return sample_traces(policy, prompter, prompts, sources, max_tokens=max_tokens, generator=generator, **settings)
 
 
 def source_logprobs(policy, prompts, batch, temperature):
@@ -414,9 +408,7 @@ def test_evaluate_says_how_much_answers_depend_on_traces(tiny_policies, prompter
             with torch.no_grad():
                 logprobs = policy.causal_lm(input_ids=ids).logits[0].double().log_softmax(-1)
             n = len(prompt.answer)
-            assert value == pytest.approx(
-                logprobs[-n - 1 : -1].gather(1, ids[0, -n:, None]).sum().item(), abs=1e-3
-            )
+            assert value == pytest.approx(logprobs[-n - 1 : -1].gather(1, ids[0, -n:, None]).sum().item(), abs=1e-3)
     summary = summarise(frame)
     moved = (greedy["answer_logp"] - greedy["other_trace_logp"]).abs().mean()
     assert summary["trace_dependence"] == pytest.approx(moved) and moved > 0

@@ -281,9 +281,7 @@ def test_no_gradient_mode_gives_the_same_numbers(policies, prompts, batch):
     with torch.no_grad():
         plain = trace_logprobs(policy, prompts, batch)
     assert not plain.prior.requires_grad
-    torch.testing.assert_close(
-        plain.prior, trace_logprobs(policy, prompts, batch).prior.detach(), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(plain.prior, trace_logprobs(policy, prompts, batch).prior.detach(), atol=1e-5, rtol=0)
 
 
 # --- what is scored, and where
@@ -423,9 +421,7 @@ def test_tree_nodes_are_the_distinct_prefixes():
         for sequence, path in zip(sequences, tree.paths, strict=True):
             assert tree.ids[path].tolist() == sequence
             for depth, node in enumerate(path.tolist()):
-                assert prefix_of.setdefault(node, tuple(sequence[: depth + 1])) == tuple(
-                    sequence[: depth + 1]
-                )
+                assert prefix_of.setdefault(node, tuple(sequence[: depth + 1])) == tuple(sequence[: depth + 1])
         prefixes = [prefix_of[node] for node in range(len(tree))]
         assert len(set(prefixes)) == len(prefixes) == count_nodes(sequences)
         assert tree.position.tolist() == [len(prefix) - 1 for prefix in prefixes]

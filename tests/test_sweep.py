@@ -159,9 +159,7 @@ def test_killed_driver_and_killed_worker(reference, tmp_path):
 def test_dask_cluster_with_a_killed_worker(reference, lean, tmp_path):
     distributed = pytest.importorskip("distributed", reason="needs the dask extra")
     sweep = Sweep(tmp_path / "sweep", SMALL, GRID, notebook=lean)
-    cluster = distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, resources={"GPU": 1}, dashboard_address=None
-    )
+    cluster = distributed.LocalCluster(n_workers=2, threads_per_worker=1, resources={"GPU": 1}, dashboard_address=None)
     with cluster, distributed.Client(cluster) as client:
         sweep.submit(client.get_executor(resources={"GPU": 1}))
         until(lambda: list(sweep.statuses.values()).count("done") >= 2, "two runs are done")

@@ -34,9 +34,7 @@ def recompute(name: str, question: str) -> str:
 
 
 def write_rows(path, count=200, **more):
-    rows = [
-        {"question": f"Say {i}?", "answer": str(i), "trace": f"It\nis {i}.", **more} for i in range(count)
-    ]
+    rows = [{"question": f"Say {i}?", "answer": str(i), "trace": f"It\nis {i}.", **more} for i in range(count)]
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return str(path)
 
@@ -152,9 +150,7 @@ def test_all_file_formats_give_the_same_task(tmp_path):
 
 
 def test_hub_data_sets_map_columns_and_explain_failures(monkeypatch):
-    rows = [
-        {"problem": f"Twice {i}?", "solution": f"{i} + {i}\n= <{2 * i}>\n#### {2 * i}"} for i in range(50)
-    ]
+    rows = [{"problem": f"Twice {i}?", "solution": f"{i} + {i}\n= <{2 * i}>\n#### {2 * i}"} for i in range(50)]
     calls = []
 
     def load_dataset(path, name, split):

@@ -192,9 +192,7 @@ def test_the_adapter_moves_with_training_only(reference, tmp_path):
 
 def gradients(tmp_path, **settings) -> tuple[Trainer, StepRecord, dict[str, torch.Tensor]]:
     """The first step's record and gradient from an adapter that is not zero, so that both factors get one."""
-    trainer = make_trainer(
-        tmp_path, TRAINED | {"steps": 1, "max_grad_norm": 1e9, "eval_every": 0} | settings
-    ).setup()
+    trainer = make_trainer(tmp_path, TRAINED | {"steps": 1, "max_grad_norm": 1e9, "eval_every": 0} | settings).setup()
     move_adapter(trainer.policy, seed=1, scale=0.1)
     (record,) = trainer
     return trainer, record, {name: p.grad.clone() for name, p in trainer.policy.trainable()}
@@ -378,9 +376,7 @@ def test_a_row_that_turns_out_unusable_later_costs_no_step(tmp_path, answer, wor
 
 
 def test_tensorboard_gets_every_step(tmp_path):
-    pytest.importorskip(
-        "tensorboard", reason="tensorboard is not installed (pip install covrl-lab[trackers])"
-    )
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install covrl-lab[trackers])")
     make_trainer(tmp_path / "run", steps=2, eval_every=0, tracker="tensorboard").run()
     events = list((tmp_path / "run").rglob("events.out.tfevents.*"))
     assert events and all(p.stat().st_size > 0 for p in events)

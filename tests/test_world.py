@@ -94,9 +94,7 @@ def test_exact_gradients_are_exact_and_the_others_are_not(alpha, w):
     assert set(exact) <= set(loss.index)
     assert (loss.loc[exact, "bias"] < 1e-10).all()
     assert (loss["noise"] > 0.01).all()
-    exact, published = (
-        [f"{s} sample, {kind}" for s in ("prior", "posterior")] for kind in ("exact", "published")
-    )
+    exact, published = ([f"{s} sample, {kind}" for s in ("prior", "posterior")] for kind in ("exact", "published"))
     if w == 1:  # no KL, and so nothing to be biased against
         assert frame.loc[exact + published, "bias"].isna().all()
         return

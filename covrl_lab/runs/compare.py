@@ -156,9 +156,7 @@ def differences(methods: Methods) -> pd.DataFrame:
     runs = [run for found in methods.values() for run in found]
     names = _varying(runs)
     columns = {(label, run.path.name): _settings(run) for label, found in methods.items() for run in found}
-    table = pd.DataFrame(
-        {key: [settings[name] for name in names] for key, settings in columns.items()}, dtype=object
-    )
+    table = pd.DataFrame({key: [settings[name] for name in names] for key, settings in columns.items()}, dtype=object)
     table.index = pd.Index(names, name="setting")
     table.columns = pd.MultiIndex.from_tuples(columns, names=["method", "run"])
     return table
@@ -205,10 +203,7 @@ def _tables(frame: pd.DataFrame, method: str) -> dict[str, pd.DataFrame]:
     if method not in labels:
         raise ConfigError(f"unknown method {method!r}{did_you_mean(method, labels)}")
     own = frame[frame["method"] == method]
-    return {
-        task: part.pivot(index="seed", columns="example_id", values="score")
-        for task, part in own.groupby("task")
-    }
+    return {task: part.pivot(index="seed", columns="example_id", values="score") for task, part in own.groupby("task")}
 
 
 @dataclass(frozen=True)
@@ -334,15 +329,12 @@ def _pairs(frame: pd.DataFrame, reference: str) -> list[tuple[str, str]]:
         mine, other = (sorted(_tables(frame, label)) for label in (x, y))
         if mine != other:
             raise ConfigError(
-                f"{x!r} and {y!r} have different tasks ({', '.join(mine)}; {', '.join(other)}) and cannot be "
-                "compared"
+                f"{x!r} and {y!r} have different tasks ({', '.join(mine)}; {', '.join(other)}) and cannot be compared"
             )
     return pairs
 
 
-def paired_differences(
-    frame: pd.DataFrame, reference: str = "", resampling: Resampling = RESAMPLING
-) -> pd.DataFrame:
+def paired_differences(frame: pd.DataFrame, reference: str = "", resampling: Resampling = RESAMPLING) -> pd.DataFrame:
     """Accuracy of one method minus another's, paired by task, seed and question; a row a pair.
 
     All pairs, or each method against ``reference``. Columns: method, minus, difference (mean over tasks of
@@ -363,9 +355,7 @@ def paired_differences(
             shared = table.index.intersection(other[task].index)
             if not len(shared):
                 seeds = [", ".join(map(str, t.index)) for t in (table, other[task])]
-                raise ConfigError(
-                    f"{x!r} (seeds {seeds[0]}) and {y!r} (seeds {seeds[1]}) share no seed on {task}"
-                )
+                raise ConfigError(f"{x!r} (seeds {seeds[0]}) and {y!r} (seeds {seeds[1]}) share no seed on {task}")
             gain[task] = table.loc[shared] - other[task].loc[shared, table.columns]
         questions = sum(table.shape[1] for table in gain.values())
         low, high = resampling.interval(_mean, gain)

@@ -318,8 +318,7 @@ def gradient_weights(
     weight = trace_mass(traces, settings.alpha)[:, None] * mask
     return {
         (moved, source): float(
-            (weight * np.where(mask, np.abs(values[f"gradient_weight_{moved}"]), 0.0))[rows].sum()
-            / weight.sum()
+            (weight * np.where(mask, np.abs(values[f"gradient_weight_{moved}"]), 0.0))[rows].sum() / weight.sum()
         )
         for moved in ("prior", "posterior")
         for source, rows in (("prior", traces.from_prior), ("posterior", ~traces.from_prior))

@@ -292,9 +292,7 @@ class _Driver(threading.Thread):
             self.error = first_line(f"the executor broke: {error}")
         except Exception as error:
             if status(path)[0] not in ENDS:
-                write_end(
-                    path, "failed", first_line(f"lost by its executor: {type(error).__name__}: {error}")
-                )
+                write_end(path, "failed", first_line(f"lost by its executor: {type(error).__name__}: {error}"))
 
     def stop(self) -> None:
         """End the thread; withdraw what waits, and wait for what runs on this machine."""

@@ -165,9 +165,7 @@ def _spread(gradients: Tensor, law: Tensor, truth: Tensor) -> tuple[float, float
     return ((mean - truth).norm() / norm).item(), (noise / norm).item()
 
 
-def method_gradients(
-    world: World, name: str, config: RunConfig, reference: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def method_gradients(world: World, name: str, config: RunConfig, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Minus the loss gradient of every single rollout (rollouts, logits), their law, the exact gradient.
 
     ``reference`` is log p of each trace under the frozen base, (traces,).
@@ -219,9 +217,7 @@ def gradient_quality(
 
     # The frozen base of LaTRO and nothing else: the prior, half as sharp.
     reference = (world.prior[0] / 2).log_softmax(1)[0].detach()
-    variants = {
-        name: {} for name in METHODS if name != "covrl"
-    }  # its bound is about groups, not single rollouts
+    variants = {name: {} for name in METHODS if name != "covrl"}  # its bound is about groups, not single rollouts
     variants["covrl_published, published KL gradient"] = {"kl_gradient": "published"}
     variants["covrl_published, clipped"] = {
         "clip": "ppo",

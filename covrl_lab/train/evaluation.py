@@ -72,9 +72,7 @@ def predict_answers(
 ) -> list[str]:
     """Decode the answer after each context (prompt, trace and seam ids); greedy without ``uniforms``."""
     end = prompter.style.answer_end
-    ids, _, _ = generate(
-        policy, contexts, max_tokens=max_tokens, ended=lambda y: prompter.ends(y, end), **sampling
-    )
+    ids, _, _ = generate(policy, contexts, max_tokens=max_tokens, ended=lambda y: prompter.ends(y, end), **sampling)
     return [prompter.answer_text(y) for y in ids]
 
 
@@ -139,17 +137,13 @@ def evaluate(
         for start in range(0, len(examples) if posterior else 0, ROWS):
             part = slice(start, start + ROWS)
             results = predict(policy, prompter, prompts[part], **limits, posterior=True)
-            for row, example, result in zip(
-                rows[: len(examples)][part], examples[part], results, strict=True
-            ):
+            for row, example, result in zip(rows[: len(examples)][part], examples[part], results, strict=True):
                 row["posterior_score"] = scored(result, example)
             bar.update(len(results))
     return pd.DataFrame(rows)
 
 
-def trace_use(
-    policy: Policy, prompts: Sequence[Prompt], traces: Sequence[Sequence[int]]
-) -> list[dict[str, float]]:
+def trace_use(policy: Policy, prompts: Sequence[Prompt], traces: Sequence[Sequence[int]]) -> list[dict[str, float]]:
     """How probable each answer is after its own trace, the next question's, and none: nats, a row a question.
 
     Where the three agree, the answer does not depend on the trace: the model guesses.

@@ -145,9 +145,7 @@ def latro_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_sta
     log_ratio = torch.where(batch.mask, old.prior - old.ref_prior, 0.0).sum(1)
     reward = answer_reward(old, config.reward) - config.reference_kl_weight * log_ratio
     reward = floor_unfinished(reward, batch, config.reward, config.unfinished_penalty)
-    advantage = advantages(
-        reward, batch.group_size, config.baseline, config.advantage_scale, config.advantage_clip
-    )
+    advantage = advantages(reward, batch.group_size, config.baseline, config.advantage_scale, config.advantage_clip)
     return Credit(reward, advantage, batch.finished.to(reward), batch.finished)
 
 
@@ -172,9 +170,7 @@ def rlpr_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_stat
     reward = 0.9 * score + 0.1 * batch.finished.to(score) - repeats(batch).to(score)
     # An unfinished trace never beats a finished one, not even a repetitive one.
     reward = torch.minimum(reward, floor_unfinished(reward, batch, "sum_logprob", 0.0))
-    advantage = advantages(
-        reward, batch.group_size, config.baseline, config.advantage_scale, config.advantage_clip
-    )
+    advantage = advantages(reward, batch.group_size, config.baseline, config.advantage_scale, config.advantage_clip)
     deviation = reward.view(-1, batch.group_size).std(1, correction=0)
     seen, average = method_state.get("rlpr_steps", 0), method_state.get("rlpr_std", float(deviation.mean()))
     if seen >= RLPR_WARMUP:
@@ -216,9 +212,7 @@ def grpo_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_stat
     function of the trace and the policy term on the trace is the whole gradient; no answer term, no KL.
     """
     reward = batch.verifier_reward.to(old.prior.dtype) * batch.finished
-    advantage = advantages(
-        reward, batch.group_size, config.baseline, config.advantage_scale, config.advantage_clip
-    )
+    advantage = advantages(reward, batch.group_size, config.baseline, config.advantage_scale, config.advantage_clip)
     return Credit(reward, advantage, torch.zeros_like(reward), batch.finished)
 
 

@@ -57,9 +57,7 @@ _TINY_CONFIGS = {
     TINY: LlamaConfig,
     "tiny-qwen3": Qwen3Config,
     # A window shorter than any prompt, on every other layer, so that tests see it.
-    "tiny-gemma3": partial(
-        Gemma3TextConfig, sliding_window=16, layer_types=["sliding_attention", "full_attention"]
-    ),
+    "tiny-gemma3": partial(Gemma3TextConfig, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
 }
 _ALIASES = (EMBEDDED, *_TINY_CONFIGS)
 
@@ -72,9 +70,7 @@ def check_model(name: str) -> None:
     if name and folder.is_dir():
         if (folder / "config.json").is_file():
             return
-        hint = (
-            "holds an adapter, not a model" if (folder / "adapter_config.json").is_file() else "is no model"
-        )
+        hint = "holds an adapter, not a model" if (folder / "adapter_config.json").is_file() else "is no model"
         raise ConfigError(f"the folder {name!r} {hint}: it has no config.json; pass one from save_pretrained")
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return

@@ -245,9 +245,7 @@ class Tokens:
     context: int
 
     @classmethod
-    def of(
-        cls, config: RunConfig, shared: int, question: int, answer: int, length: int | None = None
-    ) -> Tokens:
+    def of(cls, config: RunConfig, shared: int, question: int, answer: int, length: int | None = None) -> Tokens:
         """Of a configuration with ``shared`` prompt tokens before every question, and tokens a question.
 
         Under both prompts the shared part, the questions and the traces appear once each; ``length`` is

@@ -224,9 +224,7 @@ def probe_question(
             both = alternatives(policy, prompt, ids, temperature, top)
             places = [dict(zip(both, place, strict=True)) for place in zip(*both.values(), strict=True)]
             seen[ids] = (coherence(policy, prompter, prompt, ids, max_packed_tokens), places)
-    frame["coherence"], frame["alternatives"] = zip(
-        *(seen[tuple(ids)] for ids in frame["token_ids"]), strict=True
-    )
+    frame["coherence"], frame["alternatives"] = zip(*(seen[tuple(ids)] for ids in frame["token_ids"]), strict=True)
     return frame
 
 

@@ -79,9 +79,7 @@ class Prompter:
     Raises ``ConfigError`` for an answer that holds its own terminator, or "chat" without a template.
     """
 
-    def __init__(
-        self, tokenizer: Any, demonstrations: Sequence[Demonstration] = (), style: str = "auto"
-    ) -> None:
+    def __init__(self, tokenizer: Any, demonstrations: Sequence[Demonstration] = (), style: str = "auto") -> None:
         has_template = getattr(tokenizer, "chat_template", None) is not None
         if style == "auto":
             style = "few_shot" if demonstrations or not has_template else "chat"
@@ -114,9 +112,7 @@ class Prompter:
         messages = [{"role": "user", "content": content + question}]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         # Reasoning models' templates may open the thinking themselves; ours opens it in both contexts.
-        return self._encode(
-            text.rstrip().removesuffix("<think>") if text.rstrip().endswith("<think>") else text
-        )
+        return self._encode(text.rstrip().removesuffix("<think>") if text.rstrip().endswith("<think>") else text)
 
     def __call__(self, example: Example) -> Prompt:
         """Return the ids of one example's contexts, seam and answer."""
@@ -124,8 +120,7 @@ class Prompter:
         if style.answer_end in y:
             raise ConfigError(
                 f"the answer of example {example.id!r} contains {style.answer_end!r}, which ends an answer "
-                f"in prompt_style={style.name!r}; "
-                + ("use 'chat'" if style is FEW_SHOT else "rewrite that answer")
+                f"in prompt_style={style.name!r}; " + ("use 'chat'" if style is FEW_SHOT else "rewrite that answer")
             )
         if style is FEW_SHOT:
             prior_root, posterior_root = self._prior_root, self._posterior_root

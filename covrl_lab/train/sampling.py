@@ -59,8 +59,7 @@ class PackedRows:
         self.length = 0  # tokens of its own that each row has
         rows = len(contexts)
         self.own = [
-            tuple(x.new_empty(rows, len(x[0]), max_tokens, x.shape[-1]) for x in layer)
-            for layer in self.store.layers
+            tuple(x.new_empty(rows, len(x[0]), max_tokens, x.shape[-1]) for x in layer) for layer in self.store.layers
         ]
         # In the tree's order neighbours share the most.
         order = sorted(range(rows), key=lambda row: contexts[row])
@@ -80,9 +79,7 @@ class PackedRows:
         on_path = torch.zeros(len(parts) * self.block, len(self.tree) + 1, dtype=torch.bool)
         for row, path in enumerate(paths):
             on_path[row, path] = True
-        seen = on_path.unflatten(0, (len(parts), self.block)).gather(
-            2, nodes[:, None].expand(-1, self.block, -1)
-        )
+        seen = on_path.unflatten(0, (len(parts), self.block)).gather(2, nodes[:, None].expand(-1, self.block, -1))
         nodes, device = nodes.clamp_max(len(self.tree) - 1), self.policy.device
         self.seen = seen.to(device)
         # Tokens from a row's next one back to each of its prompt nodes, for sliding windows.
@@ -162,9 +159,7 @@ class PlainRows:
         self.policy, self.cache = policy, None
         width = max(map(len, contexts))
         ids = torch.tensor([[0] * (width - len(c)) + list(c) for c in contexts], device=policy.device)
-        self.mask = torch.tensor(
-            [[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=policy.device
-        )
+        self.mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=policy.device)
         self.place = torch.arange(len(contexts), device=policy.device)
         self.hidden = self._forward(ids)
 

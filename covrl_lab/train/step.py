@@ -28,9 +28,7 @@ def check_prompts(
     """The prompts of some examples. ConfigError where one does not fit the model's context."""
     prompts = [prompter(e) for e in examples]
     for prompt, example in zip(prompts, examples, strict=True):
-        prompter.check_length(
-            prompt, config.max_trace_tokens, max_context, example.id, config.max_answer_tokens
-        )
+        prompter.check_length(prompt, config.max_trace_tokens, max_context, example.id, config.max_answer_tokens)
     return prompts
 
 
@@ -49,9 +47,7 @@ def sample_step(
     alpha: float,
 ) -> TraceBatch:
     """Draw ``rollouts_per_question`` traces of each question from the mixture with ratio ``alpha``."""
-    from_prior = draw_sources(
-        len(prompts), config.rollouts_per_question, alpha, config.source_split, generator
-    )
+    from_prior = draw_sources(len(prompts), config.rollouts_per_question, alpha, config.source_split, generator)
     return sample_traces(
         policy,
         prompter,
@@ -168,9 +164,7 @@ def clip_gradient(policy: Policy, max_norm: float, step: int) -> float:
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: RunConfig, step: int) -> None:
     """Linear warm-up, then a cosine to zero at the last step, or constant."""
-    warmup = min(
-        config.warmup_steps, config.steps
-    )  # a run shorter than its warm-up still reaches the full rate
+    warmup = min(config.warmup_steps, config.steps)  # a run shorter than its warm-up still reaches the full rate
     factor = min(1.0, (step + 1) / max(1, warmup))
     if config.lr_schedule == "cosine" and step >= warmup:
         done = (step - warmup) / max(1, config.steps - warmup)

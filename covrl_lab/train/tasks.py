@@ -83,9 +83,7 @@ class _Stream:
             if example and not is_held_out(example.question):
                 if normalise_question(example.question) not in self.reserved:
                     return example
-        raise ConfigError(
-            f"task {self.name!r} gave no training question in {MAX_DRAWS} draws; choose another"
-        )
+        raise ConfigError(f"task {self.name!r} gave no training question in {MAX_DRAWS} draws; choose another")
 
     def held_out(self, count: int) -> list[Example]:
         found: dict[str, Example] = {}
@@ -181,11 +179,7 @@ def _gym_task(name: str) -> Task:
             entry = dataset[rng.randrange(size)]
         except Exception:  # some generators give up on some rows
             return None
-        return (
-            (entry["question"], entry["answer"], entry["metadata"])
-            if (entry["answer"] or "").strip()
-            else None
-        )
+        return (entry["question"], entry["answer"], entry["metadata"]) if (entry["answer"] or "").strip() else None
 
     return Task(name, (), _Stream(name, draw), gym_scorer(dataset, short))
 
@@ -242,9 +236,7 @@ def _cell(row: dict[str, Any], column: str | None) -> str:
     return "" if value is None else str(value).strip()
 
 
-def _row_task(
-    name: str, rows: Iterable[dict], question: str, answer: str, trace: str | None, shown: int
-) -> Task:
+def _row_task(name: str, rows: Iterable[dict], question: str, answer: str, trace: str | None, shown: int) -> Task:
     """Split rows by the hash of their question; the first ``shown`` traced training rows are examples.
 
     Of an answer cell ``working #### answer`` (GSM8K) the end is the answer, the beginning the trace.
@@ -255,9 +247,7 @@ def _row_task(
         asked, answered = _cell(row, question), _cell(row, answer).rpartition("####")[2].strip()
         for column, text in ((question, asked), (answer, answered)):
             if not text:
-                raise ConfigError(
-                    f"row {number} of {name!r} has an empty {column!r}; fill it in or remove it"
-                )
+                raise ConfigError(f"row {number} of {name!r} has an empty {column!r}; fill it in or remove it")
         digest = _digest(asked)
         if digest in seen:
             continue

@@ -25,9 +25,7 @@ class Tracker:
             return
         from accelerate import Accelerator
 
-        self._accelerator = Accelerator(
-            log_with=config.tracker, project_dir=config.run_dir, cpu=device == "cpu"
-        )
+        self._accelerator = Accelerator(log_with=config.tracker, project_dir=config.run_dir, cpu=device == "cpu")
         settings = {k: v for k, v in config.to_dict().items() if v is not None}
         self._accelerator.init_trackers("covrl_lab", config=settings)
 

@@ -218,9 +218,7 @@ class Trainer:
         Arguments and results as in ``step.add_gradient``.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        return add_gradient(
-            self.config, self.method, self.policy, prompts, batch, self.method_state, old, credit
-        )
+        return add_gradient(self.config, self.method, self.policy, prompts, batch, self.method_state, old, credit)
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the current policy on the held-out questions; store and return the summary."""

@@ -267,8 +267,6 @@ def enable_packing(policy: Policy) -> bool:
     except Exception as error:  # whatever an unknown architecture does not understand
         lm.set_attn_implementation(before)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        log.warning(
-            "%s cannot run as a prefix tree (%s): padded rows are used, which is slower", policy.name, reason
-        )
+        log.warning("%s cannot run as a prefix tree (%s): padded rows are used, which is slower", policy.name, reason)
         return False
     return True

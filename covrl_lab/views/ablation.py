@@ -178,9 +178,7 @@ def _fields(
 
 def _table_head() -> widgets.HBox:
     head = ["run", "method", "α", "seed", "status", "progress", "accuracy", "seconds"]
-    heads = "".join(
-        f"<span{' class=n' if name in ('accuracy', 'seconds') else ''}>{name}</span>" for name in head
-    )
+    heads = "".join(f"<span{' class=n' if name in ('accuracy', 'seconds') else ''}>{name}</span>" for name in head)
     return widgets.HBox(
         [
             widgets.HTML(

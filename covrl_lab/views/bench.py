@@ -96,8 +96,7 @@ class BenchResults(Panel):
         self.summary, self.curve = widgets.HTML(), Plot(layout={"min_height": "430px"})
         self.weights = widgets.ToggleButtons()
         self.traces = {
-            source: widgets.Dropdown(description=f"{source} trace", **_WIDE)
-            for source in ("prior", "posterior")
+            source: widgets.Dropdown(description=f"{source} trace", **_WIDE) for source in ("prior", "posterior")
         }
         self.colour = widgets.Dropdown(options=colours(), value="log_gap", description="colour by", **_WIDE)
         self.tokens = TokenView()
@@ -228,9 +227,7 @@ class PromptBench(BenchResults):
                 widgets.HBox([self.source, self.step], layout={"flex_flow": "row wrap"}),
                 self.question,
                 self.answer,
-                widgets.HBox(
-                    [self.k, self.temperature, self.max_tokens, self.seed], layout={"flex_flow": "row wrap"}
-                ),
+                widgets.HBox([self.k, self.temperature, self.max_tokens, self.seed], layout={"flex_flow": "row wrap"}),
                 widgets.HBox([self.generate, self.cancel, self.bar, self.message]),
                 self.results,
             ]
@@ -349,7 +346,5 @@ class PromptBench(BenchResults):
 
 def _run_folders() -> list[str]:
     """Run folders with a checkpoint below the present folder's ``runs``, newest first."""
-    found = (
-        [p.parent.parent for p in Path("runs").glob("**/checkpoints/step_*")] if Path("runs").is_dir() else []
-    )
+    found = [p.parent.parent for p in Path("runs").glob("**/checkpoints/step_*")] if Path("runs").is_dir() else []
     return [str(p) for p in sorted(set(found), key=lambda p: p.stat().st_mtime, reverse=True)]

@@ -26,9 +26,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         if column in ("iqm", "mean", "difference", "probability"):
             shown[column] = [
                 f"{value:{sign}.1%}" + (f" ({low:{sign}.1%} to {high:{sign}.1%})" if low == low else " (–)")
-                for value, low, high in zip(
-                    table[column], table[f"{prefix}low"], table[f"{prefix}high"], strict=True
-                )
+                for value, low, high in zip(table[column], table[f"{prefix}low"], table[f"{prefix}high"], strict=True)
             ]
         elif column == "by_seed":
             shown[column] = [", ".join(f"{x:+.1%}" for x in values) for values in table[column]]
@@ -78,9 +76,7 @@ def plot_intervals(table: pd.DataFrame, value: str) -> go.Figure:
     form = "+.1%" if value == "difference" else ".1%"
     bounds = f"(%{{customdata[0]:{form}}} to %{{customdata[1]:{form}}})"
     figure = go.Figure(layout={"template": TEMPLATE})
-    ticks = {"difference": "a seed", "iqm": "lowest and highest run", "mean": "lowest and highest run"}.get(
-        value
-    )
+    ticks = {"difference": "a seed", "iqm": "lowest and highest run", "mean": "lowest and highest run"}.get(value)
     if ticks:
         each = table["by_seed"] if value == "difference" else table[["lowest", "highest"]].to_numpy()
         runs = [(x, place) for place, values in zip(places, each, strict=True) for x in values]
@@ -126,9 +122,7 @@ def plot_intervals(table: pd.DataFrame, value: str) -> go.Figure:
         showgrid=False,
         ticklabelstandoff=6,
     )
-    return figure.update_layout(
-        height=(110 if ticks else 80) + 44 * len(places), margin={"t": 40 if ticks else 10}
-    )
+    return figure.update_layout(height=(110 if ticks else 80) + 44 * len(places), margin={"t": 40 if ticks else 10})
 
 
 def plot_against_alpha(frame: pd.DataFrame) -> go.Figure:

@@ -39,9 +39,7 @@ _ROLLOUT_COLUMNS = [
     table_column("answer_weight", "c_y", "number", "factor of the answer's log-likelihood in the loss", 1),
     table_column("length", "tokens", "number", "trace length"),
     table_column("finished", "ended", "flag", "whether the trace ended in time and in form"),
-    table_column(
-        "correct", "correct", "flag", "the task's verdict on the model's own answer after the trace"
-    ),
+    table_column("correct", "correct", "flag", "the task's verdict on the model's own answer after the trace"),
     table_column("trace", "trace", "text"),
 ]
 _MOST_QUESTIONS = 200  # rows of the list of questions; more would be slow to draw and nobody reads them
@@ -81,9 +79,7 @@ class TraceExplorer(Panel):
         self._read()
 
         self.step = widgets.Dropdown(options=self._steps(), value=step, layout={"width": "110px"})
-        self.search = widgets.Text(
-            placeholder="search questions, answers, traces", layout={"flex": "1 1 150px"}
-        )
+        self.search = widgets.Text(placeholder="search questions, answers, traces", layout={"flex": "1 1 150px"})
         self.source = widgets.Dropdown(
             options=[("all sources", ""), ("prior", "prior"), ("posterior", "posterior")],
             layout={"width": "110px"},
@@ -118,9 +114,7 @@ class TraceExplorer(Panel):
         self.view.observe(self._draw_lines, names="selected")
 
         row = {"flex_flow": "row wrap", "grid_gap": "10px"}
-        controls = widgets.HBox(
-            [self.step, self.search, self.source, self.colour, self.again, self.found], layout=row
-        )
+        controls = widgets.HBox([self.step, self.search, self.source, self.colour, self.again, self.found], layout=row)
         self.questions.layout = {"flex": "2 1 330px", "min_width": "0"}
         self.rollouts.layout = {"flex": "3 1 480px", "min_width": "0"}
         tables = widgets.HBox([self.questions, self.rollouts], layout=row)
@@ -169,9 +163,7 @@ class TraceExplorer(Panel):
 
     def _list_questions(self, change: Any = None) -> None:
         frame = self.filtered()
-        means = frame.pivot_table(
-            "total", ["step", "example_id"], "source", "mean", sort=False, observed=True
-        )
+        means = frame.pivot_table("total", ["step", "example_id"], "source", "mean", sort=False, observed=True)
         first = frame.drop_duplicates(["step", "example_id"])[["step", "example_id", "question", "answer"]]
         listed = first.merge(means.reset_index(), on=["step", "example_id"]).reindex(
             columns=["step", "example_id", "question", "answer", "prior", "posterior"]
@@ -247,9 +239,7 @@ class TraceExplorer(Panel):
     def static(self) -> list[Any]:
         """The chosen question's rollouts, the two traces and the lines, as HTML and a plotly figure."""
         names = [c for c in self.rollouts.columns if c["kind"] != "text"]
-        cells = [
-            html_row([html_number(row[c["name"]], c["digits"]) for c in names]) for row in self.rollouts.rows
-        ]
+        cells = [html_row([html_number(row[c["name"]], c["digits"]) for c in names]) for row in self.rollouts.rows]
         table = html_table([html.escape(c["label"]) for c in names], cells)
         view = token_html(self.pair(), self.settings, self.view.colour)
         return [HTML(f"{self.heading.value}{table}{view}"), self.lines()]

@@ -250,7 +250,5 @@ def plot_evaluation_curve(runs: Mapping[str, pd.DataFrame], value: str = "accura
             **(shared | {"line": {"color": colour, "width": 3}}),
         )
     figure.update_xaxes(title_text="training step", hoverformat="d")
-    figure.update_yaxes(
-        title_text="held-out accuracy (share of questions)", tickformat=".0%", rangemode="tozero"
-    )
+    figure.update_yaxes(title_text="held-out accuracy (share of questions)", tickformat=".0%", rangemode="tozero")
     return figure.update_layout(height=420, hovermode="x unified")

@@ -112,8 +112,6 @@ def accuracy_table(evaluations: pd.DataFrame) -> str:
 
 def alarms_html(alarms: Mapping[str, str]) -> str:
     """Signs that a run goes wrong, a line each; nothing where there is none."""
-    lines = (
-        f'<div data-alarm="{html.escape(kind)}">⚠ {html_text(text)}</div>' for kind, text in alarms.items()
-    )
+    lines = (f'<div data-alarm="{html.escape(kind)}">⚠ {html_text(text)}</div>' for kind, text in alarms.items())
     inside = "".join(lines)
     return f'<div style="color: {POSTERIOR}; margin: 4px 0">{inside}</div>' if inside else ""

@@ -64,9 +64,7 @@ class _Side:
 
     @property
     def settings(self) -> reweight.Settings:
-        return reweight.Settings(
-            self.alpha.value, self.composite_weight.value, self.clip.value, self.clip_range.value
-        )
+        return reweight.Settings(self.alpha.value, self.composite_weight.value, self.clip.value, self.clip_range.value)
 
     def __str__(self) -> str:
         s = self.settings
@@ -143,9 +141,7 @@ class MixingRatio(Panel):
         """The numbers of both settings as plain HTML."""
         a, b = (self.summary[side.name] for side in self.sides)
         rows = [
-            html_row(
-                [label, *(html_number(_known(x, factor), digits) for x in (a[key], b[key], b[key] - a[key]))]
-            )
+            html_row([label, *(html_number(_known(x, factor), digits) for x in (a[key], b[key], b[key] - a[key]))])
             for key, (label, digits, factor) in _SUMMARY.items()
         ]
         table = html_table(["", *(f"{side.name}: {side}" for side in self.sides), "B − A"], rows)

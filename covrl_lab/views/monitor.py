@@ -90,9 +90,7 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
     step, steps = int(metrics["step"].iloc[-1]) if len(metrics) else 0, int(config["steps"])
     if len(metrics):
         metrics["truncated_share"] = 1 - metrics["finished_share"]
-    written = {
-        name: _written(run.path / name) for name in ("config.json", "metrics.jsonl", "evaluations.jsonl")
-    }
+    written = {name: _written(run.path / name) for name in ("config.json", "metrics.jsonl", "evaluations.jsonl")}
     written |= {name: _written(run.path / name) for name in ("traces", "checkpoints")}
     newest = max(written.values())
     median = float(metrics["seconds"].tail(5).median()) if len(metrics) else None
@@ -113,9 +111,7 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
         heard = newest >= _written(run.path / "STOP") and last
         if heard or silent:
             status = "stopped"
-            message = (
-                f"stopped after step {step} of {steps}; allow it to resume, then start it again as before"
-            )
+            message = f"stopped after step {step} of {steps}; allow it to resume, then start it again as before"
         else:
             status = "stopping"
             message = f"asked to stop: it ends and saves a checkpoint after step {step + 1}"
@@ -205,9 +201,7 @@ def status_html(shot: Snapshot) -> str:
     parts = [f'<b style="color: {colour}">{sign} {html_text(shot.message)}</b>']
     if shot.seconds_left is not None and shot.status == "running":
         known = shot.evaluation_seconds is not None
-        parts.append(
-            f"about {_duration(shot.seconds_left)} left, {'with' if known else 'without'} evaluations"
-        )
+        parts.append(f"about {_duration(shot.seconds_left)} left, {'with' if known else 'without'} evaluations")
     if len(shot.evaluations):
         last = shot.evaluations.iloc[-1]
         interval = f"95% interval {last['accuracy_low']:.1%} to {last['accuracy_high']:.1%}"
@@ -288,9 +282,7 @@ class RunMonitor(Panel):
             self.button.description = "Allow it to resume" if asked else "Stop after this step"
             self.button.icon = "play" if asked else "stop"
             self.button.tooltip = (
-                "Remove the file STOP from the run folder"
-                if asked
-                else "Write the file STOP to the run folder"
+                "Remove the file STOP from the run folder" if asked else "Write the file STOP to the run folder"
             )
             drawn = len(shot.metrics), len(shot.evaluations)
             if drawn != self._drawn:

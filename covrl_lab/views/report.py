@@ -116,16 +116,11 @@ def _figure(figure: go.Figure) -> str:
     for character in "<>&\u2028\u2029":
         data = data.replace(character, f"\\u{ord(character):04x}")
     height = figure.layout.height or 450
-    return (
-        f'<div class="figure" style="min-height: {height}px"></div>'
-        f'<script type="application/json">{data}</script>'
-    )
+    return f'<div class="figure" style="min-height: {height}px"></div><script type="application/json">{data}</script>'
 
 
 def _facts(values: dict[str, Any]) -> str:
-    rows = (
-        f"<div><code>{html_text(k)} = <b>{html_text(v)}</b></code></div>" for k, v in sorted(values.items())
-    )
+    rows = (f"<div><code>{html_text(k)} = <b>{html_text(v)}</b></code></div>" for k, v in sorted(values.items()))
     return f'<div class="facts">{"".join(rows)}</div>'
 
 

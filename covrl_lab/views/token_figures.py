@@ -218,9 +218,7 @@ def plot_mixing(
         }
         layout[f"yaxis{axes[2]}"] |= {"autorange": "reversed", "ticklabelstandoff": 4}
     totals = [
-        sum(v for (moved, _), v in weight.items() if moved == m)
-        for weight in gradient_weights
-        for m in SOURCE_COLOURS
+        sum(v for (moved, _), v in weight.items() if moved == m) for weight in gradient_weights for m in SOURCE_COLOURS
     ]
     for column in range(columns):  # one scale, so that the settings compare
         axis = str(3 * column + 3)

@@ -51,9 +51,7 @@ SCALES: dict[str, dict[str, Any]] = {
     ),
     "ratio": _scale("importance ratio p′/h", math.log(2), _LESS, _MORE, "½", "2", log=True),
     "kl": _scale("KL contribution, nats", 1.0, None, _MORE, "0", "1"),
-    "gradient_weight": _scale(
-        "gradient weight A·f′(r)·r", 2.0, _LESS, _MORE, "−2 made less likely", "more likely +2"
-    ),
+    "gradient_weight": _scale("gradient weight A·f′(r)·r", 2.0, _LESS, _MORE, "−2 made less likely", "more likely +2"),
 }
 
 
@@ -148,9 +146,7 @@ class TokenView(anywidget.AnyWidget):
     @traitlets.validate("colour")
     def _known_colour(self, proposal: Any) -> str:
         if proposal["value"] not in SCALES:
-            raise ConfigError(
-                f"unknown colour {proposal['value']!r}{did_you_mean(proposal['value'], SCALES)}"
-            )
+            raise ConfigError(f"unknown colour {proposal['value']!r}{did_you_mean(proposal['value'], SCALES)}")
         return proposal["value"]
 
 
@@ -163,9 +159,7 @@ def _fill(value: float | None, scale: Mapping[str, Any]) -> str:
     return f"background: rgba({r}, {g}, {b}, {_STRONGEST * min(1, abs(place)):.2f})"
 
 
-def token_html(
-    frame: pd.DataFrame, settings: reweight.Settings | None = None, colour: str = "log_gap"
-) -> str:
+def token_html(frame: pd.DataFrame, settings: reweight.Settings | None = None, colour: str = "log_gap") -> str:
     """The rows of ``frame`` as plain HTML: escaped, no script, numbers in each token's title."""
     if colour not in SCALES:
         raise ConfigError(f"unknown colour {colour!r}{did_you_mean(colour, SCALES)}")

@@ -326,9 +326,7 @@ def _trl(channel, settings: dict[str, Any], steps: int) -> None:
                         "prompt_tokens_as_rows": int(prompt.sum()),
                         "update_tokens": prompt.numel() + mask.numel(),
                         "update_tokens_as_rows": int(prompt.sum() + mask.sum()),
-                        "update_tokens_needed": count_nodes(
-                            [p + t for p, t in zip(ids, traces, strict=True)]
-                        ),
+                        "update_tokens_needed": count_nodes([p + t for p, t in zip(ids, traces, strict=True)]),
                         "loaded_gib": loaded,
                         "peak_gib": peak_memory_gib(model.device),
                     }
@@ -383,9 +381,7 @@ def step_part(results: Results) -> None:
     if not missing:
         return
     with ExitStack() as stack:
-        steps = {
-            name: stack.enter_context(serving(name, settings, threads, len(missing) + 1)) for name in variants
-        }
+        steps = {name: stack.enter_context(serving(name, settings, threads, len(missing) + 1)) for name in variants}
         for step in tqdm(steps.values(), desc="step: models, first steps"):
             step()
         for r in tqdm(missing, desc="step: repetitions"):
@@ -406,9 +402,7 @@ def _limits(settings: dict[str, Any]) -> dict[str, Any]:
     place = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, config.dtype)
     layers = [
-        torch.randn(out, size, dtype=dtype, device=place)
-        for _ in range(shape.layers)
-        for size, out in shape.matrices
+        torch.randn(out, size, dtype=dtype, device=place) for _ in range(shape.layers) for size, out in shape.matrices
     ]
     head = torch.randn(shape.vocabulary, shape.hidden, dtype=dtype, device=place)
     products = {}
@@ -433,14 +427,10 @@ def growth_part(results: Results) -> None:
     def point(change: dict[str, Any]) -> dict[str, float]:
         with serving("covrl", settings | change, threads, 3) as step:
             step()
-            return min((step() for _ in range(2)), key=itemgetter("seconds")) | {
-                "value": next(iter(change.values()))
-            }
+            return min((step() for _ in range(2)), key=itemgetter("seconds")) | {"value": next(iter(change.values()))}
 
     points = [
-        (f"{name}: {i}", change)
-        for name, all in results.settings["points"].items()
-        for i, change in enumerate(all)
+        (f"{name}: {i}", change) for name, all in results.settings["points"].items() for i, change in enumerate(all)
     ]
     for key, change in tqdm(points, desc="growth"):
         results.get(key, lambda change=change: point(change))
@@ -637,9 +627,7 @@ def main() -> None:
         "layout": {"config": config, "tasks": ["arithmetic", "last_letters"], "steps": 4},
     }
     for part in chosen:
-        results = Results(
-            arguments.folder, part, {"threads": arguments.threads, **settings[part]}, arguments.again
-        )
+        results = Results(arguments.folder, part, {"threads": arguments.threads, **settings[part]}, arguments.again)
         globals()[f"{part}_part"](results)
     print(report(arguments.folder))
 

@@ -84,9 +84,7 @@ def token_frame(frame: pd.DataFrame) -> pd.DataFrame:
     """Tokens of prompts and of the update a trainer computes, those that are distinct, and plain rows'."""
     middle = medians(frame).assign(
         needed=lambda f: (
-            f["update_tokens_needed"].fillna(f["update_tokens"])
-            if "update_tokens_needed" in f
-            else f["update_tokens"]
+            f["update_tokens_needed"].fillna(f["update_tokens"]) if "update_tokens_needed" in f else f["update_tokens"]
         )
     )
     table = middle[["prompt_tokens", "update_tokens", "needed", "update_tokens_as_rows", "generated"]]
@@ -136,17 +134,14 @@ def growth_frame(part: dict[str, Any]) -> pd.DataFrame:
 def memory_frame(part: dict[str, Any]) -> pd.DataFrame:
     """MiB that scoring and its backward allocate; a row for each tree, a column for each vocabulary."""
     frame = pd.DataFrame(part["results"].values())
-    return frame.assign(mib=frame["bytes"] / 2**20).pivot(
-        index="packed_tokens", columns="vocabulary", values="mib"
-    )
+    return frame.assign(mib=frame["bytes"] / 2**20).pivot(index="packed_tokens", columns="vocabulary", values="mib")
 
 
 def plan_frame(part: dict[str, Any]) -> pd.DataFrame:
     """Predicted and measured memory in GiB and seconds a step, one row a model."""
     columns = [(kind, unit) for unit in ("gib", "seconds") for kind in ("predicted", "measured")]
     rows = {
-        name: {f"{kind}, {unit}": both[kind][unit] for kind, unit in columns}
-        for name, both in part["results"].items()
+        name: {f"{kind}, {unit}": both[kind][unit] for kind, unit in columns} for name, both in part["results"].items()
     }
     return pd.DataFrame(rows).T
 
@@ -237,9 +232,7 @@ def ratio_figure(ratios: pd.DataFrame) -> go.Figure:
         marker={"symbol": "line-ns-open", "size": 22, "color": POSTERIOR, "line": {"width": 2}},
         name="target",
     )
-    figure.update_layout(
-        title=_title("A step's seconds against another's"), **TALL, height=150 + 55 * len(ratios)
-    )
+    figure.update_layout(title=_title("A step's seconds against another's"), **TALL, height=150 + 55 * len(ratios))
     figure.update_xaxes(title="ratio of seconds, within a repetition", rangemode="tozero")
     return figure.update_yaxes(autorange="reversed")
 
@@ -284,9 +277,7 @@ def token_figure(tokens: pd.DataFrame) -> go.Figure:
             textposition="outside",
             cliponaxis=False,
         )
-    figure.update_layout(
-        title=_title("Tokens in the update's forward pass"), **TALL, height=160 + 75 * len(names)
-    )
+    figure.update_layout(title=_title("Tokens in the update's forward pass"), **TALL, height=160 + 75 * len(names))
     figure.update_xaxes(title="tokens a step")
     return figure.update_yaxes(autorange="reversed")
 
@@ -361,9 +352,7 @@ def memory_figure(memory: pd.DataFrame) -> go.Figure:
             line={"dash": dash},
             mode="lines+markers",
         )
-    figure.update_layout(
-        title=_title("Memory of scoring and its backward, weights aside"), **TALL, height=380
-    )
+    figure.update_layout(title=_title("Memory of scoring and its backward, weights aside"), **TALL, height=380)
     figure.update_xaxes(title="packed tokens", rangemode="tozero")
     return figure.update_yaxes(title="MiB", rangemode="tozero")
 
