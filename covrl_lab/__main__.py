@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from .config import RunConfig
+from .config import RunConfig, field_type
 from .types import ConfigError, did_you_mean
 
 _WORDS = {"None": None, "True": True, "False": False}
@@ -129,8 +129,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     own.add_argument("out", nargs="?", help="HTML file to write; default: report.html in the run folder")
     for name in ("train", "sweep", "plan"):
         for field in fields(RunConfig):
-            kind = field.type.split(" |")[0]
-            found[name].add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar=kind)
+            kind, _, choices, _ = field_type(field)
+            shown = "{" + ",".join(choices) + "}" if choices else kind.__name__
+            found[name].add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar=shown)
     return parser, found
 
 

@@ -4,8 +4,6 @@ A setting left at ``None`` takes the value the chosen method defines in ``METHOD
 ``RunConfig(method="jlb")`` is JLB without further settings and ``config.json`` records the value used.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -13,55 +11,50 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin
 
 from .defaults import METHOD_DEFAULTS, METHOD_SETTINGS, UNREAD
 from .files import write_whole
 from .types import ConfigError, did_you_mean
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "quantization": ("nf4", "none"),
-    "dtype": ("bfloat16", "float32"),
-    "prompt_style": ("auto", "few_shot", "chat"),
-    "method": tuple(METHOD_DEFAULTS),
-    "source_split": ("stratified", "bernoulli"),
-    "reward": ("sum_logprob", "mean_logprob", "probability", "mean_probability", "verdict"),
-    "baseline": ("mean", "leave_one_out", "none"),
-    "advantage_scale": ("std", "none"),
-    "clip": ("ppo", "soft", "none"),
-    "loss_aggregation": ("token_mean", "trace_sum"),
-    "kl_gradient": ("exact", "published"),
-    "nll_gate": ("prior_positive", "none", "reward"),
-    "lr_schedule": ("cosine", "constant"),
-    "tracker": ("none", "tensorboard", "wandb", "trackio"),
-}
 
-# Least and largest value, and the rule in words. The least positive float stands for "above 0".
-_TINY = math.ulp(0.0)
-_SHARE = (0, 1, "between 0 and 1")
-_POSITIVE = (_TINY, math.inf, "above 0")
-_NOT_NEGATIVE = (0, math.inf, "0 or more")
-_COUNT = (1, math.inf, "1 or more")
-RANGES: dict[str, tuple[float, float, str]] = {
-    **dict.fromkeys(("alpha", "composite_weight", "alpha_rate"), _SHARE),
-    "top_p": (_TINY, 1, "above 0 and at most 1"),
-    "temperature": (_TINY, math.inf, "above 0 (greedy decoding belongs to evaluation)"),
-    **dict.fromkeys("clip_range clip_range_high learning_rate max_grad_norm".split(), _POSITIVE),
-    **dict.fromkeys(
-        "kl_weight nll_weight advantage_clip unfinished_penalty weight_decay reference_kl_weight std_filter "
-        "evidence_floor posterior_weight "
-        "steps eval_every eval_samples warmup_steps demonstrations".split(),
-        _NOT_NEGATIVE,
-    ),
-    **dict.fromkeys(
-        "questions_per_step rollouts_per_question max_trace_tokens eval_questions checkpoint_every "
-        "updates_per_step n_sample max_answer_tokens max_packed_tokens lora_rank lora_alpha".split(),
-        _COUNT,
-    ),
-    "seed": (0, 2**32 - 1, "from 0 to 2**32 - 1"),
-}
+class Range(NamedTuple):
+    """Least and largest value of a setting, and the rule in words."""
+
+    low: float
+    high: float
+    words: str
+
+
+Share = Annotated[float, Range(0, 1, "between 0 and 1")]
+Positive = Annotated[float, Range(math.ulp(0.0), math.inf, "above 0")]
+NotNegative = Annotated[float, Range(0, math.inf, "0 or more")]
+Count = Annotated[int, Range(1, math.inf, "1 or more")]
+CountOrZero = Annotated[int, Range(0, math.inf, "0 or more")]
 
 _LITERALS = str | int | float | bool | None | list | tuple | dict
+_KINDS = {float: "a finite number", int: "a whole number", str: "text", bool: "True or False"}
+
+
+class FieldType(NamedTuple):
+    """What a field of ``RunConfig`` takes: its plain type, whether None is allowed, choices, range."""
+
+    kind: type
+    optional: bool
+    choices: tuple[str, ...]
+    range: Range | None
+
+
+def field_type(field: dataclasses.Field) -> FieldType:
+    """Read a field's annotation: ``int``, ``Share | None``, ``Literal["a", "b"]`` and the like."""
+    hint, optional = field.type, NoneType in get_args(field.type)
+    if optional:
+        hint = get_args(hint)[0]
+    if get_origin(hint) is Literal:
+        return FieldType(str, optional, get_args(hint), None)
+    kind, *rules = get_args(hint) or (hint,)
+    return FieldType(kind, optional, (), rules[0] if rules else None)
 
 
 class _Checked(type):
@@ -84,83 +77,82 @@ class RunConfig(metaclass=_Checked):
 
     # --- model
     model: str = "smollm2-135m"  # "smollm2-135m", "tiny", a Hugging Face id, or a local folder
-    quantization: str = "nf4"  # "nf4" (QLoRA: 4-bit base, double quantisation) or "none"
-    dtype: str = "bfloat16"  # compute type of the base model: "bfloat16" or "float32"
-    lora_rank: int = 16
-    lora_alpha: int = 32  # LoRA scaling is lora_alpha / lora_rank
+    quantization: Literal["nf4", "none"] = "nf4"  # "nf4": QLoRA with double quantisation
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # compute type of the base model
+    lora_rank: Count = 16
+    lora_alpha: Count = 32  # LoRA scaling is lora_alpha / lora_rank
     gradient_checkpointing: bool = False
     device: str = "auto"  # "auto", "cpu", "cuda"
     # --- task and prompts
     task: str = "arithmetic"  # built-in, "reasoning_gym/NAME", "hf/OWNER/NAME", or a .jsonl/.csv/.parquet file
     difficulty: int | None = None  # 1..5, built-in tasks only
-    demonstrations: int = 3  # worked examples in few-shot prompts
-    prompt_style: str = "auto"  # "few_shot", "chat", or "auto": few-shot where the task has demonstrations
+    demonstrations: CountOrZero = 3  # worked examples in few-shot prompts
+    prompt_style: Literal["auto", "few_shot", "chat"] = "auto"  # auto: few-shot where the task has demonstrations
     question_column: str | None = None  # files and datasets: column names
     answer_column: str | None = None
     trace_column: str | None = None
     dataset_config: str | None = None
     dataset_split: str | None = None
     # --- method
-    method: str = "covrl"
-    alpha: float | None = None  # share of traces drawn from the prior prompt
-    composite_weight: float | None = None  # w of the composite p' = w p + (1 - w) q
-    reward: str | None = None
-    baseline: str | None = None  # "mean" of the group, "leave_one_out", "none"
-    advantage_scale: str | None = None  # "std": divide by the group's standard deviation
-    advantage_clip: float | None = None  # 0: off
-    clip: str | None = None  # "ppo", "soft", "none"
-    clip_range: float | None = None  # epsilon of either clip: ratios from 1 - clip_range ...
-    clip_range_high: float | None = None  # ... to 1 + clip_range_high
-    kl_weight: float | None = None  # beta of KL(p'||p)
-    kl_gradient: str = "exact"  # "exact" or "published"
-    nll_weight: float | None = None  # factor of -log p(y|x,z)
-    nll_gate: str | None = None  # "prior_positive", "none" (every trace), "reward" (weighted by it)
-    n_sample: int | None = None  # traces inside the logarithm; above 1 with "jlb" only (JEPO)
-    reference_kl_weight: float | None = None  # KL to the frozen base inside the reward (LaTRO)
-    std_filter: float | None = None  # drop groups whose reward varies less than this share of average (RLPR)
-    loss_aggregation: str | None = None  # "token_mean", or "trace_sum": sum per trace, mean over traces
-    unfinished_penalty: float = 1.0  # an unfinished trace earns its group's worst reward minus this
-    evidence_floor: float | None = None  # c = p(y|x without a trace) ^ this, what a trace must explain better
-    posterior_weight: float | None = None  # factor of the term that draws q towards p(z|x,y)
-    alpha_rate: float | None = None  # 0: alpha stays; else how fast it follows the evidence upwards, a step
+    method: Literal[*METHOD_DEFAULTS] = "covrl"
+    alpha: Share | None = None  # share of traces drawn from the prior prompt
+    composite_weight: Share | None = None  # w of the composite p' = w p + (1 - w) q
+    reward: Literal["sum_logprob", "mean_logprob", "probability", "mean_probability", "verdict"] | None = None
+    baseline: Literal["mean", "leave_one_out", "none"] | None = None  # of the group's rewards
+    advantage_scale: Literal["std", "none"] | None = None  # std: divide by the group's standard deviation
+    advantage_clip: NotNegative | None = None  # 0: off
+    clip: Literal["ppo", "soft", "none"] | None = None
+    clip_range: Positive | None = None  # epsilon of either clip: ratios from 1 - clip_range ...
+    clip_range_high: Positive | None = None  # ... to 1 + clip_range_high
+    kl_weight: NotNegative | None = None  # beta of KL(p'||p)
+    kl_gradient: Literal["exact", "published"] = "exact"
+    nll_weight: NotNegative | None = None  # factor of -log p(y|x,z)
+    nll_gate: Literal["prior_positive", "none", "reward"] | None = None  # none: every trace; reward: weighted by it
+    n_sample: Count | None = None  # traces inside the logarithm; above 1 with "jlb" only (JEPO)
+    reference_kl_weight: NotNegative | None = None  # KL to the frozen base inside the reward (LaTRO)
+    std_filter: NotNegative | None = None  # drop groups whose reward varies less than this share of average (RLPR)
+    loss_aggregation: Literal["token_mean", "trace_sum"] | None = None  # trace_sum: sum per trace, mean over traces
+    unfinished_penalty: NotNegative = 1.0  # an unfinished trace earns its group's worst reward minus this
+    evidence_floor: NotNegative | None = None  # c = p(y|x without a trace) ^ this, what a trace must explain better
+    posterior_weight: NotNegative | None = None  # factor of the term that draws q towards p(z|x,y)
+    alpha_rate: Share | None = None  # 0: alpha stays; else how fast it follows the evidence upwards, a step
     # --- sampling
-    steps: int = 40
-    questions_per_step: int = 8
-    rollouts_per_question: int = 4
-    max_trace_tokens: int = 28
-    temperature: float = 1.0
-    top_p: float = 1.0
-    source_split: str = "stratified"  # per group, or "bernoulli" per trace as in the paper
+    steps: CountOrZero = 40
+    questions_per_step: Count = 8
+    rollouts_per_question: Count = 4
+    max_trace_tokens: Count = 28
+    temperature: Annotated[
+        float, Range(math.ulp(0.0), math.inf, "above 0 (greedy decoding belongs to evaluation)")
+    ] = 1.0
+    top_p: Annotated[float, Range(math.ulp(0.0), 1, "above 0 and at most 1")] = 1.0
+    source_split: Literal["stratified", "bernoulli"] = "stratified"  # per group, or per trace as in the paper
     # --- optimisation
-    learning_rate: float = 2e-4
-    lr_schedule: str = "cosine"
-    warmup_steps: int = 4
-    max_grad_norm: float = 1.0
-    weight_decay: float = 0.0
-    updates_per_step: int = 1
-    max_packed_tokens: int = 4096  # tokens in one forward; longer steps are cut into micro-batches
-    seed: int = 0
+    learning_rate: Positive = 2e-4
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: CountOrZero = 4
+    max_grad_norm: Positive = 1.0
+    weight_decay: NotNegative = 0.0
+    updates_per_step: Count = 1
+    max_packed_tokens: Count = 4096  # tokens in one forward; longer steps are cut into micro-batches
+    seed: Annotated[int, Range(0, 2**32 - 1, "from 0 to 2**32 - 1")] = 0
     # --- evaluation and output
-    eval_every: int = 10  # steps; 0: only before and after
-    eval_questions: int = 64
-    eval_samples: int = 0  # sampled generations a question for avg@k; 0: greedy only
-    max_answer_tokens: int = 12
-    checkpoint_every: int = 10  # steps
+    eval_every: CountOrZero = 10  # steps; 0: only before and after
+    eval_questions: Count = 64
+    eval_samples: CountOrZero = 0  # sampled generations a question for avg@k; 0: greedy only
+    max_answer_tokens: Count = 12
+    checkpoint_every: Count = 10  # steps
     run_dir: str | None = None  # None: runs/<task>-<method>-<hash of this configuration>
-    tracker: str = "none"
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        for name, valid in CHOICES.items():
-            value = getattr(self, name)
-            if value is not None and value not in valid:
-                raise ConfigError(f"unknown {name} {value!r}{did_you_mean(value, valid)}")
+        for field in fields(self):
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         if self.clip_range is not None and self.clip_range_high is None:
             object.__setattr__(self, "clip_range_high", self.clip_range)  # alone it moves both bounds
         for name, value in METHOD_DEFAULTS[self.method].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        _check_ranges(self)
+        _refuse_combinations(self)
         _refuse_unread(self)
         if self.run_dir is None:
             task = Path(self.task).stem if "." in self.task else self.task.replace("/", "-")
@@ -172,12 +164,12 @@ class RunConfig(metaclass=_Checked):
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> RunConfig:
+    def from_dict(cls, settings: dict[str, Any]) -> Self:
         """Build from settings by name; an unknown name is an error that gives the nearest valid one."""
         return cls(**settings)
 
     @classmethod
-    def from_namespace(cls, names: dict[str, Any], also: Iterable[str] = ()) -> RunConfig:
+    def from_namespace(cls, names: dict[str, Any], also: Iterable[str] = ()) -> Self:
         """Build from a notebook's variables, ``globals()``, after ``check_parameters``.
 
         ``also`` names the notebook's own parameters.
@@ -192,7 +184,7 @@ class RunConfig(metaclass=_Checked):
         write_whole(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> RunConfig:
+    def load(cls, path: str | Path) -> Self:
         """Read what ``save`` wrote."""
         try:
             settings = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -204,7 +196,7 @@ class RunConfig(metaclass=_Checked):
             settings["method"] = "covrl_published"  # what earlier versions called covrl
         return cls.from_dict(settings)
 
-    def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
+    def differences(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
         """Settings that change the numbers and differ, as ``{name: (self, other)}``."""
         mine, theirs = self._numbers(), other._numbers()
         return {k: (mine[k], theirs[k]) for k in mine if mine[k] != theirs[k]}
@@ -219,35 +211,28 @@ class RunConfig(metaclass=_Checked):
         return {k: v for k, v in self.to_dict().items() if k not in others}
 
 
-def _check_types(config: RunConfig) -> None:
-    """Accept what papermill delivers: ints for floats, whole floats and numeric strings for numbers."""
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if value is None and "None" in f.type:
-            continue
-        kind = f.type.split(" |")[0]
-        try:
-            if kind == "float" and not isinstance(value, bool):
-                fixed: Any = float(value)
-            elif kind == "int" and not isinstance(value, bool) and float(value) == int(float(value)):
-                fixed = int(float(value))
-            elif kind == "str" and isinstance(value, str | Path):
-                fixed = str(value)
-            elif kind == "bool" and isinstance(value, bool):
-                fixed = value
-            else:
+def _checked(field: dataclasses.Field, value: Any) -> Any:
+    """Convert what papermill delivers (ints for floats, numbers as text); ConfigError where it does not fit."""
+    kind, optional, choices, allowed = field_type(field)
+    if value is None and optional:
+        return None
+    if choices:
+        if value not in choices:
+            raise ConfigError(f"unknown {field.name} {value!r}{did_you_mean(value, choices)}")
+        return value
+    try:
+        if kind in (str, bool):
+            if not isinstance(value, str | Path if kind is str else bool):
                 raise ValueError
-            if kind == "float" and not math.isfinite(fixed):
-                raise ValueError
-        except (TypeError, ValueError, OverflowError):
-            names = {
-                "float": "a finite number",
-                "int": "a whole number",
-                "str": "text",
-                "bool": "True or False",
-            }
-            raise ConfigError(f"{f.name} must be {names[kind]}, not {value!r}") from None
-        object.__setattr__(config, f.name, fixed)
+            return kind(value)
+        number = float(value)
+        if isinstance(value, bool) or not math.isfinite(number) or kind(number) != number:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{field.name} must be {_KINDS[kind]}, not {value!r}") from None
+    if allowed and not allowed.low <= number <= allowed.high:
+        raise ConfigError(f"{field.name} must be {allowed.words}, not {value!r}")
+    return kind(number)
 
 
 def _refuse_unread(config: RunConfig) -> None:
@@ -261,15 +246,13 @@ def _refuse_unread(config: RunConfig) -> None:
             )
 
 
-def _check_ranges(config: RunConfig) -> None:
-    """ConfigError for the first value out of range, or that does not go with another."""
+def _refuse_combinations(config: RunConfig) -> None:
+    """ConfigError for the first value that does not go with another."""
 
     def need(ok: bool, name: str, rule: str) -> None:
         if not ok:
             raise ConfigError(f"{name} must be {rule}, not {getattr(config, name)!r}")
 
-    for name, (low, high, rule) in RANGES.items():
-        need(low <= getattr(config, name) <= high, name, rule)
     if config.n_sample > 1:
         need(config.method == "jlb", "n_sample", "1 unless method='jlb'")
         need(config.reward == "sum_logprob", "reward", "'sum_logprob' when n_sample is above 1")

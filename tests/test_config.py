@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from covrl_lab.config import CHOICES, RunConfig
+from covrl_lab.config import RunConfig, field_type
 from covrl_lab.defaults import METHOD_DEFAULTS
 from covrl_lab.types import ConfigError
 
-NUMBERS = [f.name for f in dataclasses.fields(RunConfig) if f.type.split(" |")[0] in ("int", "float")]
-FLOATS = [f.name for f in dataclasses.fields(RunConfig) if f.type.startswith("float")]
+TYPES = {field.name: field_type(field) for field in dataclasses.fields(RunConfig)}
+NUMBERS = [name for name, of in TYPES.items() if of.kind in (int, float)]
+FLOATS = [name for name, of in TYPES.items() if of.kind is float]
+CHOICES = {name: of.choices for name, of in TYPES.items() if of.choices}
 
 
 def refused(**settings) -> str:

@@ -14,6 +14,7 @@ from helpers import NOTEBOOKS, ROOT, parameters
 from notebook_noise import noise
 
 from covrl_lab import RunConfig
+from covrl_lab.config import field_type
 
 OWN_NAMES = {
     "progress": "bool",  # show progress bars
@@ -33,7 +34,11 @@ OWN_NAMES = {
     "distance": "float",  # of an enumerable world's posterior logits from its prior's
     "samples": "int",  # random draws for each point
 }
-FIELDS = {field.name: field.type for field in dataclasses.fields(RunConfig)}
+FIELDS = {
+    field.name: of.kind.__name__ + " | None" * of.optional
+    for field in dataclasses.fields(RunConfig)
+    if (of := field_type(field))
+}
 HOOKS = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))["repos"][0]["hooks"]
 
 
