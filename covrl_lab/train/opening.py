@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import fields
 
 from ..config import RunConfig
 from .models import load_policy, load_tokenizer
 from .policy import Policy
 from .prompts import Prompter
-from .tasks import Task, load_task
+from .tasks import Task, TaskSettings, load_task
 
 
-def task_settings(config: RunConfig) -> dict[str, Any]:
-    """The keyword arguments of ``load_task`` and ``check_task``."""
-    names = ("difficulty", "demonstrations", "question_column", "answer_column", "trace_column")
-    return {name: getattr(config, name) for name in (*names, "dataset_config", "dataset_split")}
+def task_settings(config: RunConfig) -> TaskSettings:
+    """What a configuration says about its task."""
+    return TaskSettings(**{field.name: getattr(config, field.name) for field in fields(TaskSettings)})
 
 
 def open_task(config: RunConfig) -> tuple[Task, Prompter]:
     """Load the task and the tokenizer, but no weights. Raises ConfigError."""
-    task = load_task(config.task, **task_settings(config))
+    task = load_task(config.task, **vars(task_settings(config)))
     return task, Prompter(load_tokenizer(config.model), task.demonstrations, config.prompt_style)
 
 

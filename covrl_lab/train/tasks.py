@@ -270,29 +270,38 @@ def _row_task(name: str, rows: Iterable[dict], question: str, answer: str, trace
 # --- The two entry points.
 
 
-def check_task(
-    name: str,
-    *,
-    difficulty: int | None = None,
-    demonstrations: int = 3,
-    question_column: str | None = None,
-    answer_column: str | None = None,
-    trace_column: str | None = None,
-    dataset_config: str | None = None,
-    dataset_split: str | None = None,
-) -> None:
-    """Raise ConfigError if ``load_task`` could not work with these arguments; cheap, needs no network."""
+@dataclass(frozen=True)
+class TaskSettings:
+    """How a task is read; the fields of the same names of ``RunConfig``.
+
+    ``difficulty`` (1 to 5, None: 2) is for built-in tasks. Columns are for files and hf/ data sets, None for
+    ``question`` and ``answer``; rows become demonstrations only if ``trace_column`` is given. ``dataset_config`` and
+    ``dataset_split`` (None: ``train``) are for hf/ data sets.
+    """
+
+    difficulty: int | None = None
+    demonstrations: int = 3
+    question_column: str | None = None
+    answer_column: str | None = None
+    trace_column: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str | None = None
+
+
+def check_task(name: str, settings: TaskSettings) -> None:
+    """Raise ConfigError if ``load_task`` could not work with these settings; cheap, needs no network."""
+    difficulty, demonstrations = settings.difficulty, settings.demonstrations
     if not 0 <= demonstrations <= MAX_DEMONSTRATIONS:
         raise ConfigError(f"demonstrations must be 0 to {MAX_DEMONSTRATIONS}, not {demonstrations}")
     if difficulty is not None and name not in TASKS:
         raise ConfigError(f"difficulty is for built-in tasks ({', '.join(TASKS)}), not {name!r}")
     if difficulty is not None and difficulty not in RANGES:
         raise ConfigError(f"difficulty must be a whole number from 1 to {max(RANGES)}, not {difficulty!r}")
-    columns = (question_column, answer_column, trace_column)
+    columns = (settings.question_column, settings.answer_column, settings.trace_column)
     on_hub, is_file = name.startswith("hf/"), Path(name).suffix in FILE_SUFFIXES
     if any(columns) and not (on_hub or is_file):
         raise ConfigError(f"columns are for files and hf/ data sets, not {name!r}")
-    if (dataset_config or dataset_split) and not on_hub:
+    if (settings.dataset_config or settings.dataset_split) and not on_hub:
         raise ConfigError(f"dataset_config and dataset_split are for hf/ data sets, not {name!r}")
 
     if name in TASKS:
@@ -310,7 +319,7 @@ def check_task(
         if not Path(name).is_file():
             raise ConfigError(f"data file {name!r} does not exist; check the path")
         found, _ = _read_file(Path(name), limit=1)
-        _check_columns(name, found, (question_column or "question", answer_column or "answer", trace_column))
+        _check_columns(name, found, (columns[0] or "question", columns[1] or "answer", columns[2]))
     else:
         kinds = [
             *TASKS,
@@ -321,25 +330,12 @@ def check_task(
         raise ConfigError(f"unknown task {name!r}{did_you_mean(name, kinds)}")
 
 
-def load_task(
-    name: str,
-    *,
-    difficulty: int | None = None,
-    demonstrations: int = 3,
-    question_column: str | None = None,
-    answer_column: str | None = None,
-    trace_column: str | None = None,
-    dataset_config: str | None = None,
-    dataset_split: str | None = None,
-) -> Task:
-    """Load a task by name. ConfigError, in one sentence, if that cannot work.
-
-    ``difficulty`` (1 to 5, default 2) is for built-in tasks. Columns default to ``question`` and ``answer``;
-    rows become demonstrations only if ``trace_column`` is given. ``dataset_split`` defaults to ``train``.
-    """
-    check_task(**locals())
+def load_task(name: str, **settings: Any) -> Task:
+    """Load a task by name, with the keywords of ``TaskSettings``. ConfigError, in one sentence, if that cannot work."""
+    given = TaskSettings(**settings)
+    check_task(name, given)
     if name in TASKS:
-        generate, level = TASKS[name], difficulty or DEFAULT_DIFFICULTY
+        generate, level = TASKS[name], given.difficulty or DEFAULT_DIFFICULTY
 
         def draw(rng: Random) -> tuple[str, str, dict]:
             question, _, answer = generate(rng, level, variant=rng.randrange(12))  # 2, 3, 4 divide 12
@@ -349,14 +345,14 @@ def load_task(
         # All of them stay out of training, so that the stream is the same for any number shown.
         reserved = frozenset(normalise_question(demonstration.question) for demonstration in worked)
         source = _Stream(name, draw, reserved)
-        shown = tuple(worked[:demonstrations])
+        shown = tuple(worked[: given.demonstrations])
         return Task(name, shown, source, lambda text, example: match_answer(text, example.answer))
     if name.startswith("reasoning_gym/"):
         return _gym_task(name)
-    question, answer = question_column or "question", answer_column or "answer"
+    question, answer = given.question_column or "question", given.answer_column or "answer"
     if name.startswith("hf/"):
-        found, rows = _read_hub(name, dataset_config, dataset_split)
+        found, rows = _read_hub(name, given.dataset_config, given.dataset_split)
     else:
         found, rows = _read_file(Path(name))
-    _check_columns(name, found, (question, answer, trace_column))
-    return _row_task(name, rows, question, answer, trace_column, demonstrations)
+    _check_columns(name, found, (question, answer, given.trace_column))
+    return _row_task(name, rows, question, answer, given.trace_column, given.demonstrations)

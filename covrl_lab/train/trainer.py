@@ -63,7 +63,7 @@ class Trainer:
         self.config, self.progress = config, progress
         self.run_dir = Path(config.run_dir)
         check_model(config.model)
-        check_task(config.task, **task_settings(config))
+        check_task(config.task, task_settings(config))
         check_run_dir(config)
         self.records: list[dict[str, Any]] = []  # one dictionary a finished step, those on disk too
         self.method = METHODS[config.method]
