@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from covrl_lab.config import RunConfig, field_type
-from covrl_lab.defaults import METHOD_DEFAULTS
+from covrl_lab.defaults import METHOD_DEFAULTS, METHOD_SETTINGS, UNREAD
 from covrl_lab.types import ConfigError
 
 TYPES = {field.name: field_type(field) for field in dataclasses.fields(RunConfig)}
@@ -297,3 +297,24 @@ def test_the_run_id_is_the_same_in_another_process():
     code = "from covrl_lab.config import RunConfig; print(RunConfig(alpha='0.3', seed=5).run_id())"
     done = python("-c", code, env={"PYTHONHASHSEED": "123", "PATH": ""})
     assert done.stdout.strip() == RunConfig(alpha=0.3, seed=5).run_id(), done.stderr
+
+
+def settings_table() -> str:
+    """The Markdown table of METHODS.md: every method's default of each setting it reads."""
+    names = [name for name in METHOD_DEFAULTS["covrl"] if any(name in read for read in METHOD_SETTINGS.values())]
+    names += [name for name in UNREAD if name not in names]
+    lines = ["| setting | " + " | ".join(f"`{method}`" for method in METHOD_DEFAULTS) + " |"]
+    lines.append("|---" * (1 + len(METHOD_DEFAULTS)) + "|")
+    for name in names:
+        values = [
+            (METHOD_DEFAULTS[method] | UNREAD).get(name) if name in METHOD_SETTINGS[method] else "·"
+            for method in METHOD_DEFAULTS
+        ]
+        shown = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+        lines.append(f"| `{name}` | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def test_methods_md_shows_the_settings_that_each_method_reads():
+    text = Path(__file__).parent.with_name("METHODS.md").read_text("utf-8")
+    assert settings_table() in text, f"METHODS.md should hold this table:\n{settings_table()}"
