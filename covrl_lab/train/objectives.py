@@ -101,6 +101,11 @@ def _expm1_minus(x: Tensor) -> Tensor:
 # --- rewards and advantages
 
 
+def whole_trace(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum over the tokens of a trace, or of an answer, in float64; (N, T) to (N,)."""
+    return torch.where(mask, values, 0.0).double().sum(1)
+
+
 def answer_reward(logprobs: LogProbs, kind: str) -> Tensor:
     """R(z) from the reference answer's token log-probabilities, (N,).
 
@@ -204,21 +209,17 @@ def likelihood_credit(batch: TraceBatch, old: LogProbs, config: RunConfig) -> Cr
         answer_weight = reward * batch.finished
     else:
         log_weight = trace_log_weight(old, batch.mask, config.composite_weight, config.alpha)
-        answer_weight = log_weight.clamp_max(LOG_RATIO_CAP).exp() * batch.finished
+        answer_weight = (log_weight.clamp_max(LOG_RATIO_CAP).exp() * batch.finished).to(reward)
     return Credit(reward=reward, advantage=advantage, answer_weight=answer_weight, kl_mask=batch.finished)
 
 
 def trace_log_weight(logprobs: LogProbs, mask: Tensor, weight: float, alpha: float) -> Tensor:
-    """log P'(z)/H(z), (N,), for whole traces: P' = prod_t p', and H = alpha P + (1-alpha) Q, as each trace is
+    """log P'(z)/H(z), (N,) float64, for whole traces: P' = prod_t p', and H = alpha P + (1-alpha) Q, as each trace is
     drawn from one prompt."""
-
-    def whole(values: Tensor) -> Tensor:
-        return torch.where(mask, values, 0.0).sum(1)
-
-    composite, prior = whole(log_mixture(logprobs, weight)), whole(logprobs.prior)
+    composite, prior = whole_trace(log_mixture(logprobs, weight), mask), whole_trace(logprobs.prior, mask)
     if alpha == 1:
         return composite - prior
-    gap = whole(logprobs.posterior) - prior
+    gap = whole_trace(logprobs.posterior, mask) - prior
     return composite - prior - log_mixture_ratio(gap, alpha)
 
 
@@ -294,11 +295,6 @@ def coupled_loss(
 # --- the group bound (METHODS.md): a question's traces inside one logarithm
 
 
-def whole_trace(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum over the tokens of a trace, or of an answer, in float64; (N, T) to (N,)."""
-    return torch.where(mask, values, 0.0).double().sum(1)
-
-
 def source_weights(old: LogProbs, batch: TraceBatch) -> tuple[Tensor, Tensor]:
     """P(z)/H(z) and Q(z)/H(z) of whole traces, (N,) float64, with H = (n_p P + n_q Q) / G.
 
@@ -320,8 +316,8 @@ def group_credit(evidence: Tensor, floor: Tensor, from_prior: Tensor) -> tuple[T
     """Credit s_i = e_i / (c + mean e) and its baseline b_i; all (B, G), floor c (B, 1).
 
     The baseline is what the group would earn, E / (c + E), without trace i and without one trace of the other
-    source, averaged over which one. So its law is the same whichever source drew trace i, which is what keeps
-    a weighted baseline unbiased when the number of traces of each source is fixed. It is 0 where no trace is left.
+    source, averaged over which one. So it is distributed alike whichever source drew trace i, which keeps a
+    weighted baseline unbiased when the number of traces of each source is fixed. It is 0 where no trace is left.
     """
     credit = evidence / (floor + evidence.mean(1, keepdim=True))
     prior = from_prior.to(evidence)
