@@ -215,3 +215,29 @@ def test_a_baseline_that_tells_the_source_biases_the_published_method():
     joint = published_policy_gradient(world, "leave_one_out", from_prior, joint=True)
     torch.testing.assert_close(balanced, truth, atol=1e-14, rtol=0)
     assert 0.02 < float((joint - truth).norm() / truth.norm()) < 0.2
+
+
+def test_credit_of_both_prompts_and_the_share_of_the_prior_by_hand():
+    """Two prior traces and two posterior ones of one token; the numbers are worked out beside them."""
+    p = np.array([0.5, 0.5, 0.1, 0.1])
+    q = np.array([0.1, 0.1, 0.5, 0.5])
+    answer = np.array([0.4, 0.0001, 0.8, 0.0001])
+    mask = torch.ones(4, 1, dtype=torch.bool)
+    prior, posterior, likelihood = (torch.tensor(np.log(v))[:, None] for v in (p, q, answer))
+    old = LogProbs(prior, posterior, likelihood, mask, no_trace=torch.full((4, 1), 2 * math.log(0.1)).double())
+    from_prior = torch.tensor([True, True, False, False])
+    batch = TraceBatch(mask.long(), mask, from_prior, torch.ones(4, dtype=torch.bool), 4)
+    credit = covrl_credit(batch, old, RunConfig(method="covrl", alpha_rate=0.5), {})
+
+    h = 0.5 * p + 0.5 * q  # 0.3 everywhere: P/H = 5/3 or 1/3, Q/H the other way round
+    evidence = answer * p / h
+    s = evidence / (0.1 + evidence.mean())
+    # Without a trace: its source's other trace and one of the other source, each standing for two.
+    b = np.zeros(4)
+    for i, (same, others) in enumerate([(1, (2, 3)), (0, (2, 3)), (3, (0, 1)), (2, (0, 1))]):
+        left = [(evidence[same] + evidence[other]) / 2 for other in others]
+        b[i] = np.mean([value / (0.1 + value) for value in left])
+    np.testing.assert_allclose(credit.advantage, s - b * p / h, rtol=1e-6)
+    np.testing.assert_allclose(credit.posterior_advantage, s - b * q / h, rtol=1e-6)
+    share = (s * 0.5 * p / h).sum() / s.sum()  # of the credit, that prior traces would have earned
+    assert share > 0.5 and credit.method_state["alpha"] == pytest.approx(0.5 + 0.5 * (share - 0.5))

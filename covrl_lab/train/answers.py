@@ -1,14 +1,13 @@
-"""How right an answer is: comparison with the reference, and guards around other packages' scorers. No torch."""
+"""How right an answer is: comparison with the reference, or another package's scorer. No torch."""
 
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
 
 from ..types import Example
+from .scorer import scorer
 
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?(?:e[-+]?\d{1,3})?|\.\d+(?:e[-+]?\d{1,3})?"
 _SIGNED = rf"([-+]?)\s*({_NUMBER})"
@@ -48,6 +47,8 @@ def _normalise(text: str) -> str:
 
 def _value(text: str) -> Fraction | None:
     """The number that a normalised text states, or None where it states none, or more than one."""
+    if len(text) > 400:  # no number, and Python refuses to read longer ones
+        return None
     text = re.sub(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}", r" \1", text).replace("\\,", "").replace("\\ ", " ")
     text = re.sub(r"^[a-z]\w?\s*=\s*", "", text.replace("−", "-").replace("\\%", "%")).strip()
     text = re.sub(r"^([-+]?)[$€£]", r"\1", text)
@@ -100,28 +101,14 @@ def _operations(text: str) -> int:
 
 
 def _same_formula(prediction: str, reference: str) -> bool:
-    """Compare by math_verify, which reads LaTeX and evaluates; the guards keep out what is no answer."""
-    if len(prediction) > 200 or len(re.findall(r"\^|\*\*|!", prediction)) > reference.count("^") + 1:
-        return False  # towers of powers take for ever
-    if re.search(r"(\^|\*\*)[\s{(]*\d{4}|\d{3}\s*!", prediction):
-        return False
-    if _operations(prediction) > _operations(reference):
+    """Compare by math_verify, which reads LaTeX and evaluates, in the scorer's process; the rest is no answer."""
+    if len(prediction) > 200 or _operations(prediction) > _operations(reference):
         return False  # the work, not the answer
     if prediction.count(",") or reference.count(","):
         return False  # lists are compared above; math_verify takes them for sets
     if not re.search(r"[\d\\^+=$]", reference) or re.search(r"(?<![\\a-z])[a-z]{2,}", reference):
         return False  # words: as formulas, "en" and "ne" would be the same product
-
-    from math_verify import parse, verify
-
-    # Its timeouts are signals, which exist on the main thread only.
-    limit = 3 if threading.current_thread() is threading.main_thread() else None
-    try:
-        # Inside $...$ the whole text has to be the formula, else a number would be fished out of prose.
-        gold, guess = (parse(f"${text}$", parsing_timeout=limit) for text in (reference, prediction))
-        return bool(verify(gold, guess, timeout_seconds=limit))
-    except Exception:  # whatever a parser makes of arbitrary text, it is no match
-        return False
+    return scorer("math_verify", prediction, {"answer": reference}) == 1.0
 
 
 # --- reasoning-gym's scorers
@@ -133,27 +120,24 @@ _FUNCTIONS = set("sin cos tan asin acos atan sinh cosh tanh exp log sqrt pi Abs 
 
 
 def _harmless(name: str, prediction: str) -> bool:
-    """Whether a scorer may evaluate a model's text: no unknown calls, strings, attributes or huge powers."""
+    """Whether a scorer may evaluate a model's text: no unknown calls, strings or attributes."""
     if name in _GYM_EVAL:
         return not re.search(r"[(*]", prediction)
     if name in _GYM_SYMPY:
         words = set(re.findall(r"[A-Za-z]\w+", prediction))
-        odd = re.search(r"""["'_!\[{:;\\]|\.\s*[A-Za-z]|\*\*[\s(]*(\d{3}|\w+\s*\*\*)""", prediction)
+        odd = re.search(r"""["'_!\[{:;\\]|\.\s*[A-Za-z]""", prediction)
         return prediction.isascii() and not odd and words <= _FUNCTIONS and len(prediction) <= 500
     return True
 
 
-def gym_scorer(dataset: Any, name: str) -> Callable[[str, Example], float]:
-    """The scorer of the reasoning-gym data set ``name``: 0..1, and 0 for text that is unsafe to evaluate."""
+def gym_scorer(name: str) -> Callable[[str, Example], float]:
+    """The scorer of the reasoning-gym data set ``name``: 0..1, and 0 for text that is no data."""
 
     def score(prediction: str, example: Example) -> float:
         prediction = prediction.strip()
         if not prediction or not _harmless(name, prediction):
             return 0.0
         entry = {"question": example.question, "answer": example.answer, "metadata": example.metadata}
-        try:
-            return min(1.0, max(0.0, float(dataset.score_answer(prediction, entry))))
-        except Exception:  # a scorer that trips over a malformed answer has found a wrong one
-            return 0.0
+        return scorer(name, prediction, entry)
 
     return score

@@ -181,7 +181,7 @@ def _gym_task(name: str) -> Task:
             return None
         return (entry["question"], entry["answer"], entry["metadata"]) if (entry["answer"] or "").strip() else None
 
-    return Task(name, (), _Stream(name, draw), gym_scorer(dataset, short))
+    return Task(name, (), _Stream(name, draw), gym_scorer(short))
 
 
 # --- Files and Hugging Face data sets.
