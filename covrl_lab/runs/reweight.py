@@ -7,7 +7,7 @@ of the longest; padding and what is not known are NaN.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -59,10 +59,8 @@ class Settings:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Settings:
         """Those of a run (``Run.config``); the defaults where it does not say."""
-        names = ("alpha", "composite_weight", "clip", "clip_range", "clip_range_high")
-        given = {name: config[name] for name in names if config.get(name) is not None}
-        group_bound = config.get("method") == "covrl" and "evidence_floor" in config
-        return cls(**given, whole_traces=group_bound)
+        given = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
+        return cls(**given, whole_traces=config.get("method") == "covrl" and "evidence_floor" in config)
 
     @property
     def clip_bounds(self) -> tuple[float, float]:
@@ -232,9 +230,9 @@ def summarise_traces(traces: Traces, settings: Settings, values: Values | None =
     mass, mask, nothing = trace_mass(traces, settings.alpha), traces.mask, float("nan")
     shares = token_shares(traces, settings.alpha)
 
-    def mean(name: str, keep: np.ndarray = mask) -> float:
-        known = name in values and shares[keep].any()
-        return float(np.average(values[name][keep], weights=shares[keep])) if known else nothing
+    def mean(rows: np.ndarray | None, keep: np.ndarray = mask) -> float:
+        known = rows is not None and shares[keep].any()
+        return float(np.average(rows[keep], weights=shares[keep])) if known else nothing
 
     def rewarded(keep: np.ndarray) -> float:
         return float(traces.reward[keep].mean()) if traces.reward is not None and keep.any() else nothing
@@ -244,19 +242,18 @@ def summarise_traces(traces: Traces, settings: Settings, values: Values | None =
         log_weight = np.where(mask, np.log(ratio), 0.0).sum(1)
         trace_weight = np.exp(log_weight - log_weight.max())
         share = float((mass * trace_weight).sum() ** 2 / (mass * trace_weight**2).sum())
-    gradient = gradient_weights(traces, settings, values)
     prior, posterior = (
-        sum((x for (moved, _), x in gradient.items() if moved == part), 0.0) if gradient else nothing
-        for part in ("prior", "posterior")
+        mean(np.abs(values[name]) if name in values else None)
+        for name in ("gradient_weight_prior", "gradient_weight_posterior")
     )
     return {
-        "clipped_share": mean("clipped"),
+        "clipped_share": mean(values.get("clipped")),
         "effective_sample_share": share,
         "effective_sample_size": share * len(traces),
         "reward": nothing if traces.reward is None else float((mass * traces.reward).sum()),
         "reward_prior": rewarded(traces.from_prior),
         "reward_posterior": rewarded(~traces.from_prior),
-        "kl": mean("kl", mask & traces.finished[:, None]),
+        "kl": mean(values.get("kl"), mask & traces.finished[:, None]),
         "ratio_low": nothing if ratio is None else float(np.nanmin(ratio)),
         "ratio_high": nothing if ratio is None else float(np.nanmax(ratio)),
         "gradient_weight_prior": prior,
@@ -302,14 +299,10 @@ def gradient_weights(traces: Traces, settings: Settings, values: Values | None =
     values = quantities(traces, settings) if values is None else values
     if "gradient_weight_prior" not in values:
         return {}
-    shares, sources = (
-        token_shares(traces, settings.alpha),
-        {"prior": traces.from_prior, "posterior": ~traces.from_prior},
-    )
+    shares = token_shares(traces, settings.alpha)
+    pulls = {moved: shares * np.abs(values[f"gradient_weight_{moved}"]) for moved in ("prior", "posterior")}
     return {
-        (moved, source): float(
-            (shares * np.abs(values[f"gradient_weight_{moved}"]))[rows].sum(where=traces.mask[rows])
-        )
-        for moved in sources
-        for source, rows in sources.items()
+        (moved, source): float(pull[rows].sum(where=traces.mask[rows]))
+        for moved, pull in pulls.items()
+        for source, rows in (("prior", traces.from_prior), ("posterior", ~traces.from_prior))
     }
