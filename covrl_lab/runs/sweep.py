@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
+import subprocess
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -125,23 +127,16 @@ class Sweep:
         failed or cancelled run), step (finished so far), steps, accuracy (latest held-out share), seconds
         (spent on training steps).
         """
-        rows = []
+        rows, varied = [], self.varied
         for run_id, config in self.runs.items():
             path = self.path(run_id)
             how, reason = status(path)
             metrics, evaluations = read_jsonl(path / "metrics.jsonl"), read_jsonl(path / "evaluations.jsonl")
-            row = {"id": run_id} | {name: getattr(config, name) for name in self.varied}
-            rows.append(
-                row
-                | {
-                    "status": how,
-                    "reason": reason,
-                    "step": len(metrics),
-                    "steps": config.steps,
-                    "accuracy": evaluations[-1]["accuracy"] if evaluations else None,
-                    "seconds": round(sum(record["seconds"] for record in metrics), 1),
-                }
-            )
+            row = {"id": run_id} | {name: getattr(config, name) for name in varied}
+            row |= {"status": how, "reason": reason, "step": len(metrics), "steps": config.steps}
+            row["accuracy"] = evaluations[-1]["accuracy"] if evaluations else None
+            row["seconds"] = round(sum(record["seconds"] for record in metrics), 1)
+            rows.append(row)
         return pd.DataFrame(rows)
 
     @property
@@ -172,7 +167,14 @@ class Sweep:
             return self
         check_platform()
         for run_id, config in self.runs.items():
-            _prepare(self.path(run_id), config)
+            path = self.path(run_id) / "config.json"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                config.save(path)
+            elif different := config.differences(RunConfig.load(path)):
+                raise ConfigError(
+                    f"{str(path.parent)!r} holds another configuration ({next(iter(different))} differs)"
+                )
         self._driver = _Driver(self, executor, workers)
         self._driver.start()
         return self
@@ -249,16 +251,17 @@ class _Driver(threading.Thread):
 
     def __init__(self, sweep: Sweep, executor: Any, workers: int | None) -> None:
         super().__init__(daemon=True)
-        local = executor is None
-        self.sweep, self.executor = sweep, executor or LocalExecutor()
-        self.workers = workers or (1 if local else len(sweep.runs))
+        self.sweep, self.local = sweep, executor is None
+        self.executor = executor or LocalExecutor()
+        self.workers = workers or (1 if self.local else len(sweep.runs))
         self.threads = sweep.threads
-        if self.threads is None and local:
+        if self.threads is None and self.local:
             self.threads = max(1, _cores() // self.workers)
         self.error: str | None = None  # why it takes no more runs, if it does not
         self.stopped = threading.Event()
-        self.extra = {"stop": self.stopped} if local else {}
         self.submitted: dict[str, Any] = {}  # id -> future
+        self.gpus = gpus() if self.local else []
+        self.gpu: dict[str, str | None] = {}  # id -> the GPU of a run on this machine
 
     def run(self) -> None:
         while not self.stopped.is_set():
@@ -276,10 +279,14 @@ class _Driver(threading.Thread):
             time.sleep(POLL_SECONDS)
 
     def _submit(self, run_id: str) -> None:
-        sweep = self.sweep
+        sweep, extra = self.sweep, {}
+        if self.local:
+            busy = [self.gpu[other] for other in self.submitted]
+            self.gpu[run_id] = min(self.gpus, key=busy.count, default=None)  # the first with the fewest runs
+            extra = {"stop": self.stopped, "gpu": self.gpu[run_id]}
         arguments = (str(sweep.path(run_id)), str(sweep.notebook), self.threads, sweep.timeout_minutes)
         try:
-            self.submitted[run_id] = self.executor.submit(supervise, *arguments, **self.extra)
+            self.submitted[run_id] = self.executor.submit(supervise, *arguments, **extra)
         except Exception as error:
             self.error = first_line(f"the executor takes no more runs: {type(error).__name__}: {error}")
 
@@ -292,7 +299,7 @@ class _Driver(threading.Thread):
             self.error = first_line(f"the executor broke: {error}")
         except Exception as error:
             if status(path)[0] not in ENDS:
-                write_end(path, "failed", first_line(f"lost by its executor: {type(error).__name__}: {error}"))
+                write_end(path, "failed", f"lost by its executor: {type(error).__name__}: {error}")
 
     def stop(self) -> None:
         """End the thread; withdraw what waits, and wait for what runs on this machine."""
@@ -304,16 +311,15 @@ class _Driver(threading.Thread):
         self.submitted.clear()
 
 
-def _prepare(path: Path, config: RunConfig) -> None:
-    """Write the run's configuration, unless the folder holds it already."""
-    existing = path / "config.json"
-    if existing.exists():
-        different = config.differences(RunConfig.load(existing))
-        if different:
-            raise ConfigError(f"{str(path)!r} holds another configuration ({next(iter(different))} differs)")
-    else:
-        path.mkdir(parents=True, exist_ok=True)
-        config.save(existing)
+def gpus() -> list[str]:
+    """The GPUs of this machine that this process may use, as CUDA_VISIBLE_DEVICES names them; found without torch."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return listed(os.environ["CUDA_VISIBLE_DEVICES"])
+    try:
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    except OSError:
+        return []
+    return re.findall(r"^GPU (\d+):", found, re.MULTILINE)
 
 
 def _cores() -> int:
