@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Future
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,18 +94,15 @@ class Sweep:
             if not self.runs:
                 raise ConfigError(f"{str(self.folder)!r} holds no runs of a sweep; give base and grid")
         else:
-            for point in _points(grid or {}):
-                self._add(self.base | point)
+            for settings in (self.base | point for point in _points(grid or {})):
+                if "run_dir" in settings:
+                    raise ConfigError("a sweep names its run folders itself; leave run_dir out")
+                try:
+                    config = RunConfig(**settings)
+                except ConfigError as error:
+                    raise ConfigError(f"{error} (in the combination {settings})") from error
+                self.runs[config.run_id()] = replace(config, run_dir=str(self.path(config.run_id())))
         self._driver: _Driver | None = None
-
-    def _add(self, settings: dict[str, Any]) -> None:
-        if "run_dir" in settings:
-            raise ConfigError("a sweep names its run folders itself; leave run_dir out")
-        try:
-            run_id = RunConfig.from_dict(settings).run_id()
-            self.runs[run_id] = RunConfig.from_dict(settings | {"run_dir": str(self.path(run_id))})
-        except ConfigError as error:
-            raise ConfigError(f"{error} (in the combination {settings})") from error
 
     def path(self, run_id: str) -> Path:
         """The folder of a run."""
@@ -160,8 +157,8 @@ class Sweep:
         """Start driving in the background; returns at once. A sweep that is driven already is left as it is.
 
         executor: anything with ``submit(function, *args)`` whose futures have ``done()`` and ``result()``
-        and whose workers see ``folder``; None: processes on this machine. workers: runs at once; None: as
-        many as the executor takes, and 1 on this machine.
+        and whose workers see ``folder``; None: processes on this machine, each with one of its GPUs. workers:
+        runs at once; None: as many as the executor takes, and 1 on this machine.
         """
         if self.driven:
             return self
