@@ -34,20 +34,13 @@ from .folder import Run, load_run, steps_in
 from .stats import interquartile_mean, share_interval
 
 OVER = ("seeds", "questions", "both")
-TASK_SETTINGS = (
-    "task",
-    "difficulty",
-    "question_column",
-    "answer_column",
-    "trace_column",
-    "dataset_config",
-    "dataset_split",
-)
+TASK_SETTINGS = "task difficulty question_column answer_column trace_column dataset_config dataset_split".split()
 # What runs of one method may differ in: the numbers change, the method does not.
 WITHIN = ("seed", "device", "eval_every", "eval_questions", "eval_samples", *TASK_SETTINGS)
 
 Methods = Mapping[str, list[Run]]
-Tables = Mapping[str, pd.DataFrame]  # task -> (seeds, questions) scores; NaN where a run was not asked a question
+# task, in alphabetical order -> (seeds, questions) scores; NaN where a run was not asked a question.
+Tables = Mapping[str, pd.DataFrame]
 
 
 # --- which runs, and what tells them apart
@@ -193,12 +186,10 @@ def scores(methods: Methods, step: int | None = None) -> pd.DataFrame:
 
 def _tables(frame: pd.DataFrame) -> dict[str, Tables]:
     """Scores of each method, in the order of the frame."""
-    return {
-        method: {
-            task: part.pivot(index="seed", columns="example_id", values="score") for task, part in own.groupby("task")
-        }
-        for method, own in frame.groupby("method", sort=False)
-    }
+    found: dict[str, dict[str, pd.DataFrame]] = {method: {} for method in frame["method"].unique()}
+    for (method, task), own in frame.groupby(["method", "task"]):
+        found[method][task] = own.pivot(index="seed", columns="example_id", values="score")
+    return found
 
 
 @dataclass(frozen=True)
@@ -233,16 +224,16 @@ class Resampling:
         its runs also on ``stream``.
         """
         drawn = []
-        for k, (task, table) in enumerate(sorted(tables.items())):
+        for k, (task, table) in enumerate(tables.items()):
             runs, questions = table.shape
             if self.over == "seeds":
                 means = np.tile(table.mean(axis=1).to_numpy(), (self.resamples, 1))
+            elif table.isna().any(axis=None):
+                raise ConfigError(
+                    f"the runs on {task} were asked different held-out questions, which cannot be drawn "
+                    "together; use over='seeds'"
+                )
             else:
-                if table.isna().any(axis=None):
-                    raise ConfigError(
-                        f"the runs on {task} were asked different held-out questions, which cannot be drawn "
-                        "together; use over='seeds'"
-                    )
                 random = np.random.default_rng([self.seed, k, 0])
                 counts = random.multinomial(questions, np.full(questions, 1 / questions), self.resamples)
                 means = counts @ table.to_numpy().T / questions
@@ -259,7 +250,7 @@ RESAMPLING = Resampling()
 
 def _observed(tables: Tables) -> list[np.ndarray]:
     """(runs,) scores of the runs of each task."""
-    return [table.mean(axis=1).to_numpy() for _, table in sorted(tables.items())]
+    return [table.mean(axis=1).to_numpy() for table in tables.values()]
 
 
 def _mean(per_task: list[np.ndarray]) -> np.ndarray:
@@ -312,14 +303,13 @@ def _pairs(frame: pd.DataFrame, reference: str) -> list[tuple[str, str, Tables, 
     tables = _tables(frame)
     if reference and reference not in tables:
         raise ConfigError(f"unknown method {reference!r}{did_you_mean(reference, tables)}")
-    others = ((label, reference) for label in tables if label != reference)
-    pairs = [(x, y, tables[x], tables[y]) for x, y in (others if reference else itertools.combinations(tables, 2))]
-    for x, y, mine, other in pairs:
-        if mine.keys() != other.keys():
-            raise ConfigError(
-                f"{x!r} and {y!r} have different tasks ({', '.join(mine)}; {', '.join(other)}) and cannot be compared"
-            )
-    return pairs
+    against = [(label, reference) for label in tables if label != reference]
+    pairs = against if reference else list(itertools.combinations(tables, 2))
+    for x, y in pairs:
+        if tables[x].keys() != tables[y].keys():
+            tasks = "; ".join(", ".join(tables[label]) for label in (x, y))
+            raise ConfigError(f"{x!r} and {y!r} have different tasks ({tasks}) and cannot be compared")
+    return [(x, y, tables[x], tables[y]) for x, y in pairs]
 
 
 def paired_differences(frame: pd.DataFrame, reference: str = "", resampling: Resampling = RESAMPLING) -> pd.DataFrame:
