@@ -136,8 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments and arguments[0].startswith("--") and arguments[0] != "--help":
         parser.error("a command comes first; to train a run use: covrl-lab train " + arguments[0] + " ...")
     options, unknown = parser.parse_known_args(arguments)
-    names = [field.name for field in fields(RunConfig)]
-    settings = {name: _WORDS.get(v, v) for name, v in vars(options).items() if name in names}
+    given = {field.name: getattr(options, field.name, None) for field in fields(RunConfig)}
+    settings = {name: _WORDS.get(value, value) for name, value in given.items() if value is not None}
     try:
         if unknown:
             name = unknown[0].lstrip("-").split("=")[0]

@@ -53,9 +53,6 @@ class LocalExecutor:
         return future
 
 
-# --- the sweep
-
-
 class Sweep:
     """Every combination of ``grid``'s values over the settings ``base``, one run folder each.
 
@@ -169,9 +166,8 @@ class Sweep:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 config.save(path)
             elif different := config.differences(RunConfig.load(path)):
-                raise ConfigError(
-                    f"{str(path.parent)!r} holds another configuration ({next(iter(different))} differs)"
-                )
+                name = next(iter(different))
+                raise ConfigError(f"{str(path.parent)!r} holds another configuration ({name} differs)")
         self._driver = _Driver(self, executor, workers)
         self._driver.start()
         return self
@@ -221,8 +217,9 @@ class Sweep:
     def cancel(self, *run_ids: str) -> None:
         """Leave runs out: a queued one does not start, a running one is killed within a second, anywhere."""
         for run_id in self._known(run_ids):
-            if status(self.path(run_id))[0] in ("queued", "running"):
-                write_end(self.path(run_id), "cancelled", f"after step {steps_done(self.path(run_id))}")
+            path = self.path(run_id)
+            if status(path)[0] not in ENDS:
+                write_end(path, "cancelled", f"after step {steps_done(path)}")
 
     def retry(self, *run_ids: str) -> list[str]:
         """Queue failed or cancelled runs again (without arguments all that failed); returns their ids.
@@ -256,14 +253,13 @@ class _Driver(threading.Thread):
             self.threads = max(1, _cores() // self.workers)
         self.error: str | None = None  # why it takes no more runs, if it does not
         self.stopped = threading.Event()
-        self.submitted: dict[str, Any] = {}  # id -> future
+        self.submitted: dict[str, tuple[Any, str | None]] = {}  # id -> future, and the run's GPU on this machine
         self.gpus = gpus() if self.local else []
-        self.gpu: dict[str, str | None] = {}  # id -> the GPU of a run on this machine
 
     def run(self) -> None:
         while not self.stopped.is_set():
             statuses = self.sweep.statuses
-            for run_id, future in list(self.submitted.items()):
+            for run_id, (future, _) in list(self.submitted.items()):
                 if future.done():
                     del self.submitted[run_id]
                     self._note_end(run_id, future)
@@ -276,14 +272,12 @@ class _Driver(threading.Thread):
             time.sleep(POLL_SECONDS)
 
     def _submit(self, run_id: str) -> None:
-        sweep, extra = self.sweep, {}
-        if self.local:
-            busy = [self.gpu[other] for other in self.submitted]
-            self.gpu[run_id] = min(self.gpus, key=busy.count, default=None)  # the first with the fewest runs
-            extra = {"stop": self.stopped, "gpu": self.gpu[run_id]}
+        sweep, busy = self.sweep, [gpu for _, gpu in self.submitted.values()]
+        gpu = min(self.gpus, key=busy.count, default=None)  # the first of those with the fewest runs
         arguments = (str(sweep.path(run_id)), str(sweep.notebook), self.threads, sweep.timeout_minutes)
+        here = {"stop": self.stopped, "gpu": gpu} if self.local else {}
         try:
-            self.submitted[run_id] = self.executor.submit(supervise, *arguments, **extra)
+            self.submitted[run_id] = self.executor.submit(supervise, *arguments, **here), gpu
         except Exception as error:
             self.error = first_line(f"the executor takes no more runs: {type(error).__name__}: {error}")
 
@@ -302,7 +296,7 @@ class _Driver(threading.Thread):
         """End the thread; withdraw what waits, and wait for what runs on this machine."""
         self.stopped.set()
         self.join()
-        for future in self.submitted.values():
+        for future, _ in self.submitted.values():
             if not future.cancel() and isinstance(future, Future):
                 future.exception()
         self.submitted.clear()
