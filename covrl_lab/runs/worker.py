@@ -178,13 +178,18 @@ def supervise(
     check_platform()
     path = Path(folder)
     with open(path / "lock", "a", encoding="utf-8") as lock:
-        if _lock(lock) and status(path)[0] not in ENDS:
-            # Here, as the process that executes the run may be killed. Its kernel may live an instant longer.
+        ours = _lock(lock) and status(path)[0] not in ENDS
+        if ours:
+            # Made here, as the process that executes the run may be killed.
             with tempfile.TemporaryDirectory(prefix="covrl", ignore_cleanup_errors=True) as sockets:
                 child = _start(path, notebook, threads, gpu, lock, sockets)
                 why = _watch(path, child, timeout_minutes, stop)
             if why is not None and status(path)[0] not in ENDS:
                 write_end(path, "failed", why)
+    for _ in range(100 if ours else 0):  # a killed process's kernel holds the run for an instant longer
+        if not _locked(path):
+            break
+        time.sleep(0.05)
     return status(path)[0]
 
 
