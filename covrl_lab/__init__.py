@@ -16,57 +16,38 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-# Resolved on first use, so that looking at run folders never imports torch.
-_HOME = {
-    "Ablation": "views.ablation",
-    "ConfigError": "types",
-    "EstimatorPanel": "theory.views",
-    "Example": "types",
-    "MixingRatio": "views.mixing",
-    "PromptBench": "views.bench",
-    "RunConfig": "config",
-    "RunMonitor": "views.monitor",
-    "Sweep": "runs.sweep",
-    "TraceExplorer": "views.explorer",
-    "Trainer": "train.trainer",
-    "World": "theory.world",
-    "accuracy_table": "views.html",
-    "bootstrap_interval": "runs.stats",
-    "check_parameters": "config",
-    "describe_cost": "views.sweep_cost",
-    "export": "views.comparison",
-    "limit_cells": "runs.worker",
-    "load_policy": "train.models",
-    "load_run": "runs.folder",
-    "load_task": "train.tasks",
-    "measure_device": "train.plan",
-    "open_model": "train.opening",
-    "plan": "train.plan",
-    "plot_against_alpha": "views.comparison",
-    "plot_answer_logprobs": "views.figures",
-    "plot_coherence": "views.token_figures",
-    "plot_evaluation_curve": "views.figures",
-    "plot_gradient_quality": "theory.views",
-    "plot_intervals": "views.comparison",
-    "plot_kl_estimators": "theory.views",
-    "plot_ratio_range": "theory.views",
-    "plot_responsibility": "theory.views",
-    "plot_token_comparison": "views.token_figures",
-    "plot_training_curves": "views.figures",
-    "probe": "train.probe",
-    "readable": "views.comparison",
-    "report": "views.report",
-    "sweep_curves": "views.ablation",
-    "sweep_results": "views.ablation",
-    "token_html": "views.token_view",
-    "trace_table": "views.html",
+# Public names by the module that holds them, which is imported on first use: looking at runs never imports torch.
+_NAMES = {
+    "config": "RunConfig check_parameters",
+    "runs.folder": "load_run",
+    "runs.stats": "bootstrap_interval",
+    "runs.sweep": "Sweep",
+    "runs.worker": "limit_cells",
+    "theory.views": "EstimatorPanel plot_gradient_quality plot_kl_estimators plot_ratio_range plot_responsibility",
+    "theory.world": "World",
+    "train.models": "load_policy",
+    "train.opening": "open_model",
+    "train.plan": "measure_device plan",
+    "train.probe": "probe",
+    "train.tasks": "load_task",
+    "train.trainer": "Trainer",
+    "types": "ConfigError Example",
+    "views.ablation": "Ablation sweep_curves sweep_results",
+    "views.bench": "PromptBench",
+    "views.comparison": "export plot_against_alpha plot_intervals readable",
+    "views.explorer": "TraceExplorer",
+    "views.figures": "plot_answer_logprobs plot_evaluation_curve plot_training_curves",
+    "views.html": "accuracy_table trace_table",
+    "views.mixing": "MixingRatio",
+    "views.monitor": "RunMonitor",
+    "views.report": "report",
+    "views.sweep_cost": "describe_cost",
+    "views.token_figures": "plot_coherence plot_token_comparison",
+    "views.token_view": "token_html",
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 # Modules whose functions are used by the module's name.
-_MODULES = {
-    "compare": "runs.compare",
-    "estimators": "theory.estimators",
-    "reweight": "runs.reweight",
-}
+_MODULES = {"compare": "runs.compare", "estimators": "theory.estimators", "reweight": "runs.reweight"}
 __all__ = [*_HOME, *_MODULES, "__version__"]
 
 

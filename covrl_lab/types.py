@@ -87,13 +87,15 @@ class Prompt:
             object.__setattr__(self, "answer_core", (True,) * len(self.answer))
 
 
-def _check(tensor: Tensor, shape: tuple[int, ...], name: str) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
-
-
 class _Rows:
     """What the batch types share."""
+
+    def _check(self, **shapes: tuple[int, ...]) -> None:
+        """ValueError where a tensor has another shape; None is a tensor that was not asked for."""
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
 
     def _map(self, change: Callable[[Tensor], Tensor]):
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -135,13 +137,7 @@ class TraceBatch(_Rows):
 
     def __post_init__(self) -> None:
         n, t = self.mask.shape
-        _check(self.ids, (n, t), "ids")
-        _check(self.from_prior, (n,), "from_prior")
-        _check(self.finished, (n,), "finished")
-        if self.sampler_logprobs is not None:
-            _check(self.sampler_logprobs, (n, t), "sampler_logprobs")
-        if self.verifier_reward is not None:
-            _check(self.verifier_reward, (n,), "verifier_reward")
+        self._check(ids=(n, t), from_prior=(n,), finished=(n,), sampler_logprobs=(n, t), verifier_reward=(n,))
         if self.group_size < 1 or n % self.group_size:
             raise ValueError(f"{n} rollouts do not divide into groups of {self.group_size}")
 
@@ -159,16 +155,16 @@ class TraceBatch(_Rows):
 
 @dataclass(frozen=True)
 class LogProbs(_Rows):
-    """Log-probabilities of the step's traces and reference answers, in nats.
+    """Log-probabilities of the step's traces and reference answers, in nats; None: not asked for.
 
     prior        (N, T) log p of the trace under the prior prompt
-    posterior    (N, T) log q of the same trace ids under the posterior prompt; None if not scored
+    posterior    (N, T) log q of the same trace ids under the posterior prompt, or None
     answer       (N, A) log-probability of the reference answer after the trace, in the prior context
     answer_mask  (N, A) bool
+    ref_prior    (N, T) log p under the frozen base model, or None
+    bare_answer  (N, A) answer right after an empty trace under the frozen base model, or None
+    no_trace     (N, A) the same under the current policy, detached, or None
     answer_core  (N, A) bool, the answer's own tokens without its wrapper; None: all of answer_mask
-    no_trace     (N, A) answer right after an empty trace under the current policy, detached; None unless asked for
-    ref_prior    (N, T) log p under the frozen base model; None unless a method asks for it
-    bare_answer  (N, A) answer right after an empty trace under the frozen base model; None unless asked for
     """
 
     prior: Tensor
@@ -181,15 +177,9 @@ class LogProbs(_Rows):
     answer_core: Tensor | None = None
 
     def __post_init__(self) -> None:
-        n, t = self.prior.shape
-        _check(self.answer_mask, (n, self.answer.shape[1]), "answer_mask")
-        _check(self.answer, tuple(self.answer_mask.shape), "answer")
-        for name in ("posterior", "ref_prior"):
-            if getattr(self, name) is not None:
-                _check(getattr(self, name), (n, t), name)
-        for name in ("bare_answer", "no_trace", "answer_core"):
-            if getattr(self, name) is not None:
-                _check(getattr(self, name), tuple(self.answer.shape), name)
+        trace, answer = tuple(self.prior.shape), (len(self.prior), self.answer.shape[1])
+        self._check(posterior=trace, ref_prior=trace, answer=answer, answer_mask=answer)
+        self._check(bare_answer=answer, no_trace=answer, answer_core=answer)
 
 
 @dataclass(frozen=True)
@@ -198,10 +188,10 @@ class Credit(_Rows):
 
     reward         (N,) the method's reward R (nats or probability, see the method)
     advantage      (N,) factor of the trace's policy-gradient term: of log p' where a composite is trained, else log p
-    posterior_advantage  (N,) factor of log q of the trace, where the posterior is trained on its own; or None
     answer_weight  (N,) factor c_y of the answer's log-likelihood term
     kl_mask        (N,) bool, rollouts that enter the KL term
     method_state   numbers a method carries from step to step (RLPR's running deviation); checkpointed
+    posterior_advantage  (N,) factor of log q of the trace, where the posterior is trained on its own; or None
     """
 
     reward: Tensor
@@ -212,6 +202,5 @@ class Credit(_Rows):
     posterior_advantage: Tensor | None = None
 
     def __post_init__(self) -> None:
-        shape = (self.reward.shape[0],)
-        for name in ("reward", "advantage", "answer_weight", "kl_mask"):
-            _check(getattr(self, name), shape, name)
+        n = (len(self.reward),)
+        self._check(reward=n, advantage=n, answer_weight=n, kl_mask=n, posterior_advantage=n)

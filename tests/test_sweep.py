@@ -16,7 +16,7 @@ from helpers import numbers as steps_of
 from nbclient import NotebookClient
 
 from covrl_lab import ConfigError, RunConfig
-from covrl_lab.runs.sweep import LocalExecutor, Sweep
+from covrl_lab.runs.sweep import LocalExecutor, Sweep, gpus
 from covrl_lab.runs.worker import status, supervise
 
 SMALL = TINY_RUN | {"steps": 4, "checkpoint_every": 2}
@@ -193,6 +193,7 @@ TARGET = """
 import json, os, pathlib, time
 folder = pathlib.Path(run_dir)
 folder.joinpath("threads.txt").write_text(os.environ.get("OMP_NUM_THREADS", ""))
+folder.joinpath("gpu.txt").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 step = json.dumps({"step": 1, "seconds": 0.5}) + chr(10)
 if seed == 1:
     raise ValueError("<b>too</b> hot" + chr(10) + "second line")
@@ -284,6 +285,25 @@ def test_cancel_stop_and_timeout(toy, tmp_path, monkeypatch):
     other.retry(fine)
     sweep.wait(PATIENCE)
     assert set(sweep.statuses.values()) == {"done"}
+
+
+def test_runs_at_once_on_this_machine_have_a_gpu_each(toy, tmp_path, monkeypatch):
+    """The GPUs of a made-up nvidia-smi; a run that starts later takes the one that is free."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: Some GPU (UUID: GPU-a)'\necho 'GPU 1: Some GPU (UUID: GPU-b)'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    sweep = toy(3, 0, 5)
+    first, *others = sweep.runs
+    sweep.submit(workers=2)
+    until(lambda: {sweep.statuses[i] for i in others} == {"done"}, "the other two are done")
+    (sweep.path(first) / "enough").touch()
+    sweep.wait(PATIENCE)
+    assert [(sweep.path(i) / "gpu.txt").read_text() for i in sweep.runs] == ["0", "1", "1"]
+    for allowed, found in (("2,GPU-b", ["2", "GPU-b"]), ("-1", ["-1"]), ("", [])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
+        assert gpus() == found
 
 
 def test_a_held_run_is_left_to_its_holder(toy):

@@ -19,7 +19,8 @@ from __future__ import annotations
 import glob
 import itertools
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,23 +30,17 @@ import pandas as pd
 
 from ..config import RunConfig
 from ..types import ConfigError, did_you_mean
-from .folder import Run, load_run, step_file, steps_in
+from .folder import Run, load_run, steps_in
 from .stats import interquartile_mean, share_interval
 
 OVER = ("seeds", "questions", "both")
-TASK_SETTINGS = (
-    "task",
-    "difficulty",
-    "question_column",
-    "answer_column",
-    "trace_column",
-    "dataset_config",
-    "dataset_split",
-)
+TASK_SETTINGS = "task difficulty question_column answer_column trace_column dataset_config dataset_split".split()
 # What runs of one method may differ in: the numbers change, the method does not.
 WITHIN = ("seed", "device", "eval_every", "eval_questions", "eval_samples", *TASK_SETTINGS)
 
 Methods = Mapping[str, list[Run]]
+# task, in alphabetical order -> (seeds, questions) scores; NaN where a run was not asked a question.
+Tables = Mapping[str, pd.DataFrame]
 
 
 # --- which runs, and what tells them apart
@@ -61,9 +56,8 @@ def find_runs(patterns: str) -> dict[str, list[Run]]:
     """
     named: dict[str, dict[Path, Run]] = {}
     for entry in filter(None, map(str.strip, patterns.split(","))):
-        name, colon, pattern = entry.partition(": ")
-        name, pattern = (name.strip(), pattern.strip()) if colon else ("", entry)
-        named.setdefault(name, {}).update((run.path.resolve(), run) for run in _matches(pattern))
+        *name, pattern = map(str.strip, entry.split(": ", 1))
+        named.setdefault("".join(name), {}).update((run.path.resolve(), run) for run in _matches(pattern))
     runs = [run for found in named.values() for run in found.values()]
     if not runs:
         raise ConfigError(f"{patterns!r} names no run folder; separate patterns with commas")
@@ -75,16 +69,11 @@ def find_runs(patterns: str) -> dict[str, list[Run]]:
             raise ConfigError(f"the runs named {name!r} are {len(own)} methods ({'; '.join(own)}); name each")
         for run in found.values():
             methods.setdefault(name or labels[run.path], []).append(run)
-    for label, found in methods.items():
-        seen: dict[tuple[str, int], Run] = {}
-        for run in found:
-            settings = _settings(run)
-            task, seed = _task(settings), settings["seed"]
-            other = seen.setdefault((task, seed), run)
-            if other is not run:
-                raise ConfigError(
-                    f"{other.path} and {run.path} are both {label!r}, {task}, seed {seed}; leave one out"
-                )
+    seen: dict[tuple[str, str, int], Run] = {}
+    for label, run, config in _each(methods):
+        task, seed = _task(config), config.seed
+        if (other := seen.setdefault((label, task, seed), run)) is not run:
+            raise ConfigError(f"{other.path} and {run.path} are both {label!r}, {task}, seed {seed}; leave one out")
     return methods
 
 
@@ -100,22 +89,28 @@ def _matches(pattern: str) -> list[Run]:
 
 def _natural(path: str) -> list[Any]:
     """Sorts seed 10 after seed 9."""
-    return [(1, int("".join(g))) if d else (0, "".join(g)) for d, g in itertools.groupby(path, str.isdigit)]
+    parts: list[Any] = re.split(r"(\d+)", path)
+    parts[1::2] = map(int, parts[1::2])
+    return parts
 
 
-def _settings(run: Run) -> dict[str, Any]:
-    return RunConfig.load(run.path / "config.json").to_dict()
+def _config(run: Run) -> RunConfig:
+    return RunConfig.load(run.path / "config.json")
 
 
-def _task(settings: Mapping[str, Any]) -> str:
+def _each(methods: Methods) -> Iterator[tuple[str, Run, RunConfig]]:
+    """Every run with the label of its method and its settings."""
+    return ((label, run, _config(run)) for label, runs in methods.items() for run in runs)
+
+
+def _task(config: RunConfig) -> str:
     """A task's name: where its questions come from, without the settings that are not set."""
-    parts = {name: settings[name] for name in TASK_SETTINGS if settings[name] is not None}
+    parts = {name: value for name in TASK_SETTINGS if (value := getattr(config, name)) is not None}
     return ", ".join(str(v) if name == "task" else f"{name} {v}" for name, v in parts.items())
 
 
-def _varying(runs: list[Run]) -> list[str]:
+def _varying(configs: list[RunConfig]) -> list[str]:
     """Settings that change the numbers and differ between runs, in the order of ``RunConfig``."""
-    configs = [RunConfig.load(run.path / "config.json") for run in runs]
     different = set().union(*(configs[0].differences(other) for other in configs[1:]))
     return [name for name in configs[0].to_dict() if name in different]
 
@@ -130,11 +125,11 @@ def _labels(runs: list[Run]) -> list[str]:
     "…" stands for others that differ between the runs and are not the method's own default. "all runs" where
     nothing differs.
     """
-    settings = [_settings(run) for run in runs]
-    varying = [name for name in _varying(runs) if name not in WITHIN]
-    usual = {s["method"]: RunConfig(method=s["method"]).to_dict() for s in settings}
-    shown: dict[str, list[str]] = {}
-    for method in usual:
+    configs = [_config(run) for run in runs]
+    varying = [name for name in _varying(configs) if name not in WITHIN]
+    settings = [config.to_dict() for config in configs]
+    shown: dict[str, list[str]] = {}  # method -> settings that tell its runs apart
+    for method in {s["method"] for s in settings}:
         own = [s for s in settings if s["method"] == method]
         shown[method] = names = []
         for name in varying:
@@ -142,24 +137,22 @@ def _labels(runs: list[Run]) -> list[str]:
                 names.append(name)
     labels = []
     for s in settings:
-        method, names = s["method"], shown[s["method"]]
-        parts = [method] if "method" in varying else []
-        parts += [f"{name} {s[name]}" for name in names]
+        names, usual = shown[s["method"]], RunConfig(method=s["method"]).to_dict()
         hidden = set(varying) - {"method", *names}
-        parts += ["…"] if any(s[name] != usual[method][name] for name in hidden) else []
+        parts = [s["method"]] if "method" in varying else []
+        parts += [f"{name} {s[name]}" for name in names]
+        parts += ["…"] if any(s[name] != usual[name] for name in hidden) else []
         labels.append(", ".join(parts) or "all runs")
     return labels
 
 
 def differences(methods: Methods) -> pd.DataFrame:
     """Settings that differ, one row each; a column a run, under (method, run folder)."""
-    runs = [run for found in methods.values() for run in found]
-    names = _varying(runs)
-    columns = {(label, run.path.name): _settings(run) for label, found in methods.items() for run in found}
-    table = pd.DataFrame({key: [settings[name] for name in names] for key, settings in columns.items()}, dtype=object)
-    table.index = pd.Index(names, name="setting")
-    table.columns = pd.MultiIndex.from_tuples(columns, names=["method", "run"])
-    return table
+    found = list(_each(methods))
+    names = _varying([config for *_, config in found])
+    columns = pd.MultiIndex.from_tuples([(label, run.path.name) for label, run, _ in found], names=["method", "run"])
+    rows = [[getattr(config, name) for *_, config in found] for name in names]
+    return pd.DataFrame(rows, pd.Index(names, name="setting"), columns, dtype=object)
 
 
 # --- scores
@@ -168,11 +161,9 @@ def differences(methods: Methods) -> pd.DataFrame:
 def curves(methods: Methods) -> dict[str, dict[str, pd.DataFrame]]:
     """task -> label -> evaluations with a column ``seed``: what a plot of learning curves needs."""
     found: dict[str, dict[str, list[pd.DataFrame]]] = {}
-    for label, runs in methods.items():
-        for run in runs:
-            settings = _settings(run)
-            own = run.evaluations.assign(seed=settings["seed"])
-            found.setdefault(_task(settings), {}).setdefault(label, []).append(own)
+    for label, run, config in _each(methods):
+        own = run.evaluations.assign(seed=config.seed)
+        found.setdefault(_task(config), {}).setdefault(label, []).append(own)
     return {task: {k: pd.concat(v) for k, v in own.items()} for task, own in found.items()}
 
 
@@ -182,28 +173,23 @@ def scores(methods: Methods, step: int | None = None) -> pd.DataFrame:
     From the evaluation after ``step``, or each run's last. ConfigError where a run has none.
     """
     frames = []
-    for label, runs in methods.items():
-        for run in runs:
-            settings, steps = _settings(run), steps_in(run.path / "evaluations")
-            last = steps[-1] if step is None and steps else step
-            if last not in steps:
-                wanted = "any step" if step is None else f"step {step}"
-                raise ConfigError(f"{run.path} has no evaluation of {wanted}; leave it out or resume it")
-            found = pd.read_parquet(step_file(run.path / "evaluations", last))
-            found = found.loc[found["sample"] < 0, ["example_id", "score"]]
-            named = {"method": label, "task": _task(settings), "seed": settings["seed"], "step": last}
-            frames.append(found.assign(**named))
-    columns = ["method", "task", "seed", "step", "example_id", "score"]
-    return pd.concat(frames, ignore_index=True)[columns]
+    for label, run, config in _each(methods):
+        steps = steps_in(run.path / "evaluations")
+        last = steps[-1] if step is None and steps else step
+        if last not in steps:
+            wanted = "any step" if step is None else f"step {step}"
+            raise ConfigError(f"{run.path} has no evaluation of {wanted}; leave it out or resume it")
+        found = run.predictions(last).query("sample < 0")
+        frames.append(found.assign(method=label, task=_task(config), seed=config.seed, step=last))
+    return pd.concat(frames, ignore_index=True)[["method", "task", "seed", "step", "example_id", "score"]]
 
 
-def _tables(frame: pd.DataFrame, method: str) -> dict[str, pd.DataFrame]:
-    """task -> (seeds, questions) scores of a method; NaN where a run was not asked a question."""
-    labels = list(frame["method"].unique())
-    if method not in labels:
-        raise ConfigError(f"unknown method {method!r}{did_you_mean(method, labels)}")
-    own = frame[frame["method"] == method]
-    return {task: part.pivot(index="seed", columns="example_id", values="score") for task, part in own.groupby("task")}
+def _tables(frame: pd.DataFrame) -> dict[str, Tables]:
+    """Scores of each method, in the order of the frame."""
+    found: dict[str, dict[str, pd.DataFrame]] = {method: {} for method in frame["method"].unique()}
+    for (method, task), own in frame.groupby(["method", "task"]):
+        found[method][task] = own.pivot(index="seed", columns="example_id", values="score")
+    return found
 
 
 @dataclass(frozen=True)
@@ -223,7 +209,7 @@ class Resampling:
         if self.resamples < 1:
             raise ConfigError(f"resamples must be 1 or more, not {self.resamples!r}")
 
-    def interval(self, statistic: Callable[..., np.ndarray], *methods: Mapping[str, pd.DataFrame]):
+    def interval(self, statistic: Callable[..., np.ndarray], *methods: Tables):
         """(low, high) of a statistic of one or two methods' tables; NaN over the seeds of single runs."""
         if self.over == "seeds" and all(len(table) == 1 for part in methods for table in part.values()):
             return float("nan"), float("nan")
@@ -231,23 +217,23 @@ class Resampling:
         low, high = np.quantile(values, [(1 - self.confidence) / 2, (1 + self.confidence) / 2])
         return float(low), float(high)
 
-    def _draws(self, tables: Mapping[str, pd.DataFrame], stream: int) -> list[np.ndarray]:
+    def _draws(self, tables: Tables, stream: int) -> list[np.ndarray]:
         """(resamples, runs) scores of the runs of each task in each resample.
 
         The questions of a resample depend on the task alone, so that methods are compared on the same ones;
         its runs also on ``stream``.
         """
         drawn = []
-        for k, (task, table) in enumerate(sorted(tables.items())):
+        for k, (task, table) in enumerate(tables.items()):
             runs, questions = table.shape
             if self.over == "seeds":
                 means = np.tile(table.mean(axis=1).to_numpy(), (self.resamples, 1))
+            elif table.isna().any(axis=None):
+                raise ConfigError(
+                    f"the runs on {task} were asked different held-out questions, which cannot be drawn "
+                    "together; use over='seeds'"
+                )
             else:
-                if table.isna().any(axis=None):
-                    raise ConfigError(
-                        f"the runs on {task} were asked different held-out questions, which cannot be drawn "
-                        "together; use over='seeds'"
-                    )
                 random = np.random.default_rng([self.seed, k, 0])
                 counts = random.multinomial(questions, np.full(questions, 1 / questions), self.resamples)
                 means = counts @ table.to_numpy().T / questions
@@ -262,9 +248,9 @@ class Resampling:
 RESAMPLING = Resampling()
 
 
-def _observed(tables: Mapping[str, pd.DataFrame]) -> list[np.ndarray]:
+def _observed(tables: Tables) -> list[np.ndarray]:
     """(runs,) scores of the runs of each task."""
-    return [table.mean(axis=1).to_numpy() for _, table in sorted(tables.items())]
+    return [table.mean(axis=1).to_numpy() for table in tables.values()]
 
 
 def _mean(per_task: list[np.ndarray]) -> np.ndarray:
@@ -292,21 +278,16 @@ def performance(frame: pd.DataFrame, resampling: Resampling = RESAMPLING) -> pd.
     all answers are right or all wrong, which a bootstrap cannot see beyond.
     """
     rows = []
-    for label in frame["method"].unique():
-        tables = _tables(frame, label)
+    for label, tables in _tables(frame).items():
+        own = frame[frame["method"] == label]
         parts = {"all tasks": tables} if len(tables) > 1 else {}
         parts |= {task: {task: table} for task, table in tables.items()}
         for name, part in parts.items():
-            steps = frame[(frame["method"] == label) & frame["task"].isin(list(part))]["step"]
+            steps = own[own["task"].isin(list(part))]["step"]
             runs = np.concatenate(_observed(part))
             questions = sum(table.shape[1] for table in part.values())
-            row = {
-                "method": label,
-                "task": name,
-                "runs": len(runs),
-                "questions": questions,
-                "step": " to ".join(str(s) for s in sorted({steps.min(), steps.max()})),
-            }
+            row = {"method": label, "task": name, "runs": len(runs), "questions": questions}
+            row["step"] = " to ".join(str(s) for s in sorted({steps.min(), steps.max()}))
             for column, statistic in (("iqm", _iqm), ("mean", _mean)):
                 value = float(statistic(_observed(part)))
                 low, high = resampling.interval(statistic, part)
@@ -317,21 +298,18 @@ def performance(frame: pd.DataFrame, resampling: Resampling = RESAMPLING) -> pd.
     return pd.DataFrame(rows)
 
 
-def _pairs(frame: pd.DataFrame, reference: str) -> list[tuple[str, str]]:
+def _pairs(frame: pd.DataFrame, reference: str) -> list[tuple[str, str, Tables, Tables]]:
     """Methods to compare: each with the reference, or all with all. Both must have the same tasks."""
-    labels = list(frame["method"].unique())
-    if reference:
-        _tables(frame, reference)
-        pairs = [(label, reference) for label in labels if label != reference]
-    else:
-        pairs = list(itertools.combinations(labels, 2))
+    tables = _tables(frame)
+    if reference and reference not in tables:
+        raise ConfigError(f"unknown method {reference!r}{did_you_mean(reference, tables)}")
+    against = [(label, reference) for label in tables if label != reference]
+    pairs = against if reference else list(itertools.combinations(tables, 2))
     for x, y in pairs:
-        mine, other = (sorted(_tables(frame, label)) for label in (x, y))
-        if mine != other:
-            raise ConfigError(
-                f"{x!r} and {y!r} have different tasks ({', '.join(mine)}; {', '.join(other)}) and cannot be compared"
-            )
-    return pairs
+        if tables[x].keys() != tables[y].keys():
+            tasks = "; ".join(", ".join(tables[label]) for label in (x, y))
+            raise ConfigError(f"{x!r} and {y!r} have different tasks ({tasks}) and cannot be compared")
+    return [(x, y, tables[x], tables[y]) for x, y in pairs]
 
 
 def paired_differences(frame: pd.DataFrame, reference: str = "", resampling: Resampling = RESAMPLING) -> pd.DataFrame:
@@ -344,8 +322,8 @@ def paired_differences(frame: pd.DataFrame, reference: str = "", resampling: Res
     were asked different held-out questions.
     """
     rows = []
-    for x, y in _pairs(frame, reference):
-        mine, other, gain = _tables(frame, x), _tables(frame, y), {}
+    for x, y, mine, other in _pairs(frame, reference):
+        gain = {}
         for task, table in mine.items():
             if set(table.columns) != set(other[task].columns):
                 raise ConfigError(
@@ -363,18 +341,8 @@ def paired_differences(frame: pd.DataFrame, reference: str = "", resampling: Res
             high = share_interval(0, questions, resampling.confidence)[2]
             low = -high
         by_seed = pd.concat([table.mean(axis=1) for table in gain.values()], axis=1).mean(axis=1)
-        rows.append(
-            {
-                "method": x,
-                "minus": y,
-                "difference": float(_mean(_observed(gain))),
-                "low": low,
-                "high": high,
-                "seeds": len(by_seed),
-                "questions": questions,
-                "by_seed": by_seed.tolist(),
-            }
-        )
+        mean = float(_mean(_observed(gain)))
+        rows.append((x, y, mean, low, high, len(by_seed), questions, by_seed.tolist()))
     columns = ["method", "minus", "difference", "low", "high", "seeds", "questions", "by_seed"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -388,11 +356,9 @@ def probability_of_improvement(
     says how often, not by how much. Columns: method, against, probability, low, high.
     """
     rows = []
-    for x, y in _pairs(frame, reference):
-        tables = [_tables(frame, label) for label in (x, y)]
-        low, high = resampling.interval(_improvement, *tables)
+    for x, y, *tables in _pairs(frame, reference):
         value = float(_improvement(*map(_observed, tables)))
-        rows.append({"method": x, "against": y, "probability": value, "low": low, "high": high})
+        rows.append((x, y, value, *resampling.interval(_improvement, *tables)))
     return pd.DataFrame(rows, columns=["method", "against", "probability", "low", "high"])
 
 

@@ -1,13 +1,4 @@
-"""Run folders read into data frames; no torch, no model, so a comparison opens at once.
-
-run_dir/
-  config.json            every setting, resolved
-  metrics.jsonl          one line a step
-  evaluations.jsonl      one line an evaluation (summary)
-  evaluations/step_00010.parquet   one row a held-out generation
-  traces/step_00001.parquet        one row a rollout
-  checkpoints/step_00010/          adapter, optimiser, state
-"""
+"""Run folders read into data frames; no torch, no model. CONTRIBUTING.md lists the files of a run folder."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ of the longest; padding and what is not known are NaN.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ import pandas as pd
 from ..types import ConfigError
 
 LOG_RATIO_CAP = 30.0  # nats, as in objectives
+
+Values = Mapping[str, np.ndarray]  # what ``quantities`` gives
 
 # Quantities that views show, in reading order: name -> (label, unit).
 LABELS = {
@@ -57,10 +59,8 @@ class Settings:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Settings:
         """Those of a run (``Run.config``); the defaults where it does not say."""
-        names = ("alpha", "composite_weight", "clip", "clip_range", "clip_range_high")
-        given = {name: config[name] for name in names if config.get(name) is not None}
-        group_bound = config.get("method") == "covrl" and "evidence_floor" in config
-        return cls(**given, whole_traces=group_bound)
+        given = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
+        return cls(**given, whole_traces=config.get("method") == "covrl" and "evidence_floor" in config)
 
     @property
     def clip_bounds(self) -> tuple[float, float]:
@@ -71,40 +71,29 @@ class Settings:
 
 @dataclass(frozen=True)
 class Traces:
-    """Traces as padded arrays.
+    """Stored traces as padded arrays."""
 
-    logp (N, T) nats; logq (N, T) or None; lengths (N,) tokens; from_prior and finished (N,) bool;
-    advantage and reward (N,) or None where the traces never earned any; posterior_advantage (N,), the factor of
-    log q, or None where the method has none.
-    """
-
-    logp: np.ndarray
-    logq: np.ndarray | None
-    lengths: np.ndarray
-    from_prior: np.ndarray
-    finished: np.ndarray
-    advantage: np.ndarray | None = None
-    reward: np.ndarray | None = None
-    posterior_advantage: np.ndarray | None = None
+    logp: np.ndarray  # (N, T) nats
+    logq: np.ndarray | None  # (N, T) nats; None where no trace was scored under the posterior prompt
+    lengths: np.ndarray  # (N,) tokens
+    from_prior: np.ndarray  # (N,) bool
+    finished: np.ndarray  # (N,) bool
+    advantage: np.ndarray | None = None  # (N,); None, as the reward, where the traces never earned any
+    reward: np.ndarray | None = None  # (N,)
+    posterior_advantage: np.ndarray | None = None  # (N,) the factor of log q; None where the method has none
 
     @classmethod
     def of(cls, frame: pd.DataFrame) -> Traces:
         """From rows of ``Run.traces`` or ``trace_frame``."""
         lengths = np.array([len(row) for row in frame["logp"]], dtype=int)
-        scored = [row is not None for row in frame["logq"]]
-
-        def column(name: str) -> np.ndarray | None:
-            return frame[name].to_numpy(float) if name in frame else None
-
+        earned = {name: frame[name] for name in ("advantage", "reward", "posterior_advantage") if name in frame}
         return cls(
             logp=_pad(frame["logp"], lengths),
-            logq=_pad(frame["logq"], lengths) if any(scored) else None,
+            logq=_pad(frame["logq"], lengths) if frame["logq"].notna().any() else None,
             lengths=lengths,
             from_prior=(frame["source"] == "prior").to_numpy(bool),
             finished=frame["finished"].to_numpy(bool),
-            advantage=column("advantage"),
-            reward=column("reward"),
-            posterior_advantage=column("posterior_advantage"),
+            **{name: column.to_numpy(float) for name, column in earned.items()},
         )
 
     @property
@@ -173,23 +162,23 @@ def quantities(traces: Traces, settings: Settings) -> dict[str, np.ndarray]:
         u = np.minimum(composite, LOG_RATIO_CAP)
         importance = np.where(traces.from_prior[:, None], 0.0, np.minimum(-gap, LOG_RATIO_CAP))
         found["kl"] = np.exp(importance) * (np.exp(u) * composite - np.expm1(u))
-    if traces.advantage is not None and s.whole_traces:
+    if traces.advantage is None:
+        return found
+    if s.whole_traces:
+        clipped = np.zeros(ratio.shape)
         prior, posterior = (
-            np.where(np.isnan(logp), np.nan, 0.0 if part is None else np.nan_to_num(part)[:, None])
+            np.broadcast_to(0.0 if part is None else np.nan_to_num(part)[:, None], ratio.shape)
             for part in (traces.advantage, traces.posterior_advantage)
         )
-        found |= {"clipped": 0 * logp, "gradient_weight": prior + posterior}
-        found |= {"gradient_weight_prior": prior, "gradient_weight_posterior": posterior}
-    elif traces.advantage is not None:
-        clipped, slope = _clip(ratio, traces.advantage[:, None], s)
-        gradient_weight = np.where(log_ratio > LOG_RATIO_CAP, 0.0, traces.advantage[:, None] * slope * ratio)
-        gradient_weight = np.where(np.isnan(logp), np.nan, gradient_weight)
-        found |= {"clipped": np.where(np.isnan(ratio), np.nan, clipped), "gradient_weight": gradient_weight}
-        found |= {
-            "gradient_weight_prior": gradient_weight * rho,
-            "gradient_weight_posterior": gradient_weight * (1 - rho),
-        }
-    return found
+        total = prior + posterior
+    else:
+        advantage = traces.advantage[:, None]
+        clipped, slope = _clip(ratio, advantage, s)
+        total = np.where(log_ratio > LOG_RATIO_CAP, 0.0, advantage * slope * ratio)
+        prior, posterior = total * rho, total * (1 - rho)
+    weights = {"clipped": clipped, "gradient_weight": total}
+    weights |= {"gradient_weight_prior": prior, "gradient_weight_posterior": posterior}
+    return found | {name: np.where(np.isnan(logp), np.nan, values) for name, values in weights.items()}
 
 
 def _clip(ratio: np.ndarray, advantage: np.ndarray, s: Settings) -> tuple[np.ndarray, np.ndarray]:
@@ -216,9 +205,13 @@ def trace_mass(traces: Traces, alpha: float) -> np.ndarray:
     return np.where(prior, alpha / prior.sum(), (1 - alpha) / (~prior).sum())
 
 
-def summarise_traces(
-    traces: Traces, settings: Settings, values: Mapping[str, np.ndarray] | None = None
-) -> dict[str, float]:
+def token_shares(traces: Traces, alpha: float) -> np.ndarray:
+    """(N, T) share of each token in means over tokens, by ``trace_mass``; they sum to 1 over the mask."""
+    mass = np.broadcast_to(trace_mass(traces, alpha)[:, None], traces.logp.shape)
+    return mass / mass.sum(where=traces.mask)
+
+
+def summarise_traces(traces: Traces, settings: Settings, values: Values | None = None) -> dict[str, float]:
     """What a step comes to at these settings; NaN where the traces do not say.
 
     Traces are weighed by ``trace_mass``; advantages stay those that the run computed.
@@ -234,14 +227,12 @@ def summarise_traces(
     gradient_weight_prior_share         the first over their sum
     """
     values = quantities(traces, settings) if values is None else values
-    mass, mask = trace_mass(traces, settings.alpha), traces.mask
-    nothing = float("nan")
+    mass, mask, nothing = trace_mass(traces, settings.alpha), traces.mask, float("nan")
+    shares = token_shares(traces, settings.alpha)
 
     def mean(rows: np.ndarray | None, keep: np.ndarray = mask) -> float:
-        total = (mass[:, None] * keep).sum()
-        if rows is None or not total:
-            return nothing
-        return float((mass[:, None] * np.where(keep, rows, 0.0)).sum() / total)
+        known = rows is not None and shares[keep].any()
+        return float(np.average(rows[keep], weights=shares[keep])) if known else nothing
 
     def rewarded(keep: np.ndarray) -> float:
         return float(traces.reward[keep].mean()) if traces.reward is not None and keep.any() else nothing
@@ -249,13 +240,12 @@ def summarise_traces(
     share, ratio = nothing, values.get("ratio")
     if ratio is not None and len(traces):
         log_weight = np.where(mask, np.log(ratio), 0.0).sum(1)
-        weight = np.exp(log_weight - log_weight.max())
-        share = float((mass * weight).sum() ** 2 / (mass * weight**2).sum())
-    parts = {
-        name: mean(np.abs(values[name]) if name in values else None)
+        trace_weight = np.exp(log_weight - log_weight.max())
+        share = float((mass * trace_weight).sum() ** 2 / (mass * trace_weight**2).sum())
+    prior, posterior = (
+        mean(np.abs(values[name]) if name in values else None)
         for name in ("gradient_weight_prior", "gradient_weight_posterior")
-    }
-    total = sum(parts.values())
+    )
     return {
         "clipped_share": mean(values.get("clipped")),
         "effective_sample_share": share,
@@ -266,32 +256,29 @@ def summarise_traces(
         "kl": mean(values.get("kl"), mask & traces.finished[:, None]),
         "ratio_low": nothing if ratio is None else float(np.nanmin(ratio)),
         "ratio_high": nothing if ratio is None else float(np.nanmax(ratio)),
-        **parts,
-        "gradient_weight_prior_share": parts["gradient_weight_prior"] / total if total else nothing,
+        "gradient_weight_prior": prior,
+        "gradient_weight_posterior": posterior,
+        "gradient_weight_prior_share": prior / (prior + posterior) if prior + posterior else nothing,
     }
 
 
 def densities(
-    traces: Traces, settings: Settings, values: Mapping[str, np.ndarray] | None = None
+    traces: Traces, settings: Settings, values: Values | None = None
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Histograms over tokens: name -> (edges of equal bins, share of all tokens in each).
+    """Histograms over tokens: name -> (edges of equal bins, share of all tokens in each). Empty without log q.
 
     "log p", "log q", "log h" in nats; "ratio prior" and "ratio posterior" in log p'/h, by the source that
     drew the trace. Bins are the same for all settings, and what lies outside is counted in the outermost.
-    Traces are weighed by ``trace_mass``. Empty without log q.
     """
     values = quantities(traces, settings) if values is None else values
     if traces.logq is None:
         return {}
-    mask, prior = traces.mask, traces.from_prior[:, None]
-    weight = np.broadcast_to(trace_mass(traces, settings.alpha)[:, None], mask.shape)
-    weight = weight / weight[mask].sum()
-    known = mask & np.isfinite(values["log_gap"])
+    known, prior = traces.mask & np.isfinite(values["log_gap"]), traces.from_prior[:, None]
+    shares = token_shares(traces, settings.alpha)
 
     def histogram(x: np.ndarray, keep: np.ndarray, low: float, high: float, bins: int) -> Any:
-        edges = np.linspace(low, high, bins + 1)
-        place = ((np.clip(x[keep], low, high) - low) * (bins / (high - low))).astype(int)
-        return edges, np.bincount(np.minimum(place, bins - 1), weight[keep], bins)
+        counts, edges = np.histogram(np.clip(x[keep], low, high), bins, (low, high), weights=shares[keep])
+        return edges, counts
 
     found = {
         label: histogram(values[name], known, -12, 0, 24)
@@ -304,9 +291,7 @@ def densities(
     return found
 
 
-def gradient_weights(
-    traces: Traces, settings: Settings, values: Mapping[str, np.ndarray] | None = None
-) -> dict[tuple[str, str], float]:
+def gradient_weights(traces: Traces, settings: Settings, values: Values | None = None) -> dict[tuple[str, str], float]:
     """(moved, drawn from) -> mean |gradient weight| a token on log p ("prior") or log q ("posterior").
 
     Over the sources these add up to the gradient weights of ``summarise_traces``.
@@ -314,12 +299,10 @@ def gradient_weights(
     values = quantities(traces, settings) if values is None else values
     if "gradient_weight_prior" not in values:
         return {}
-    mask = traces.mask
-    weight = trace_mass(traces, settings.alpha)[:, None] * mask
+    shares = token_shares(traces, settings.alpha)
+    pulls = {moved: shares * np.abs(values[f"gradient_weight_{moved}"]) for moved in ("prior", "posterior")}
     return {
-        (moved, source): float(
-            (weight * np.where(mask, np.abs(values[f"gradient_weight_{moved}"]), 0.0))[rows].sum() / weight.sum()
-        )
-        for moved in ("prior", "posterior")
+        (moved, source): float(pull[rows].sum(where=traces.mask[rows]))
+        for moved, pull in pulls.items()
         for source, rows in (("prior", traces.from_prior), ("posterior", ~traces.from_prior))
     }

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
+import subprocess
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Future
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,6 @@ class LocalExecutor:
 
         threading.Thread(target=work, daemon=True).start()
         return future
-
-
-# --- the sweep
 
 
 class Sweep:
@@ -92,18 +91,15 @@ class Sweep:
             if not self.runs:
                 raise ConfigError(f"{str(self.folder)!r} holds no runs of a sweep; give base and grid")
         else:
-            for point in _points(grid or {}):
-                self._add(self.base | point)
+            for settings in (self.base | point for point in _points(grid or {})):
+                if "run_dir" in settings:
+                    raise ConfigError("a sweep names its run folders itself; leave run_dir out")
+                try:
+                    config = RunConfig(**settings)
+                except ConfigError as error:
+                    raise ConfigError(f"{error} (in the combination {settings})") from error
+                self.runs[config.run_id()] = replace(config, run_dir=str(self.path(config.run_id())))
         self._driver: _Driver | None = None
-
-    def _add(self, settings: dict[str, Any]) -> None:
-        if "run_dir" in settings:
-            raise ConfigError("a sweep names its run folders itself; leave run_dir out")
-        try:
-            run_id = RunConfig.from_dict(settings).run_id()
-            self.runs[run_id] = RunConfig.from_dict(settings | {"run_dir": str(self.path(run_id))})
-        except ConfigError as error:
-            raise ConfigError(f"{error} (in the combination {settings})") from error
 
     def path(self, run_id: str) -> Path:
         """The folder of a run."""
@@ -125,23 +121,16 @@ class Sweep:
         failed or cancelled run), step (finished so far), steps, accuracy (latest held-out share), seconds
         (spent on training steps).
         """
-        rows = []
+        rows, varied = [], self.varied
         for run_id, config in self.runs.items():
             path = self.path(run_id)
             how, reason = status(path)
             metrics, evaluations = read_jsonl(path / "metrics.jsonl"), read_jsonl(path / "evaluations.jsonl")
-            row = {"id": run_id} | {name: getattr(config, name) for name in self.varied}
-            rows.append(
-                row
-                | {
-                    "status": how,
-                    "reason": reason,
-                    "step": len(metrics),
-                    "steps": config.steps,
-                    "accuracy": evaluations[-1]["accuracy"] if evaluations else None,
-                    "seconds": round(sum(record["seconds"] for record in metrics), 1),
-                }
-            )
+            row = {"id": run_id} | {name: getattr(config, name) for name in varied}
+            row |= {"status": how, "reason": reason, "step": len(metrics), "steps": config.steps}
+            row["accuracy"] = evaluations[-1]["accuracy"] if evaluations else None
+            row["seconds"] = round(sum(record["seconds"] for record in metrics), 1)
+            rows.append(row)
         return pd.DataFrame(rows)
 
     @property
@@ -165,14 +154,20 @@ class Sweep:
         """Start driving in the background; returns at once. A sweep that is driven already is left as it is.
 
         executor: anything with ``submit(function, *args)`` whose futures have ``done()`` and ``result()``
-        and whose workers see ``folder``; None: processes on this machine. workers: runs at once; None: as
-        many as the executor takes, and 1 on this machine.
+        and whose workers see ``folder``; None: processes on this machine, each with one of its GPUs. workers:
+        runs at once; None: as many as the executor takes, and 1 on this machine.
         """
         if self.driven:
             return self
         check_platform()
         for run_id, config in self.runs.items():
-            _prepare(self.path(run_id), config)
+            path = self.path(run_id) / "config.json"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                config.save(path)
+            elif different := config.differences(RunConfig.load(path)):
+                name = next(iter(different))
+                raise ConfigError(f"{str(path.parent)!r} holds another configuration ({name} differs)")
         self._driver = _Driver(self, executor, workers)
         self._driver.start()
         return self
@@ -222,8 +217,9 @@ class Sweep:
     def cancel(self, *run_ids: str) -> None:
         """Leave runs out: a queued one does not start, a running one is killed within a second, anywhere."""
         for run_id in self._known(run_ids):
-            if status(self.path(run_id))[0] in ("queued", "running"):
-                write_end(self.path(run_id), "cancelled", f"after step {steps_done(self.path(run_id))}")
+            path = self.path(run_id)
+            if status(path)[0] not in ENDS:
+                write_end(path, "cancelled", f"after step {steps_done(path)}")
 
     def retry(self, *run_ids: str) -> list[str]:
         """Queue failed or cancelled runs again (without arguments all that failed); returns their ids.
@@ -249,21 +245,21 @@ class _Driver(threading.Thread):
 
     def __init__(self, sweep: Sweep, executor: Any, workers: int | None) -> None:
         super().__init__(daemon=True)
-        local = executor is None
-        self.sweep, self.executor = sweep, executor or LocalExecutor()
-        self.workers = workers or (1 if local else len(sweep.runs))
+        self.sweep, self.local = sweep, executor is None
+        self.executor = executor or LocalExecutor()
+        self.workers = workers or (1 if self.local else len(sweep.runs))
         self.threads = sweep.threads
-        if self.threads is None and local:
+        if self.threads is None and self.local:
             self.threads = max(1, _cores() // self.workers)
         self.error: str | None = None  # why it takes no more runs, if it does not
         self.stopped = threading.Event()
-        self.extra = {"stop": self.stopped} if local else {}
-        self.submitted: dict[str, Any] = {}  # id -> future
+        self.submitted: dict[str, tuple[Any, str | None]] = {}  # id -> future, and the run's GPU on this machine
+        self.gpus = gpus() if self.local else []
 
     def run(self) -> None:
         while not self.stopped.is_set():
             statuses = self.sweep.statuses
-            for run_id, future in list(self.submitted.items()):
+            for run_id, (future, _) in list(self.submitted.items()):
                 if future.done():
                     del self.submitted[run_id]
                     self._note_end(run_id, future)
@@ -276,10 +272,12 @@ class _Driver(threading.Thread):
             time.sleep(POLL_SECONDS)
 
     def _submit(self, run_id: str) -> None:
-        sweep = self.sweep
+        sweep, busy = self.sweep, [gpu for _, gpu in self.submitted.values()]
+        gpu = min(self.gpus, key=busy.count, default=None)  # the first of those with the fewest runs
         arguments = (str(sweep.path(run_id)), str(sweep.notebook), self.threads, sweep.timeout_minutes)
+        here = {"stop": self.stopped, "gpu": gpu} if self.local else {}
         try:
-            self.submitted[run_id] = self.executor.submit(supervise, *arguments, **self.extra)
+            self.submitted[run_id] = self.executor.submit(supervise, *arguments, **here), gpu
         except Exception as error:
             self.error = first_line(f"the executor takes no more runs: {type(error).__name__}: {error}")
 
@@ -292,28 +290,27 @@ class _Driver(threading.Thread):
             self.error = first_line(f"the executor broke: {error}")
         except Exception as error:
             if status(path)[0] not in ENDS:
-                write_end(path, "failed", first_line(f"lost by its executor: {type(error).__name__}: {error}"))
+                write_end(path, "failed", f"lost by its executor: {type(error).__name__}: {error}")
 
     def stop(self) -> None:
         """End the thread; withdraw what waits, and wait for what runs on this machine."""
         self.stopped.set()
         self.join()
-        for future in self.submitted.values():
+        for future, _ in self.submitted.values():
             if not future.cancel() and isinstance(future, Future):
                 future.exception()
         self.submitted.clear()
 
 
-def _prepare(path: Path, config: RunConfig) -> None:
-    """Write the run's configuration, unless the folder holds it already."""
-    existing = path / "config.json"
-    if existing.exists():
-        different = config.differences(RunConfig.load(existing))
-        if different:
-            raise ConfigError(f"{str(path)!r} holds another configuration ({next(iter(different))} differs)")
-    else:
-        path.mkdir(parents=True, exist_ok=True)
-        config.save(existing)
+def gpus() -> list[str]:
+    """The GPUs of this machine that this process may use, as CUDA_VISIBLE_DEVICES names them; found without torch."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return listed(os.environ["CUDA_VISIBLE_DEVICES"])
+    try:
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    except OSError:
+        return []
+    return re.findall(r"^GPU (\d+):", found, re.MULTILINE)
 
 
 def _cores() -> int:

@@ -20,8 +20,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
@@ -50,38 +48,37 @@ def check_platform() -> None:
 # --- one run folder
 
 
+def first_line(text: str) -> str:
+    """The first line of a message, in at most 300 characters."""
+    return (text.strip().splitlines() or [""])[0][:300]
+
+
 def write_end(folder: Path, how: str, reason: str = "", **more: Any) -> None:
-    write_whole(folder / f"{how}.json", json.dumps({"reason": reason, **more}) + "\n")
+    """Mark a run as ended; the first line of the reason stands in the table."""
+    write_whole(folder / f"{how}.json", json.dumps({"reason": first_line(reason), **more}) + "\n")
 
 
-@contextmanager
-def _lock(folder: Path) -> Iterator[TextIO | None]:
-    """Try to hold the run; yields the locked file, or None where others hold it.
+def _lock(file: TextIO) -> bool:
+    """Try to hold the run whose lock is open here; False where others hold it.
 
     Processes that inherit the file share the lock; it is free when all of them have closed it or died.
     """
-    with open(folder / "lock", "a", encoding="utf-8") as file:
-        for _ in range(20):  # a process that only looks holds the lock for an instant
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                time.sleep(0.05)
-        else:
-            yield None
-            return
-        yield file
+    for _ in range(20):  # a process that only looks holds the lock for an instant
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(0.05)
+    return False
 
 
 def _locked(folder: Path) -> bool:
     """Whether some process executes the run now; no process does where there are no locks."""
-    if fcntl is None:
+    if fcntl is None or not (folder / "lock").exists():
         return False
     try:
         with open(folder / "lock", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
     except OSError:
         return True
     return False
@@ -102,12 +99,6 @@ def steps_done(folder: Path) -> int:
     return len(read_jsonl(folder / "metrics.jsonl"))
 
 
-def first_line(text: str) -> str:
-    """The first line of a message, in at most 300 characters."""
-    lines = str(text).strip().splitlines() or [""]
-    return lines[0][:300]
-
-
 # --- the process that executes a run
 
 
@@ -116,12 +107,6 @@ def _die_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    """The notebook's parameters: every setting that is not the field's default."""
-    defaults = {field.name: field.default for field in fields(RunConfig)}
-    return {name: value for name, value in config.to_dict().items() if value != defaults[name]}
 
 
 def execute(folder: Path, notebook: Path, lock: int, sockets: str) -> None:
@@ -143,13 +128,15 @@ def execute(folder: Path, notebook: Path, lock: int, sockets: str) -> None:
             await super().start_kernel(preexec_fn=_die_with_parent, pass_fds=(lock,), **kwargs)
 
     config = RunConfig.load(folder / "config.json")
+    defaults = {field.name: field.default for field in fields(RunConfig)}
+    settings = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
     started, first = time.time(), steps_done(folder)
     print(f"--- started after step {first} of {config.steps}", flush=True)
     try:
         papermill.execute_notebook(
             notebook,
             folder / "notebook.ipynb",
-            _settings(config) | {"run_dir": str(folder)},
+            settings | {"run_dir": str(folder)},
             kernel_name="python3",
             language="python",
             start_timeout=300,
@@ -158,11 +145,10 @@ def execute(folder: Path, notebook: Path, lock: int, sockets: str) -> None:
             kernel_manager_class=Kernel,
             store_widget_state=False,
         )
-    except papermill.PapermillExecutionError as error:
-        write_end(folder, "failed", first_line(f"{error.ename}: {error.evalue}"))
-        raise
     except Exception as error:
-        write_end(folder, "failed", first_line(f"{type(error).__name__}: {error}"))
+        of_a_cell = isinstance(error, papermill.PapermillExecutionError)
+        name, text = (error.ename, error.evalue) if of_a_cell else (type(error).__name__, error)
+        write_end(folder, "failed", f"{name}: {text}")
         raise
     steps = steps_done(folder)
     if steps < config.steps:
@@ -181,35 +167,44 @@ def supervise(
     threads: int | None = None,
     timeout_minutes: float | None = None,
     stop: threading.Event | None = None,
+    gpu: str | None = None,
 ) -> str:
     """Execute one run in a process of its own and watch it; returns the run's status.
 
     Does nothing for a run that has ended or is at work elsewhere. threads: of the run's numerical libraries;
-    None leaves the environment's. The process is killed when the run is cancelled, after ``timeout_minutes``,
-    or when ``stop`` is set, which leaves the run queued.
+    None leaves the environment's. gpu: the only one that the run sees; None: all. The process is killed when
+    the run is cancelled, after ``timeout_minutes``, or when ``stop`` is set, which leaves the run queued.
     """
     check_platform()
     path = Path(folder)
-    with _lock(path) as lock:
-        if lock is not None and status(path)[0] not in ENDS:
-            # Here, as the process that executes the run may be killed. Its kernel may live an instant longer.
+    with open(path / "lock", "a", encoding="utf-8") as lock:
+        ours = _lock(lock) and status(path)[0] not in ENDS
+        if ours:
+            # Made here, as the process that executes the run may be killed.
             with tempfile.TemporaryDirectory(prefix="covrl", ignore_cleanup_errors=True) as sockets:
-                child = _start(path, notebook, threads, lock, sockets)
+                child = _start(path, notebook, threads, gpu, lock, sockets)
                 why = _watch(path, child, timeout_minutes, stop)
             if why is not None and status(path)[0] not in ENDS:
                 write_end(path, "failed", why)
+    for _ in range(100 if ours else 0):  # a killed process's kernel holds the run for an instant longer
+        if not _locked(path):
+            break
+        time.sleep(0.05)
     return status(path)[0]
 
 
-def _start(path: Path, notebook: str, threads: int | None, lock: TextIO, sockets: str) -> subprocess.Popen:
+def _start(
+    path: Path, notebook: str, threads: int | None, gpu: str | None, lock: TextIO, sockets: str
+) -> subprocess.Popen:
     """The process that executes a run."""
     environment = dict(os.environ, JUPYTER_PREFER_ENV_PATH="1", COVRL_LAB_PARENT=str(os.getpid()))
     if threads is None and "SLURM_CPUS_PER_TASK" in os.environ:
         threads = int(os.environ["SLURM_CPUS_PER_TASK"])
     if threads is not None:
-        environment |= {name: str(threads) for name in _THREAD_VARIABLES}
-    command = [sys.executable, "-m", "covrl_lab.runs.worker"]
-    command += [str(path), notebook, str(lock.fileno()), sockets]
+        environment |= dict.fromkeys(_THREAD_VARIABLES, str(threads))
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    command = [sys.executable, "-m", "covrl_lab.runs.worker", str(path), notebook, str(lock.fileno()), sockets]
     with open(path / "log.txt", "ab") as log:
         child = subprocess.Popen(
             command,
@@ -233,9 +228,7 @@ def _watch(
     deadline = math.inf if timeout_minutes is None else time.monotonic() + 60 * timeout_minutes
     try:
         while child.poll() is None:
-            if stop is not None and stop.is_set():
-                return None
-            if (path / "cancelled.json").exists():
+            if (stop is not None and stop.is_set()) or (path / "cancelled.json").exists():
                 return None
             if time.monotonic() > deadline:
                 return f"ran for longer than {timeout_minutes:g} minutes"
