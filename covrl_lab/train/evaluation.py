@@ -18,6 +18,7 @@ from ..types import Example, Prompt
 from .policy import Policy
 from .prompts import Prompter
 from .sampling import generate
+from .scorer import scorer
 from .scoring import answer_logprobs
 from .tasks import Task
 
@@ -94,7 +95,8 @@ def evaluate(
     """One row per generation: one greedy generation a question (sample -1), then ``samples`` sampled ones.
 
     Columns: example_id, sample, question, answer, trace, prediction, finished, trace_tokens, score (0..1,
-    by the task's own scorer; 0 if the trace did not finish). Greedy rows also have answer_logp, other_trace_logp
+    by the task's own scorer; 0 if the trace did not finish), scoring_cut (the scorer took too long, or too much
+    memory, and so gave 0). Greedy rows also have answer_logp, other_trace_logp
     and no_trace_logp: the reference answer's log-probability in nats after the model's own trace, after that of
     the next question, and after none; and, with ``posterior``, posterior_score: the score of the model's answer
     after its greedy trace from the posterior prompt, a ceiling that the prior may reach.
@@ -130,7 +132,9 @@ def evaluate(
             traces = [result.pop("trace_ids") for result in drawn]
             for example, result in zip(examples, drawn, strict=True):
                 row = {"example_id": example.id, "sample": sample, "question": example.question}
-                rows.append(row | {"answer": example.answer} | result | {"score": scored(result, example)})
+                cut, score = scorer.cut, scored(result, example)
+                row |= {"answer": example.answer} | result | {"score": score, "scoring_cut": scorer.cut > cut}
+                rows.append(row)
             if sample < 0:
                 for row, use in zip(rows, trace_use(policy, prompts, traces), strict=True):
                     row.update(use)
@@ -182,6 +186,8 @@ def summarise(results: pd.DataFrame) -> dict[str, float]:
         "eval_finished_share": float(greedy["finished"].mean()),
         "eval_trace_tokens": float(greedy["trace_tokens"].mean()),
     }
+    if "scoring_cut" in results:
+        summary["eval_scoring_cut"] = int(results["scoring_cut"].sum())
     if "answer_logp" in greedy:
         moved = (greedy["answer_logp"] - greedy["other_trace_logp"]).abs()
         summary |= {

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-SECONDS = 3  # of one answer
 MEMORY = 4 * 2**30  # bytes of address space
 _KEPT_VARIABLES = ("PATH", "PYTHONPATH", "HOME", "LANG", "SYSTEMROOT", "LD_LIBRARY_PATH")  # no keys, no tokens
 
@@ -24,8 +23,8 @@ _KEPT_VARIABLES = ("PATH", "PYTHONPATH", "HOME", "LANG", "SYSTEMROOT", "LD_LIBRA
 class Scorer:
     """Asks the process for scores; from any thread. ``cut`` counts the answers that broke a limit."""
 
-    def __init__(self) -> None:
-        self.cut = 0
+    def __init__(self, seconds: float = 3.0) -> None:
+        self.seconds, self.cut = seconds, 0
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
         self._owner = 0
@@ -38,7 +37,7 @@ class Scorer:
         """
         with self._lock:
             if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
-                self._process, self._owner = _start(), os.getpid()
+                self._process, self._owner = _start(self.seconds), os.getpid()
             try:
                 pickle.dump((scorer, prediction, entry), self._process.stdin)
                 self._process.stdin.flush()
@@ -55,11 +54,11 @@ class Scorer:
 scorer = Scorer()
 
 
-def _start() -> subprocess.Popen:
+def _start(seconds: float) -> subprocess.Popen:
     """A new process; it ends with its standard input, and so with this one."""
     kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     return subprocess.Popen(
-        [sys.executable, "-m", __name__],
+        [sys.executable, "-m", "covrl_lab.train.scorer", str(seconds)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -95,7 +94,7 @@ def _refuse(event: str, arguments: tuple) -> None:
         raise PermissionError(event)
 
 
-def _serve() -> None:
+def _serve(seconds: float) -> None:
     """Answer one request after another; a float a line."""
     try:
         import resource
@@ -113,7 +112,7 @@ def _serve() -> None:
         except EOFError:
             return
         score = _function(name)
-        faulthandler.dump_traceback_later(SECONDS, exit=True, file=quiet)  # by a thread, even where Python hangs
+        faulthandler.dump_traceback_later(seconds, exit=True, file=quiet)  # by a thread, even where Python hangs
         scoring = True
         try:
             value = min(1.0, max(0.0, float(score(prediction, entry))))
@@ -125,4 +124,4 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(float(sys.argv[1]))

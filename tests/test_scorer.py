@@ -1,0 +1,107 @@
+"""Scoring in a process of its own: what an answer may cost, and what it may not do."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import reasoning_gym
+
+from covrl_lab import load_task
+from covrl_lab.train.answers import match_answer
+from covrl_lab.train.scorer import Scorer, scorer
+
+HUGE = ["9**(9)**(9)**(9)", "9**+9**+9**+9", "exp(exp(exp(exp(99))))", "((x+y+z+w)**99)**9"]
+EVALUATING = ["simple_integration", "intermediate_integration", "polynomial_multiplication", "puzzle24", "countdown"]
+
+
+@pytest.fixture(scope="module")
+def quick():
+    return Scorer(seconds=0.5)
+
+
+@pytest.mark.parametrize("name", EVALUATING)
+@pytest.mark.parametrize("text", HUGE)
+def test_an_answer_that_never_ends_is_wrong_and_the_next_one_is_scored(name, text, quick):
+    entry = reasoning_gym.create_dataset(name, seed=0, size=1)[0]
+    began = time.monotonic()
+    assert quick(name, text, entry) < 0.1  # some scorers give a hundredth for trying
+    assert quick(name, entry["answer"], entry) == 1.0
+    assert time.monotonic() - began < 60  # it hung for good
+
+
+def test_a_broken_limit_is_counted():
+    mine = Scorer(seconds=0.5)
+    assert mine("math_verify", "9^{9^{9^{9}}}", {"answer": "x^2+1"}) == 0.0 and mine.cut == 1
+    assert mine("math_verify", "1+x^2", {"answer": "x^2+1"}) == 1.0 and mine.cut == 1
+
+
+def test_a_killed_process_is_replaced():
+    mine = Scorer()
+    assert mine("math_verify", "1+x^2", {"answer": "x^2+1"}) == 1.0
+    os.kill(mine._process.pid, signal.SIGKILL)
+    mine._process.wait()
+    assert mine("math_verify", "1+x^2", {"answer": "x^2+1"}) == 1.0
+
+
+@pytest.mark.parametrize("name", ["ab", "countdown", "gsm_symbolic", "rearc", "sudoku", "tsumego"])
+def test_scores_are_those_of_the_data_set_itself(name):
+    data = reasoning_gym.create_dataset(name, seed=0, size=20)
+    for text in (data[3]["answer"], "7", "no idea", data[4]["answer"]):
+        try:
+            direct = min(1.0, max(0.0, float(data.score_answer(text, data[3]))))
+        except Exception:
+            direct = 0.0
+        assert scorer(name, text, data[3]) == pytest.approx(direct)
+
+
+def test_timers_of_others_run_on_and_any_thread_may_ask():
+    signal.setitimer(signal.ITIMER_REAL, 100)
+    try:
+        results = []
+        threads = [threading.Thread(target=lambda: results.append(match_answer("1+x^2", "x^2+1"))) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert results == [1.0] * 4 and signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def test_what_is_evaluated_cannot_touch_the_machine(tmp_path, quick):
+    """Below the pattern that keeps code away: these reach eval in the process itself."""
+    entry = reasoning_gym.create_dataset("n_queens", seed=0, size=1)[0]
+    new, old = tmp_path / "new", tmp_path / "old"
+    old.write_text("kept")
+    for code in (
+        f"open({str(new)!r}, 'w')",
+        f"__import__('os').remove({str(old)!r})",
+        f"__import__('os').system('touch {new}')",
+        f"__import__('shutil').rmtree({str(tmp_path)!r})",
+        f"__import__('subprocess').run(['touch', {str(new)!r}])",
+        "__import__('socket').create_connection(('127.0.0.1', 9))",
+        "__import__('os').kill(__import__('os').getppid(), 9)",
+        "__import__('ctypes').CDLL(None).abort()",
+    ):
+        assert quick("string_insertion", f"[{code}]", {"answer": "A", "metadata": {}, "question": "?"}) < 1.0
+        assert quick("n_queens", f"[{code}]", entry) < 1.0
+    assert not new.exists() and old.read_text() == "kept"
+
+
+def test_no_secret_reaches_the_process(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    mine = Scorer()
+    mine("math_verify", "1", {"answer": "1"})
+    environment = f"/proc/{mine._process.pid}/environ"
+    if not os.path.exists(environment):
+        pytest.skip("needs /proc")
+    with open(environment, "rb") as file:
+        assert b"secret" not in file.read()
+
+
+def test_a_task_scores_through_it():
+    task = load_task("reasoning_gym/countdown")
+    example = task.train(0, 1)[0]
+    assert task.score(example.answer, example) == 1.0 and task.score("9**9**9**9", example) < 0.1
