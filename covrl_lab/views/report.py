@@ -23,7 +23,7 @@ from ..runs.folder import Run, load_run
 from ..runs.reweight import Settings, Traces, answer_logprob, summarise_traces
 from ..types import ConfigError
 from .figures import plot_answer_logprobs, plot_training_curves
-from .html import accuracy_table, alarms_html, html_row, html_table, html_text, trace_table
+from .html import accuracy_table, alarms_html, html_text, summary_table, trace_table
 from .token_view import token_html
 
 QUESTIONS = 3  # of a step, whose traces are shown
@@ -81,14 +81,16 @@ def page(run: Run) -> str:
         _figure(plot_training_curves(metrics, evaluations, _reward_unit(config))),
     ]
     if len(evaluations):
-        parts += [
-            "<h2>Held-out accuracy</h2>",
-            f'<div class="wide">{accuracy_table(evaluations)}</div>',
-        ]
+        parts += ["<h2>Held-out accuracy</h2>", f'<div class="wide">{accuracy_table(evaluations)}</div>']
     for step, frame in traces.items():
         parts += [f"<h2>Traces of step {step}</h2>", *_traces(frame, settings)]
     if traces:
-        parts += ["<h2>Prior against posterior</h2>", mixing_table(traces, settings)]
+        header = [
+            f"at α = {settings.alpha:g}, w = {settings.composite_weight:g}",
+            *(f"step {step}" for step in traces),
+        ]
+        numbers = [summarise_traces(Traces.of(frame), settings) for frame in traces.values()]
+        parts += ["<h2>Prior against posterior</h2>", f'<div class="wide">{summary_table(header, numbers)}</div>']
     parts += ["<h2>Configuration</h2>", _facts(config), "<h2>Drawn with</h2>", _facts(_versions())]
     plotly = get_plotlyjs()
     policy = (
@@ -172,26 +174,3 @@ def _traces(frame: pd.DataFrame, settings: Settings) -> list[str]:
         f"<details><summary>all traces of these {chosen['example_id'].nunique()} questions</summary>"
         f'<div class="wide">{trace_table(chosen)}</div></details>',
     ]
-
-
-_MIXING = {
-    "reward_prior": ("mean reward of prior traces", "{:.2f}"),
-    "reward_posterior": ("mean reward of posterior traces", "{:.2f}"),
-    "kl": ("KL(p′‖p), nats a token", "{:.4f}"),
-    "effective_sample_share": ("effective sample size, share of the traces", "{:.1%}"),
-    "clipped_share": ("tokens held back by the clip", "{:.1%}"),
-    "ratio_low": ("least ratio p′/h of a token", "{:.3f}"),
-    "ratio_high": ("largest ratio p′/h of a token", "{:.3f}"),
-    "gradient_weight_prior_share": ("share of the gradient that reaches the prior", "{:.1%}"),
-}
-
-
-def mixing_table(traces: dict[int, pd.DataFrame], settings: Settings) -> str:
-    """HTML table of ``summarise_traces`` at the run's settings, a column for each step's traces."""
-    numbers = [summarise_traces(Traces.of(frame), settings) for frame in traces.values()]
-    rows = [
-        html_row([label, *("–" if n[key] != n[key] else form.format(n[key]) for n in numbers)])
-        for key, (label, form) in _MIXING.items()
-    ]
-    header = [f"at α = {settings.alpha:g}, w = {settings.composite_weight:g}", *(f"step {s}" for s in traces)]
-    return f'<div class="wide">{html_table(header, rows)}</div>'

@@ -27,12 +27,7 @@ TEMPLATE = go.layout.Template(
         "xaxis": _AXIS,
         "yaxis": _AXIS,
         "margin": {"l": 60, "r": 40, "t": 60, "b": 50},  # r: room for the mode bar
-        "modebar": {
-            "orientation": "v",
-            "bgcolor": "rgba(0, 0, 0, 0)",
-            "color": GREY,
-            "activecolor": POSTERIOR,
-        },
+        "modebar": {"orientation": "v", "bgcolor": "rgba(0, 0, 0, 0)", "color": GREY, "activecolor": POSTERIOR},
         "title": {"x": 0, "xref": "paper", "xanchor": "left", "font": {"size": 14}},
         "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
         "hoverlabel": {"align": "left", "namelength": -1},

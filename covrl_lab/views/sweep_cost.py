@@ -13,16 +13,12 @@ from ..runs.sweep import Sweep
 from ..runs.worker import ENDS
 
 # Runs that agree in these take about the same time for a step.
-STEP_TIME_SETTINGS = (
-    "model",
-    "quantization",
-    "dtype",
-    "device",
-    "task",
-    "questions_per_step",
-    "rollouts_per_question",
-    "max_trace_tokens",
-)
+STEP_TIME_SETTINGS = "model quantization dtype device task questions_per_step rollouts_per_question max_trace_tokens"
+
+
+def step_time_settings(config: RunConfig) -> tuple[Any, ...]:
+    """The settings that decide how long a step takes."""
+    return tuple(getattr(config, name) for name in STEP_TIME_SETTINGS.split())
 
 
 def measured(sweep: Sweep) -> tuple[float, float, int] | None:
@@ -42,11 +38,6 @@ def measured(sweep: Sweep) -> tuple[float, float, int] | None:
     if not seconds:
         return None
     return float(np.median(seconds)), float(np.median(around)) if around else 0.0, len(seconds)
-
-
-def step_time_settings(config: RunConfig) -> tuple[Any, ...]:
-    """The settings that decide how long a step takes."""
-    return tuple(getattr(config, name) for name in STEP_TIME_SETTINGS)
 
 
 def describe_cost(sweep: Sweep, workers: int, step_seconds: float | None = None) -> str:

@@ -1,4 +1,4 @@
-"""The parts of notebook panels: a plot and a table that are redrawn in place, and the panel itself.
+"""The parts of notebook panels: a plot and a table that are redrawn in place, input fields, and the panel itself.
 
 They need the ``notebooks`` extra (ipywidgets, anywidget, plotly). Plots are redrawn by the plotly.js that is
 already in the page. A ``FigureWidget`` would send 5 MB with every figure and store them in executed
@@ -8,7 +8,7 @@ notebooks. An ``Output`` would draw each figure anew.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +64,12 @@ class Table(anywidget.AnyWidget):
     picked = traitlets.Unicode().tag(sync=True)
     marked = traitlets.List().tag(sync=True)
 
-    def sorted(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """``frame`` in the order asked for, unknown values last."""
-        by, descending = self.sort
-        if by not in frame:
-            return frame
-        return frame.sort_values(by, ascending=not descending, kind="stable", na_position="last")
-
     def fill(self, frame: pd.DataFrame, limit: int, marked: Sequence[str] = ()) -> None:
-        """Show the first ``limit`` rows of ``frame`` (with a column "id")."""
-        shown = self.sorted(frame).head(limit)
+        """Show the first ``limit`` rows of ``frame`` (with a column "id") in the order asked for."""
+        by, descending = self.sort
+        if by in frame:
+            frame = frame.sort_values(by, ascending=not descending, kind="stable", na_position="last")
+        shown = frame.head(limit)
         names = [c["name"] for c in self.columns]
         text = {c["name"] for c in self.columns if c["kind"] == "text"}
         rows = []
@@ -92,6 +88,24 @@ def _unknown(value: Any) -> bool:
 
 def table_column(name: str, label: str, kind: str, about: str = "", digits: int = 0) -> dict[str, Any]:
     return {"name": name, "label": label, "kind": kind, "about": about, "digits": digits}
+
+
+def field(kind: type, label: str, value: Any, width: str, label_width: str = "60px", **settings: Any) -> Any:
+    """An input widget with its label before it; ``width`` counts the label in."""
+    shape = {"style": {"description_width": label_width}, "layout": {"width": width}}
+    return kind(value=value, description=label, **shape, **settings)
+
+
+def row(*children: widgets.Widget) -> widgets.HBox:
+    """Widgets side by side, on several lines where the page is narrow."""
+    return widgets.HBox(children, layout={"flex_flow": "row wrap", "grid_gap": "10px"})
+
+
+def offer(choice: Any, options: Sequence[Any], value: Any, observer: Callable[[Any], None]) -> None:
+    """Change what a selection offers and what is chosen in it, without a call of its observer."""
+    choice.unobserve(observer, names="value")
+    choice.options, choice.value = options, value
+    choice.observe(observer, names="value")
 
 
 class StaticCopy(anywidget.AnyWidget):
