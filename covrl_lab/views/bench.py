@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import html
 import threading
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ipywidgets as widgets
 import pandas as pd
@@ -32,19 +31,11 @@ if TYPE_CHECKING:
 _NARROW = "205px"  # of a field; four stand side by side
 
 
-@dataclass(frozen=True)
-class Source:
-    """What a name given to the bench stands for: a model, or a run with its checkpoints (steps)."""
+class Source(NamedTuple):
+    """What a name given to the bench stands for: a model, or a run with its checkpoints, step -> adapter."""
 
     config: RunConfig
-    run_dir: Path | None = None
-    steps: tuple[int, ...] = ()
-
-    def checkpoint(self, step: int | None = None) -> Path | None:
-        """The adapter of ``step`` (default: the last stored); None for a bare model."""
-        if self.run_dir is None:
-            return None
-        return step_file(self.run_dir / "checkpoints", step or self.steps[-1], "")
+    checkpoints: dict[int, Path]
 
 
 def find_source(name: str | Path, **settings: Any) -> Source:
@@ -55,14 +46,14 @@ def find_source(name: str | Path, **settings: Any) -> Source:
     """
     path = Path(name)
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else path
-    if (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").is_dir():
-        steps = tuple(steps_in(run_dir / "checkpoints"))
-        if run_dir != path:
-            steps = tuple(s for s in steps if step_file(path.parent, s, "") == path)
-        if not steps:
-            raise ConfigError(f"{str(name)!r} holds no checkpoint yet; a run writes one every few steps")
-        return Source(RunConfig.load(run_dir / "config.json"), run_dir, steps)
-    return Source(RunConfig(model=str(name), **settings))
+    folder = run_dir / "checkpoints"
+    if not (run_dir / "metrics.jsonl").exists() and not folder.is_dir():
+        return Source(RunConfig(model=str(name), **settings), {})
+    found = {step: step_file(folder, step, "") for step in steps_in(folder)}
+    found = {step: adapter for step, adapter in found.items() if path in (run_dir, adapter)}
+    if not found:
+        raise ConfigError(f"{str(name)!r} holds no checkpoint yet; a run writes one every few steps")
+    return Source(RunConfig.load(run_dir / "config.json"), found)
 
 
 class _Cancelled(Exception):
@@ -218,12 +209,10 @@ class PromptBench(BenchResults):
 
     def _list_steps(self, change: Any = None) -> None:
         """Offer the checkpoints of the named run, the last one chosen."""
-        steps: tuple[int, ...] = ()
-        if not self._given:
-            try:
-                steps = find_source(self.source.value, **self._settings).steps
-            except (ConfigError, OSError):
-                pass  # a name half typed; a wrong one is reported by the click
+        steps: list[int] = []
+        # A name half typed is no error; a wrong one is reported by the click.
+        with contextlib.suppress(ConfigError, OSError):
+            steps = [] if self._given else list(find_source(self.source.value, **self._settings).checkpoints)
         self.step.options = [(f"step {s}", s) for s in steps] or [("–", None)]
         self.step.value = steps[-1] if steps else None
         self.step.disabled = not steps
@@ -237,7 +226,7 @@ class PromptBench(BenchResults):
         from ..train.probe import open_source
 
         source = find_source(self.source.value, **self._settings)
-        checkpoint = source.checkpoint(wanted[1])
+        checkpoint = source.checkpoints.get(wanted[1])
         if self._opened and wanted[0] == self._opened[0]:
             load_adapter(self._policy, checkpoint)
         else:

@@ -8,7 +8,6 @@ mid-grey, so that figures fit light and dark themes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +16,7 @@ from plotly.subplots import make_subplots
 
 from ..runs.reweight import answer_logprob
 from .html import figure_text
-from .style import BOTH, PALETTE, PRIOR, SOURCE_COLOURS, TEMPLATE
+from .style import BOTH, PALETTE, PRIOR, SOURCE_COLOURS, TEMPLATE, add_line, error_bars
 
 
 def plot_answer_logprobs(frame: pd.DataFrame, questions: int = 8) -> go.Figure:
@@ -111,31 +110,29 @@ def plot_training_curves(
     for panel, unit, column, name, frame in drawn:
         row, col = divmod(panels.index(panel), columns)
         place = {"row": row + 1, "col": col + 1}
-        noisy, window = len(frame) > 60, len(frame) // 20
+        noisy, window, colour = len(frame) > 60, len(frame) // 20, colours[name]
         in_legend = name in SOURCE_COLOURS and name not in named
         named.add(name)
-        shown = {"legendgroup": name, "x": frame["step"], "name": name, **place}
-        figure.add_scatter(
-            y=frame[column],
-            mode="lines" if noisy else "lines+markers",
-            opacity=0.35 if noisy else 1,
-            line={"color": colours[name], "width": 1 if noisy else 2},
-            marker={"size": 5},
-            error_y=_interval(frame, column),
-            hovertemplate=f"step %{{x}}: %{{y:.3g}} {unit}{_spread(frame, column)}<extra>{name}</extra>",
-            customdata=_bounds(frame, column),
+        bounds, spread = _bounds(frame, column)
+        look = {"mode": "lines", "opacity": 0.35, "width": 1} if noisy else {"marker": {"size": 5}}
+        add_line(
+            figure,
+            frame["step"],
+            frame[column],
+            name,
+            colour,
+            error_y=None if bounds is None else error_bars(frame[column], *bounds.T),
+            hovertemplate=f"step %{{x}}: %{{y:.3g}} {unit}{spread}<extra>{name}</extra>",
+            customdata=bounds,
             showlegend=in_legend and not noisy,
-            **shown,
+            **look,
+            **place,
         )
         if noisy:
-            figure.add_scatter(
-                y=frame[column].rolling(window, center=True, min_periods=1).mean(),
-                mode="lines",
-                line={"color": colours[name], "width": 2.5},
-                hovertemplate=f"mean of {window} steps: %{{y:.3g}} {unit}<extra>{name}</extra>",
-                showlegend=in_legend,
-                **shown,
-            )
+            mean = frame[column].rolling(window, center=True, min_periods=1).mean()
+            hover = f"mean of {window} steps: %{{y:.3g}} {unit}<extra>{name}</extra>"
+            look = {"mode": "lines", "hovertemplate": hover, "showlegend": in_legend}
+            add_line(figure, frame["step"], mean, name, colour, 2.5, **look, **place)
         share = {"tickformat": ".0%", "rangemode": "tozero"} if unit.startswith("share") else {}
         figure.update_yaxes(title_text=unit, **share, **place)
         figure.update_xaxes(title_text="step", dtick=1 if frame["step"].max() <= 8 else None, **place)
@@ -143,24 +140,12 @@ def plot_training_curves(
     return figure.update_layout(template=TEMPLATE, height=height, legend={"y": 1.08}, margin={"t": 70, "b": 40})
 
 
-def _bounds(frame: pd.DataFrame, column: str) -> np.ndarray | None:
-    """(rows, 2) low and high of a column's interval, or None where it has none."""
+def _bounds(frame: pd.DataFrame, column: str) -> tuple[np.ndarray | None, str]:
+    """(rows, 2) low and high of a column's interval, and how hover text shows them; None, "" without one."""
     names = [f"{column}_low", f"{column}_high"]
-    return frame[names].to_numpy(float) if set(names) <= set(frame) else None
-
-
-def _spread(frame: pd.DataFrame, column: str) -> str:
-    """The part of a hover template that shows ``_bounds``."""
-    return "" if _bounds(frame, column) is None else " (95%: %{customdata[0]:.3g} to %{customdata[1]:.3g})"
-
-
-def _interval(frame: pd.DataFrame, column: str) -> dict[str, Any] | None:
-    """Error bars from ``_bounds``."""
-    bounds, value = _bounds(frame, column), frame[column].to_numpy(float)
-    if bounds is None:
-        return None
-    ends = {"array": (bounds[:, 1] - value).clip(0), "arrayminus": (value - bounds[:, 0]).clip(0)}
-    return ends | {"thickness": 1, "width": 3}
+    if not set(names) <= set(frame):
+        return None, ""
+    return frame[names].to_numpy(float), " (95%: %{customdata[0]:.3g} to %{customdata[1]:.3g})"
 
 
 def plot_evaluation_curve(runs: Mapping[str, pd.DataFrame], value: str = "accuracy") -> go.Figure:
@@ -176,23 +161,15 @@ def plot_evaluation_curve(runs: Mapping[str, pd.DataFrame], value: str = "accura
             continue
         colour, label = PALETTE[k % len(PALETTE)], figure_text(name, 40, 2)
         frame = frame.dropna(subset=[value]).sort_values("step")
-        mean, bounds, band = frame.set_index("step")[value], _bounds(frame, value), "95%"
+        mean, (bounds, _), band = frame.set_index("step")[value], _bounds(frame, value), "95%"
         if "seed" in frame and frame["seed"].nunique() > 1:
             by_step = frame.groupby("step")[value]
             mean, bounds, band = by_step.mean(), by_step.agg(["min", "max"]).to_numpy(float), "seeds"
             for seed, own in frame.groupby("seed"):
-                figure.add_scatter(
-                    x=own["step"],
-                    y=own[value],
-                    mode="lines",
-                    name=f"{label}, seed {figure_text(seed)}",
-                    legendgroup=name,
-                    showlegend=False,
-                    opacity=0.5,
-                    line={"color": colour, "width": 1},
-                    customdata=_bounds(own, value),
-                    hovertemplate=f"%{{y:.3f}}{_spread(own, value)}",
-                )
+                known, spread = _bounds(own, value)
+                look = {"mode": "lines", "opacity": 0.5, "showlegend": False, "legendgroup": label}
+                look |= {"customdata": known, "hovertemplate": f"%{{y:.3f}}{spread}"}
+                add_line(figure, own["step"], own[value], f"{label}, seed {figure_text(seed)}", colour, 1, **look)
         elif bounds is None:
             bounds = np.stack([mean, mean], axis=1)
         figure.add_scatter(
@@ -204,18 +181,10 @@ def plot_evaluation_curve(runs: Mapping[str, pd.DataFrame], value: str = "accura
             mode="none",
             hoverinfo="skip",
             showlegend=False,
-            legendgroup=name,
+            legendgroup=label,
         )
-        figure.add_scatter(
-            x=mean.index,
-            y=mean,
-            mode="lines+markers",
-            name=label,
-            legendgroup=name,
-            line={"color": colour, "width": 3},
-            customdata=bounds,
-            hovertemplate=f"%{{y:.3f}} ({band}: %{{customdata[0]:.3f}} to %{{customdata[1]:.3f}})",
-        )
+        hover = f"%{{y:.3f}} ({band}: %{{customdata[0]:.3f}} to %{{customdata[1]:.3f}})"
+        add_line(figure, mean.index, mean, label, colour, 3, customdata=bounds, hovertemplate=hover)
     figure.update_xaxes(title_text="training step", hoverformat="d")
     figure.update_yaxes(title_text="held-out accuracy (share of questions)", tickformat=".0%", rangemode="tozero")
     return figure.update_layout(height=420, hovermode="x unified")

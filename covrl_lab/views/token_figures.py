@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from .html import figure_text
-from .style import BOTH, GREY, POSTERIOR, PRIOR, SOURCE_COLOURS, TEMPLATE
+from .style import BOTH, GREY, POSTERIOR, PRIOR, SOURCE_COLOURS, TEMPLATE, add_line
 
 SHOWN_BEFORE = 12  # tokens that the hover box shows up to its own
 FEW = 64  # tokens whose text fits along an axis
@@ -63,25 +63,17 @@ def plot_token_lines(
     below = name in values and name not in ("logp", "logq")
     figure = make_subplots(2 if below else 1, 1, shared_xaxes=True, vertical_spacing=0.06)
     lines = [
-        ("log p, prior prompt", "logp", PRIOR, "circle", 1),
-        ("log q, posterior prompt", "logq", POSTERIOR, "diamond", 1),
+        ("logp", "log p, prior prompt", "nats", PRIOR, "circle", 1),
+        ("logq", "log q, posterior prompt", "nats", POSTERIOR, "diamond", 1),
     ]
-    lines += [(label, name, BOTH, "square", 2)] if below else []
-    for title, key, colour, symbol, row in lines:
+    lines += [(name, label, "", BOTH, "square", 2)] if below else []
+    look = {"mode": "lines+markers" if len(texts) <= 200 else "lines", "col": 1}
+    look["customdata"] = [f"{t}: {figure_text(text, spaces=True)}" for t, text in enumerate(texts, 1)]
+    for key, title, unit, colour, symbol, row in lines:
         if key in values:
-            figure.add_scatter(
-                x=list(range(len(texts))),
-                y=list(values[key]),
-                mode="lines+markers" if len(texts) <= 200 else "lines",
-                name=title,
-                showlegend=row == 1,
-                line={"color": colour, "width": 2},
-                marker={"size": 6, "symbol": symbol},
-                customdata=[f"{t}: {figure_text(text, spaces=True)}" for t, text in enumerate(texts, 1)],
-                hovertemplate="%{y:.3f} nats at <b>%{customdata}</b>" if row == 1 else "%{y:.3f} at %{customdata}",
-                row=row,
-                col=1,
-            )
+            look |= {"row": row, "showlegend": row == 1, "marker": {"size": 6, "symbol": symbol}}
+            look["hovertemplate"] = f"%{{y:.3f}} {unit} at <b>%{{customdata}}</b>"
+            add_line(figure, list(range(len(texts))), list(values[key]), title, colour, **look)
     if selected is not None:
         figure.add_vline(x=selected, line={"color": GREY, "width": 2, "dash": "dot"})
     figure.update_xaxes(showgrid=False, zeroline=False)
@@ -213,36 +205,30 @@ def plot_coherence(frame: pd.DataFrame, chosen: Sequence[int] | None = None) -> 
         last = frame["coherence"].map(lambda values: values[-1])
         chosen = [own.idxmax() for _, own in last.groupby(frame["source"], sort=False)]
     longest = int(frame["tokens"].map(len).max())
-    # source -> (axis, where it stands, width: where two lines coincide both show)
-    drawn = {"prior": ("x2", "above", 6), "posterior": ("x", "below", 2.5)}
     for label, row in frame.sort_values("source", ascending=False, kind="stable").iterrows():
-        bold, (_, side, width) = label in chosen, drawn[row["source"]]
-        tokens = list(row["tokens"])
-        parts = [tokens[max(0, t - SHOWN_BEFORE) : t] for t in range(1, len(tokens) + 1)]
-        figure.add_scatter(
-            x=list(range(len(tokens) + 1)),
-            y=list(row["coherence"]),
+        tokens, source, bold = list(row["tokens"]), row["source"], label in chosen
+        axis, side, where = ("xaxis2", "top", "above") if source == "prior" else ("xaxis", "bottom", "below")
+        width = 6 if source == "prior" else 2.5  # where two lines coincide both show
+        read = (tokens[max(0, t - SHOWN_BEFORE) : t] for t in range(1, len(tokens) + 1))
+        add_line(
+            figure,
+            list(range(len(tokens) + 1)),
+            list(row["coherence"]),
+            f"{source} trace, its tokens {where}",
+            SOURCE_COLOURS[source],
+            width if bold else 1.2,
             mode="lines+markers" if bold else "lines",
-            name=f"{row['source']} trace, its tokens {side}",
-            showlegend=bold,
-            opacity=1 if bold else 0.4,
-            line={"color": SOURCE_COLOURS[row["source"]], "width": width if bold else 1.2},
             marker={"size": width + 3},
-            customdata=["no token yet", *(figure_text("".join(part)) for part in parts)],
-            hovertemplate="%{customdata}<br><b>%{y:.2f} nats</b> after %{x} tokens"
-            f"<extra>{row['source']}</extra>",
+            opacity=1 if bold else 0.4,
+            showlegend=bold,
+            customdata=["no token yet", *(figure_text("".join(part)) for part in read)],
+            hovertemplate=f"%{{customdata}}<br><b>%{{y:.2f}} nats</b> after %{{x}} tokens<extra>{source}</extra>",
         )
-    for label in chosen:
-        row = frame.loc[label]
-        axis, side, _ = drawn[row["source"]]
-        # An axis is drawn only where a trace lies on it.
-        figure.add_scatter(x=[None], y=[None], xaxis=axis, showlegend=False, hoverinfo="skip")
-        figure.layout[axis.replace("x", "xaxis")] = _token_axis(["–", *row["tokens"]]) | {
-            "range": [-0.4, longest + 0.4],
-            "tickfont_color": SOURCE_COLOURS[row["source"]],
-            "side": "top" if side == "above" else "bottom",
-            "overlaying": "x" if axis == "x2" else None,
-        }
+        if bold:  # an axis is drawn only where a trace lies on it
+            figure.add_scatter(x=[None], y=[None], xaxis=axis.replace("axis", ""), showlegend=False, hoverinfo="skip")
+            look = {"range": [-0.4, longest + 0.4], "tickfont_color": SOURCE_COLOURS[source], "side": side}
+            figure.layout[axis] = _token_axis(["–", *tokens]) | look
+            figure.layout[axis].overlaying = "x" if source == "prior" else None
     figure.update_layout(xaxis_title_text="last token read (· space, ↵ end of line, – none yet)")
     figure.update_yaxes(title_text="log p(y | x, z up to here), nats")
     return figure.update_layout(
