@@ -82,7 +82,9 @@ def plot_kl_estimators(frame: pd.DataFrame) -> go.Figure:
 def plot_gradient_quality(frame: pd.DataFrame) -> go.Figure:
     """``estimators.gradient_quality``: bias (% of the exact gradient's norm) and noise (multiples of it)."""
     figure = _panels(2, shared_yaxes=True)
-    for (part, own), (colour, _, symbol) in zip(frame.groupby("part", sort=False), _LOOKS[1::-1], strict=False):
+    for (part, own), (colour, _, symbol) in zip(
+        frame.groupby("part", sort=False), (_LOOKS[1], _LOOKS[0]), strict=False
+    ):
         for col, (value, factor, unit) in enumerate((("bias", 100, "%"), ("noise", 1, "×")), 1):
             figure.add_scatter(
                 x=factor * own[value],
@@ -163,7 +165,7 @@ _COLUMNS = {
     "gradient": {
         "part": ("gradient of", ""),
         "estimator": ("estimator", ""),
-        "bias": ("bias, of exact", "z.4%"),
+        "bias": ("bias, share of exact", "z.4%"),
         "noise": ("noise of one rollout, × exact", "z.4f"),
     },
     "ratio": {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from .explorer import TraceExplorer
 from .figures import plot_evaluation_curve
 from .html import html_number, html_table, html_text
 from .sweep_cost import describe_cost, step_time_settings
-from .widgets import Panel, Plot, field, row
+from .widgets import STATIC, Panel, Plot, aside, field, row
 
 SIGNS = {"queued": "◦", "running": "▸", "done": "✓", "cancelled": "⊘", "failed": "✗"}
 HEADER = ["run", "method", "α", "seed", "status", "accuracy", "seconds"]
@@ -79,21 +79,13 @@ def _cells(record: Mapping[str, Any], config: RunConfig) -> list[str]:
 
 def table(sweep: Sweep) -> str:
     """HTML table of the runs as their files say now."""
-    return html_table(
-        HEADER, [_cells(record, sweep.runs[record["id"]]) for record in sweep.table().to_dict("records")]
-    )
+    records = sweep.table().to_dict("records")
+    return html_table(HEADER, [_cells(record, sweep.runs[record["id"]]) for record in records])
 
 
 # --- the panel
 
-_STYLE = """<style>
-.covrl-run { display: grid; grid-template-columns: 5.5em 5em 3em 3em minmax(12em, 1fr) 6em 5.5em 5.5em;
-  column-gap: 10px; padding-right: 10px; align-items: center; line-height: 1.35;
-  font-variant-numeric: tabular-nums; }
-.covrl-run > * { overflow-wrap: anywhere; } .covrl-run code { background: none; padding: 0; }
-.covrl-run progress { width: 100%; } .covrl-run :nth-child(n+7) { text-align: right; }
-.covrl-head { font-weight: 600; }
-</style>"""
+_STYLE = f"<style>{(STATIC / 'ablation.css').read_text(encoding='utf-8')}</style>"
 _GROWING = {"flex": "1 1 auto", "margin": "0"}
 
 
@@ -184,29 +176,21 @@ class Ablation(Panel):
         self.cost = widgets.HTML()
         self.launch_button = widgets.Button(description="Launch", button_style="primary", icon="play")
         self.stop_button = widgets.Button(description="Stop all", icon="stop", disabled=True)
-        self.estimate_button = widgets.Button(
-            description="Estimate", tooltip="from the settings and a short measurement of this machine"
-        )
+        about = "from the settings and a short measurement of this machine"
+        self.estimate_button = widgets.Button(description="Estimate", tooltip=about)
         self.launch_button.on_click(lambda _: self.launch())
-        self.stop_button.on_click(lambda _: _aside(self.stop))
-        self.estimate_button.on_click(lambda _: _aside(self.estimate))
+        self.stop_button.on_click(lambda _: aside(self.stop))
+        self.estimate_button.on_click(lambda _: aside(self.estimate))
         head = _STYLE + _grid_row(HEADER, "progress", 'class="covrl-run covrl-head"')
         beside = widgets.HTML(layout={"width": "160px", "flex": "0 0 auto"})  # as wide as a row's buttons
         self.rows, choices = widgets.VBox(), list(self.fields.values())
         self.alpha_plot, self.learning_plot = Plot(), Plot()
         self.traces = widgets.VBox()
-        self.widget = widgets.VBox(
-            [
-                row(widgets.VBox(choices[:3]), widgets.VBox(choices[3:6]), choices[6]),
-                self.cost,
-                widgets.HBox([self.launch_button, self.stop_button, self.estimate_button]),
-                widgets.HBox([widgets.HTML(head, layout=_GROWING), beside]),
-                self.rows,
-                self.alpha_plot,
-                self.learning_plot,
-                self.traces,
-            ]
-        )
+        grid = row(widgets.VBox(choices[:3]), widgets.VBox(choices[3:6]), choices[6])
+        buttons = widgets.HBox([self.launch_button, self.stop_button, self.estimate_button])
+        runs = widgets.VBox([widgets.HBox([widgets.HTML(head, layout=_GROWING), beside]), self.rows])
+        results = [self.alpha_plot, self.learning_plot, self.traces]
+        self.widget = widgets.VBox([grid, self.cost, buttons, runs, *results])
         self.widget.add_class("covrl-ablation")
         self.sweep: Sweep | None = None
         for one in self.fields.values():
@@ -299,7 +283,7 @@ class Ablation(Panel):
         """Refresh in the background for as long as something is at work."""
         self._enable()
         if self._watcher is None or not self._watcher.is_alive():
-            self._watcher = _aside(self._follow)
+            self._watcher = aside(self._follow)
 
     def _follow(self) -> None:
         sweep = self.sweep
@@ -337,13 +321,6 @@ class Ablation(Panel):
     def static(self) -> list[Any]:
         """The cost and the table of runs as HTML."""
         return [HTML(self.cost.value if self.sweep is None else f"<p>{self.cost.value}</p>{table(self.sweep)}")]
-
-
-def _aside(function: Callable[[], None]) -> threading.Thread:
-    """Call without making the kernel wait."""
-    thread = threading.Thread(target=function, daemon=True)
-    thread.start()
-    return thread
 
 
 def _listed(values: Any) -> str:

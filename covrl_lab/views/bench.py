@@ -21,7 +21,7 @@ from .html import html_source, html_table, html_text, visible
 from .style import GREY, POSTERIOR, SOURCE_COLOURS
 from .token_figures import plot_coherence
 from .token_view import TokenView, colours, token_html
-from .widgets import Panel, Plot, field, offer, row
+from .widgets import Panel, Plot, aside, field, offer, row
 
 if TYPE_CHECKING:
     from ..train.policy import Policy
@@ -189,16 +189,9 @@ class PromptBench(BenchResults):
         self.cancel = widgets.Button(description="Cancel", icon="stop", disabled=True)
         self.bar = widgets.IntProgress(max=100, layout={"width": "260px"})
         self.message = widgets.HTML()
-        self.widget = widgets.VBox(
-            [
-                row(self.source, self.step),
-                self.question,
-                self.answer,
-                row(self.k, self.temperature, self.max_tokens, self.seed),
-                widgets.HBox([self.generate, self.cancel, self.bar, self.message]),
-                self.results,
-            ]
-        )
+        where, sampling = row(self.source, self.step), row(self.k, self.temperature, self.max_tokens, self.seed)
+        work = widgets.HBox([self.generate, self.cancel, self.bar, self.message])
+        self.widget = widgets.VBox([where, self.question, self.answer, sampling, work, self.results])
         self.widget.add_class("covrl-bench")
         self._list_steps()
         self.source.observe(self._list_steps, names="value")
@@ -242,8 +235,7 @@ class PromptBench(BenchResults):
             return
         self._cancel.clear()
         self.generate.disabled, self.cancel.disabled = True, False
-        self._thread = threading.Thread(target=self._work, name="prompt bench", daemon=True)
-        self._thread.start()
+        self._thread = aside(self._work)
 
     def wait(self, seconds: float | None = None) -> None:
         """Return when the work in the background has ended, or after ``seconds``."""
@@ -289,17 +281,9 @@ class PromptBench(BenchResults):
             part = scored / (2 * k + 1) if scored else decoded / (2 * k * self.max_tokens.value)
             self.bar.value = round(100 * (start + (end - start) * min(1.0, (part + (scored > 0)) / 2)))
 
-        return probe_question(
-            self._policy,
-            self._prompter,
-            self.question.value,
-            self.answer.value,
-            k,
-            max_tokens=self.max_tokens.value,
-            temperature=self.temperature.value,
-            seed=self.seed.value,
-            tick=tick,
-        )
+        settings = {name: getattr(self, name).value for name in ("max_tokens", "temperature", "seed")}
+        asked = (self.question.value, self.answer.value, k)
+        return probe_question(self._policy, self._prompter, *asked, **settings, tick=tick)
 
     def _say(self, text: str, wrong: bool = False) -> None:
         colour = POSTERIOR if wrong else "inherit"

@@ -50,14 +50,8 @@ def trace_index(run: Run) -> pd.DataFrame:
     Columns: step, rollout, example_id, question, answer, source, trace, and total, log p(y|x,z) in nats.
     """
     tables = [pq.read_table(step_file(run.path / "traces", step), columns=_LIGHT) for step in run.steps]
-    if not tables:
-        return pd.DataFrame(columns=[*_LIGHT[:-1], "total"])
-    index = pa.concat_tables(tables)
-    parts = index.column("answer_logp").combine_chunks()
-    offsets = parts.offsets.to_numpy()
-    sums = np.concatenate([[0.0], np.cumsum(parts.values.to_numpy())])
-    frame = index.drop_columns(["answer_logp"]).to_pandas()
-    return frame.assign(total=sums[offsets[1:]] - sums[offsets[:-1]])
+    frame = pa.concat_tables(tables).to_pandas() if tables else pd.DataFrame(columns=_LIGHT)
+    return frame.drop(columns="answer_logp").assign(total=answer_logprob(frame))
 
 
 class TraceExplorer(Panel):
@@ -80,12 +74,8 @@ class TraceExplorer(Panel):
         self.step = widgets.Dropdown(options=self._steps(), value=step, layout=narrow)
         self.search = widgets.Text(placeholder="search questions, answers, traces", layout={"flex": "1 1 150px"})
         self.source = widgets.Dropdown(options=sources, layout=narrow)
-        self.again = widgets.Button(
-            description="Refresh",
-            icon="refresh",
-            tooltip="Read the run folder again; filters, order and question stay",
-            layout={"width": "auto"},
-        )
+        about = "Read the run folder again; filters, order and question stay"
+        self.again = widgets.Button(description="Refresh", icon="refresh", tooltip=about, layout={"width": "auto"})
         self.questions = Table(label="questions", columns=_QUESTION_COLUMNS)
         self.rollouts = Table(label="rollouts of the question", sort=["total", True])
         self.heading = widgets.HTML()
@@ -151,9 +141,8 @@ class TraceExplorer(Panel):
         frame = self.filtered()
         means = frame.pivot_table("total", ["step", "example_id"], "source", "mean", sort=False, observed=True)
         first = frame.drop_duplicates(["step", "example_id"])[["step", "example_id", "question", "answer"]]
-        listed = first.merge(means.reset_index(), on=["step", "example_id"]).reindex(
-            columns=["step", "example_id", "question", "answer", "prior", "posterior"]
-        )
+        listed = first.merge(means.reset_index(), on=["step", "example_id"])
+        listed = listed.reindex(columns=[*first, "prior", "posterior"])
         listed["id"] = listed["step"].astype(str) + "/" + listed["example_id"].astype(str)
         self.questions.fill(listed, _MOST_QUESTIONS, [self.questions.picked])
         if change is not None and change["owner"] is self.source and len(self._frame):
@@ -165,9 +154,8 @@ class TraceExplorer(Panel):
         if int(step) != self._step:
             self._step, self._all = int(step), self.run.traces(int(step))
         frame = self._all[self._all["example_id"] == example].reset_index(drop=True)
-        frame = frame.assign(
-            id=frame["rollout"].astype(str), total=answer_logprob(frame), length=frame["tokens"].map(len)
-        )
+        names = frame["rollout"].astype(str)
+        frame = frame.assign(id=names, total=answer_logprob(frame), length=frame["tokens"].map(len))
         if "verdict" in frame or self.config.get("method") == "grpo":  # there the reward is the verdict
             frame["correct"] = frame["verdict" if "verdict" in frame else "reward"] > 0
         self._frame = frame

@@ -95,16 +95,11 @@ def trace_table(frame: pd.DataFrame) -> str:
 def accuracy_table(evaluations: pd.DataFrame) -> str:
     """HTML table of ``Run.evaluations``, one row an evaluation, with 95% intervals."""
     header = ["after step", "accuracy (95% interval)", "finished traces", "trace length, tokens", "questions"]
-    rows = [
-        [
-            f"{row.step:.0f}",
-            f"<b>{row.accuracy:.0%}</b> ({row.accuracy_low:.0%} to {row.accuracy_high:.0%})",
-            f"{row.eval_finished_share:.0%}",
-            f"{row.eval_trace_tokens:.1f}",
-            f"{row.eval_questions:.0f}",
-        ]
-        for row in evaluations.itertuples()
-    ]
+    rows = []
+    for row in evaluations.itertuples():
+        accuracy = f"<b>{row.accuracy:.0%}</b> ({row.accuracy_low:.0%} to {row.accuracy_high:.0%})"
+        finished, length = f"{row.eval_finished_share:.0%}", f"{row.eval_trace_tokens:.1f}"
+        rows.append([f"{row.step:.0f}", accuracy, finished, length, f"{row.eval_questions:.0f}"])
     return html_table(header, rows)
 
 
@@ -134,5 +129,4 @@ def summary_table(header: Sequence[str], summaries: Sequence[Mapping[str, float]
 def alarms_html(alarms: Mapping[str, str]) -> str:
     """Signs that a run goes wrong, a line each; nothing where there is none."""
     lines = (f'<div data-alarm="{html.escape(kind)}">⚠ {html_text(text)}</div>' for kind, text in alarms.items())
-    inside = "".join(lines)
-    return f'<div style="color: {POSTERIOR}; margin: 4px 0">{inside}</div>' if inside else ""
+    return f'<div style="color: {POSTERIOR}; margin: 4px 0">{"".join(lines)}</div>' if alarms else ""

@@ -23,7 +23,7 @@ from ..runs.folder import Run, step_file, steps_in
 from .figures import plot_training_curves
 from .html import alarms_html, html_number, html_table, html_text, trace_table
 from .style import BOTH, GREY, POSTERIOR, PRIOR
-from .widgets import Panel, Plot, row
+from .widgets import Panel, Plot, aside, row
 
 _SIGNS = {
     "waiting": ("○", GREY),
@@ -52,27 +52,19 @@ _ROWS = {
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a run folder's files say at one moment.
-
-    status       waiting (no run yet), running, stalled (nothing written for long), stopping (asked to stop),
-                 stopped, or finished
-    message      the status in a sentence
-    step, steps  finished steps, and all of them (0 while waiting)
-    metrics      ``Run.metrics`` with ``truncated_share``; ``evaluations`` as ``Run.evaluations``
-    seconds_left median time of the last five steps times the steps to go, and likewise of the evaluations;
-                 None before the first step and after the last
-    evaluation_seconds   median time of an evaluation; None before the run's first after a step, and then
-                 seconds_left leaves them out
-    """
+    """What a run folder's files say at one moment."""
 
     run: Run
+    # waiting (no run yet), running, stalled (nothing written for long), stopping (asked to stop), stopped, finished
     status: str
-    message: str
-    step: int = 0
-    steps: int = 0
-    metrics: pd.DataFrame = field(default_factory=pd.DataFrame)
+    message: str  # the status in a sentence
+    step: int = 0  # finished steps
+    steps: int = 0  # all of them; 0 while waiting
+    metrics: pd.DataFrame = field(default_factory=pd.DataFrame)  # ``Run.metrics`` with ``truncated_share``
     evaluations: pd.DataFrame = field(default_factory=pd.DataFrame)
-    seconds_left: float | None = None
+    # Median time of the last five steps times the steps to go, and likewise of the evaluations.
+    seconds_left: float | None = None  # None before the first step and after the last
+    # Median time of an evaluation; None before the first one after a step, and seconds_left leaves them out.
     evaluation_seconds: float | None = None
 
 
@@ -187,8 +179,8 @@ def status_html(shot: Snapshot) -> str:
             f'held-out accuracy <b data-column="accuracy">{last["accuracy"]:.1%}</b> '
             f"after step {last['step']:.0f} ({interval})"
         )
-    line = '<div style="line-height: 1.5">' + " &nbsp;·&nbsp; ".join(parts) + "</div>"
-    return line + (alarms_html(shot.run.alarms) if shot.step else "")
+    alarms = alarms_html(shot.run.alarms) if shot.step else ""
+    return f'<div style="line-height: 1.5">{" &nbsp;·&nbsp; ".join(parts)}</div>{alarms}'
 
 
 def numbers_html(shot: Snapshot) -> str:
@@ -237,8 +229,7 @@ class RunMonitor(Panel):
         self._drawn: tuple[int, int] | None = None
         self._closed, self._lock = threading.Event(), threading.Lock()
         self.refresh()
-        self._thread = threading.Thread(target=self._follow, name=f"monitor {run_dir}", daemon=True)
-        self._thread.start()
+        self._thread = aside(self._follow)
 
     def refresh(self) -> None:
         """Read the folder and show what it holds, now."""

@@ -94,27 +94,12 @@ def plot_token_lines(
 
 # The three rows of plot_mixing: where each stands on the page, and its axes.
 _SHARE = {"type": "log", "range": [-4, 0], "dtick": 1, "tickformat": ".2~%", "ticklabelstandoff": 4}
+_RATIO = {"title_text": "importance ratio p′/h (shaded: inside the clip)", "type": "log"}
+_RATIO |= {"range": [np.log10(0.2), np.log10(5)], "tickvals": [0.3, 0.5, 0.7, 1, 1.3, 2, 4]}
 _ROWS = [
-    (
-        [0.72, 1.0],
-        {"title_text": "nats a token", "range": [-12, 0], "tickvals": [-10, -8, -6, -4, -2, 0]},
-        _SHARE,
-    ),
-    (
-        [0.33, 0.59],
-        {
-            "title_text": "importance ratio p′/h (shaded: inside the clip)",
-            "type": "log",
-            "range": [np.log10(0.2), np.log10(5)],
-            "tickvals": [0.3, 0.5, 0.7, 1, 1.3, 2, 4],
-        },
-        _SHARE,
-    ),
-    (
-        [0.0, 0.16],
-        {"title_text": "mean |gradient weight| a token"},
-        {"autorange": "reversed", "ticklabelstandoff": 4},
-    ),
+    ([0.72, 1.0], {"title_text": "nats a token", "range": [-12, 0], "tickvals": [-10, -8, -6, -4, -2, 0]}, _SHARE),
+    ([0.33, 0.59], _RATIO, _SHARE),
+    ([0.0, 0.16], {"title_text": "mean |gradient weight| a token"}, {"autorange": "reversed", "ticklabelstandoff": 4}),
 ]
 
 

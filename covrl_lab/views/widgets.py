@@ -8,6 +8,7 @@ notebooks. An ``Output`` would draw each figure anew.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,18 +73,13 @@ class Table(anywidget.AnyWidget):
         shown = frame.head(limit)
         names = [c["name"] for c in self.columns]
         text = {c["name"] for c in self.columns if c["kind"] == "text"}
-        rows = []
-        for record in shown[["id", *names]].to_dict("records"):
-            row = {name: None if _unknown(value) else value for name, value in record.items()}
-            rows.append(row | {name: visible(row[name]) for name in text})
+        known = shown[["id", *names]].replace([math.inf, -math.inf], math.nan).astype(object)
+        rows = known.where(known.notna(), None).to_dict("records")
+        rows = [record | {name: visible(record[name]) for name in text} for record in rows]
         with self.hold_sync():
             self.rows, self.marked = rows, list(marked)
             left = len(frame) - len(shown)
             self.note = f"{len(shown):,} of {len(frame):,} shown; search to narrow" if left else ""
-
-
-def _unknown(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 
 def table_column(name: str, label: str, kind: str, about: str = "", digits: int = 0) -> dict[str, Any]:
@@ -101,6 +97,13 @@ def row(*children: widgets.Widget) -> widgets.HBox:
     return widgets.HBox(children, layout={"flex_flow": "row wrap", "grid_gap": "10px"})
 
 
+def aside(function: Callable[[], None]) -> threading.Thread:
+    """Call without making the kernel wait."""
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    return thread
+
+
 def offer(choice: Any, options: Sequence[Any], value: Any, observer: Callable[[Any], None]) -> None:
     """Change what a selection offers and what is chosen in it, without a call of its observer."""
     choice.unobserve(observer, names="value")
@@ -111,19 +114,7 @@ def offer(choice: Any, options: Sequence[Any], value: Any, observer: Callable[[A
 class StaticCopy(anywidget.AnyWidget):
     """Hides the ``outputs`` outputs before its own: the copies for where no kernel draws a widget."""
 
-    _esm = """
-    export default { render({ model, el }) {
-      const hide = () => {
-        if (!el.isConnected) return setTimeout(hide, 50);
-        let child = el.closest(".jp-OutputArea-child");
-        for (let k = 0; child && k < model.get("outputs"); k++) {
-          child = child.previousElementSibling;
-          if (child) child.style.display = "none";
-        }
-      };
-      hide();
-    } };
-    """
+    _esm = (STATIC / "static_copy.js").read_text(encoding="utf-8")
     outputs = traitlets.Int().tag(sync=True)
 
 
