@@ -219,11 +219,8 @@ class TraceExplorer(Panel):
 
 def _heading(run: Run, settings: Settings, trace: Any) -> str:
     """Question, reference answer and the run's settings as HTML; ``trace`` is a row of the question."""
-    question, answer = (
-        f'<code style="background: none; font: inherit">{html_text(trace[name])}</code>'
-        for name in ("question", "answer")
-    )
-    s = settings
+    code, s = '<code style="background: none; font: inherit">', settings
+    question, answer = (f"{code}{html_text(trace[name])}</code>" for name in ("question", "answer"))
     named = [run.path.name, f"step {trace['step']}", run.config.get("model", "")]
     named += [f"α {s.alpha:g}, w {s.composite_weight:g}, clip {s.clip} {s.clip_range:g}"]
     return (

@@ -174,11 +174,8 @@ def status_html(shot: Snapshot) -> str:
         parts.append(f"about {_duration(shot.seconds_left)} left, {'with' if known else 'without'} evaluations")
     if len(shot.evaluations):
         last = shot.evaluations.iloc[-1]
-        interval = f"95% interval {last['accuracy_low']:.1%} to {last['accuracy_high']:.1%}"
-        parts.append(
-            f'held-out accuracy <b data-column="accuracy">{last["accuracy"]:.1%}</b> '
-            f"after step {last['step']:.0f} ({interval})"
-        )
+        value = f'held-out accuracy <b data-column="accuracy">{last.accuracy:.1%}</b> after step {last.step:.0f}'
+        parts.append(f"{value} (95% interval {last.accuracy_low:.1%} to {last.accuracy_high:.1%})")
     alarms = alarms_html(shot.run.alarms) if shot.step else ""
     return f'<div style="line-height: 1.5">{" &nbsp;·&nbsp; ".join(parts)}</div>{alarms}'
 

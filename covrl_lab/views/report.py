@@ -65,7 +65,9 @@ def page(run: Run) -> str:
         header = [at, *(f"step {step}" for step in traces)]
         numbers = [summarise_traces(Traces.of(frame), settings) for frame in traces.values()]
         parts += ["<h2>Prior against posterior</h2>", f'<div class="wide">{summary_table(header, numbers)}</div>']
-    parts += ["<h2>Configuration</h2>", _facts(config), "<h2>Drawn with</h2>", _facts(_versions())]
+    versions = {"python": platform.python_version(), "covrl_lab": __version__}
+    versions |= {name: version(name) for name in ("numpy", "pandas", "plotly")}
+    parts += ["<h2>Configuration</h2>", _facts(config), "<h2>Drawn with</h2>", _facts(versions)]
     plotly = get_plotlyjs()
     policy = (
         f"default-src 'none'; script-src {_hash(plotly)} {_hash(_DRAW)}; style-src 'unsafe-inline'; "
@@ -100,11 +102,6 @@ def _facts(values: dict[str, Any]) -> str:
     return f'<div class="facts">{"".join(rows)}</div>'
 
 
-def _versions() -> dict[str, str]:
-    own = {"python": platform.python_version(), "covrl_lab": __version__}
-    return own | {name: version(name) for name in ("numpy", "pandas", "plotly")}
-
-
 def _head(run: Run, config: dict[str, Any], metrics: pd.DataFrame, evaluations: pd.DataFrame) -> str:
     done, steps = len(metrics), config.get("steps", len(metrics))
     facts = [html_text(config.get(name, "?")) for name in ("method", "model", "task")]
@@ -112,10 +109,8 @@ def _head(run: Run, config: dict[str, Any], metrics: pd.DataFrame, evaluations: 
     found = ""
     if len(evaluations):
         first, last = evaluations.iloc[0], evaluations.iloc[-1]
-        found = (
-            f"<p>Held-out accuracy <b>{last.accuracy:.1%}</b> after step {last.step:.0f} (95% interval "
-            f"{last.accuracy_low:.1%} to {last.accuracy_high:.1%})"
-        )
+        found = f"<p>Held-out accuracy <b>{last.accuracy:.1%}</b> after step {last.step:.0f}"
+        found += f" (95% interval {last.accuracy_low:.1%} to {last.accuracy_high:.1%})"
         if len(evaluations) > 1:
             found += f", from {first.accuracy:.1%} after step {first.step:.0f}"
         found += f", on {last.eval_questions:.0f} questions, greedy, from the prior prompt."

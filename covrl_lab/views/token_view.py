@@ -59,9 +59,7 @@ def colours() -> dict[str, str]:
     return {scale["title"]: name for name, scale in SCALES.items()}
 
 
-def payload(
-    frame: pd.DataFrame, settings: reweight.Settings, alternatives: Sequence[Any] | None = None
-) -> list[dict[str, Any]]:
+def payload(frame: pd.DataFrame, settings: reweight.Settings, alternatives: Sequence[Any] | None = None) -> list[dict]:
     """What the widget draws of each row: texts made visible, numbers rounded, None for unknown."""
     found = reweight.quantities(reweight.Traces.of(frame), settings)
     drawn = []
