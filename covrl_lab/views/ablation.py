@@ -27,7 +27,7 @@ from .explorer import TraceExplorer
 from .figures import plot_evaluation_curve
 from .html import html_number, html_table, html_text
 from .sweep_cost import describe_cost, step_time_settings
-from .widgets import STATIC, Panel, Plot, aside, field, row
+from .widgets import Panel, Plot, aside, field, row, static_text
 
 SIGNS = {"queued": "◦", "running": "▸", "done": "✓", "cancelled": "⊘", "failed": "✗"}
 HEADER = ["run", "method", "α", "seed", "status", "accuracy", "seconds"]
@@ -85,7 +85,7 @@ def table(sweep: Sweep) -> str:
 
 # --- the panel
 
-_STYLE = f"<style>{(STATIC / 'ablation.css').read_text(encoding='utf-8')}</style>"
+_STYLE = f"<style>{static_text('ablation.css')}</style>"
 _GROWING = {"flex": "1 1 auto", "margin": "0"}
 
 

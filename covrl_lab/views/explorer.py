@@ -154,8 +154,8 @@ class TraceExplorer(Panel):
         if int(step) != self._step:
             self._step, self._all = int(step), self.run.traces(int(step))
         frame = self._all[self._all["example_id"] == example].reset_index(drop=True)
-        names = frame["rollout"].astype(str)
-        frame = frame.assign(id=names, total=answer_logprob(frame), length=frame["tokens"].map(len))
+        frame = frame.assign(total=answer_logprob(frame), length=frame["tokens"].map(len))
+        frame["id"] = frame["rollout"].astype(str)
         if "verdict" in frame or self.config.get("method") == "grpo":  # there the reward is the verdict
             frame["correct"] = frame["verdict" if "verdict" in frame else "reward"] > 0
         self._frame = frame
@@ -213,8 +213,8 @@ class TraceExplorer(Panel):
         columns = [c for c in self.rollouts.columns if c["kind"] != "text"]
         rows = [[html_number(line[c["name"]], f".{c['digits']}f") for c in columns] for line in self.rollouts.rows]
         table = html_table([html.escape(c["label"]) for c in columns], rows)
-        view = token_html(self.pair(), self.settings, self.view.colour)
-        return [HTML(f"{self.heading.value}{table}{view}"), self.lines()]
+        tokens = token_html(self.pair(), self.settings, self.view.colour)
+        return [HTML(self.heading.value + table + tokens), self.lines()]
 
 
 def _heading(run: Run, settings: Settings, trace: Any) -> str:

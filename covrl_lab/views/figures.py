@@ -136,8 +136,8 @@ def plot_training_curves(
         share = {"tickformat": ".0%", "rangemode": "tozero"} if unit.startswith("share") else {}
         figure.update_yaxes(title_text=unit, **share, **place)
         figure.update_xaxes(title_text="step", dtick=1 if frame["step"].max() <= 8 else None, **place)
-    height = 60 + 260 * rows
-    return figure.update_layout(template=TEMPLATE, height=height, legend={"y": 1.08}, margin={"t": 70, "b": 40})
+    look = {"height": 60 + 260 * rows, "legend": {"y": 1.08}, "margin": {"t": 70, "b": 40}}
+    return figure.update_layout(template=TEMPLATE, **look)
 
 
 def _bounds(frame: pd.DataFrame, column: str) -> tuple[np.ndarray | None, str]:

@@ -74,7 +74,7 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
     if not (run.path / "config.json").is_file():
         return Snapshot(run, "waiting", f"waiting for a run in {str(run_dir)!r}")
     config, metrics, evaluations = run.config, run.metrics, run.evaluations
-    step, steps, left, median = 0, int(config["steps"]), None, None
+    step, steps, left, median = 0, int(config["steps"]), None, 0.0
     # Nothing is written while an evaluation runs, and before the first step a model is loaded as well.
     evaluation, patience = _evaluation_seconds(run), 600.0
     if len(metrics):

@@ -25,11 +25,11 @@ from ..types import ConfigError
 from .figures import plot_answer_logprobs, plot_training_curves
 from .html import accuracy_table, alarms_html, html_text, summary_table, trace_table
 from .token_view import token_html
-from .widgets import STATIC
+from .widgets import static_text
 
 QUESTIONS = 3  # of a step, whose traces are shown
 
-_STYLE, _DRAW = ((STATIC / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+_STYLE, _DRAW = static_text("report.css"), static_text("report.js")
 
 
 def report(run: Run | str | Path, path: str | Path | None = None) -> Path:
@@ -61,8 +61,7 @@ def page(run: Run) -> str:
     for step, frame in traces.items():
         parts += [f"<h2>Traces of step {step}</h2>", *_traces(frame, settings)]
     if traces:
-        at = f"at α = {settings.alpha:g}, w = {settings.composite_weight:g}"
-        header = [at, *(f"step {step}" for step in traces)]
+        header = [f"α = {settings.alpha:g}, w = {settings.composite_weight:g}", *(f"step {step}" for step in traces)]
         numbers = [summarise_traces(Traces.of(frame), settings) for frame in traces.values()]
         parts += ["<h2>Prior against posterior</h2>", f'<div class="wide">{summary_table(header, numbers)}</div>']
     versions = {"python": platform.python_version(), "covrl_lab": __version__}

@@ -21,7 +21,7 @@ from ..runs import reweight
 from ..runs.reweight import answer_logprob
 from ..types import ConfigError, did_you_mean
 from .html import html_source, visible
-from .widgets import STATIC
+from .widgets import static_text
 
 _PRIOR, _POSTERIOR, _LESS, _MORE = (31, 119, 180), (213, 94, 0), (129, 76, 176), (0, 140, 70)
 _STRONGEST = 0.65  # opacity at the end of a scale, as in token_view.js
@@ -98,8 +98,8 @@ class TokenView(anywidget.AnyWidget):
     follow the widget and can be set.
     """
 
-    _esm = (STATIC / "token_view.js").read_text(encoding="utf-8")
-    _css = (STATIC / "token_view.css").read_text(encoding="utf-8")
+    _esm = static_text("token_view.js")
+    _css = static_text("token_view.css")
     traces = traitlets.List().tag(sync=True)
     labels = traitlets.Dict(reweight.LABELS).tag(sync=True)
     scales = traitlets.Dict(SCALES).tag(sync=True)

@@ -25,26 +25,26 @@ from ..runs.folder import Run, load_run
 from ..types import ConfigError
 from .html import visible
 
-STATIC = Path(__file__).parent / "static"
+
+def static_text(name: str) -> str:
+    """A script or a style sheet of the folder static/."""
+    return (Path(__file__).parent / "static" / name).read_text(encoding="utf-8")
 
 
 class Plot(anywidget.AnyWidget):
     """A plotly figure that is redrawn in place; ``figure`` is its JSON, nothing where it is empty."""
 
-    _esm = (STATIC / "plot.js").read_text(encoding="utf-8")
+    _esm = static_text("plot.js")
     figure = traitlets.Unicode().tag(sync=True)
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        self.on_msg(self._send_plotly)
+        # For a page without a plotly of its own, which asks.
+        self.on_msg(lambda *message: self.send({"source": get_plotlyjs()}))
 
     def draw(self, figure: go.Figure) -> None:
         """Put ``figure`` in place of what is shown."""
         self.figure = figure.to_json()
-
-    def _send_plotly(self, widget: Any, content: Any, buffers: Any) -> None:
-        """For a page without a plotly of its own."""
-        self.send({"source": get_plotlyjs()})
 
 
 class Table(anywidget.AnyWidget):
@@ -55,8 +55,8 @@ class Table(anywidget.AnyWidget):
     (column name, descending?); whoever fills the rows sorts them. ``marked``: ids shown as chosen.
     """
 
-    _esm = (STATIC / "table.js").read_text(encoding="utf-8")
-    _css = (STATIC / "table.css").read_text(encoding="utf-8")
+    _esm = static_text("table.js")
+    _css = static_text("table.css")
     label = traitlets.Unicode().tag(sync=True)
     columns = traitlets.List().tag(sync=True)
     rows = traitlets.List().tag(sync=True)
@@ -114,7 +114,7 @@ def offer(choice: Any, options: Sequence[Any], value: Any, observer: Callable[[A
 class StaticCopy(anywidget.AnyWidget):
     """Hides the ``outputs`` outputs before its own: the copies for where no kernel draws a widget."""
 
-    _esm = (STATIC / "static_copy.js").read_text(encoding="utf-8")
+    _esm = static_text("static_copy.js")
     outputs = traitlets.Int().tag(sync=True)
 
 
