@@ -38,7 +38,7 @@ def trained(tmp_path_factory):
 
 def opened(name, step=None, **settings):
     source = find_source(name, **settings)
-    return open_source(source.config, source.checkpoint(step))
+    return open_source(source.config, source.checkpoints.get(step or max(source.checkpoints, default=None)))
 
 
 def test_wrong_input_is_one_sentence(tiny_policy, prompter, tmp_path):
@@ -59,9 +59,10 @@ def test_wrong_input_is_one_sentence(tiny_policy, prompter, tmp_path):
 
 
 def test_a_run_a_checkpoint_and_a_model_are_sources(trained):
-    assert find_source(trained).steps == (1, 2)
-    assert find_source(trained / "checkpoints" / "step_00001").steps == (1,)
-    assert find_source("tiny", **SMALL).steps == ()
+    first = trained / "checkpoints" / "step_00001"
+    assert find_source(trained).checkpoints == {1: first, 2: trained / "checkpoints" / "step_00002"}
+    assert find_source(first).checkpoints == {1: first}
+    assert find_source("tiny", **SMALL).checkpoints == {}
     first, _ = opened(trained, step=1)
     last, prompter = opened(trained)
     expected = load_policy("tiny", quantization="none", dtype="float32")

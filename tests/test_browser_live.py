@@ -105,7 +105,8 @@ def test_the_bench_samples_and_shows_what_the_files_and_the_model_give(lab, runn
     has_text(lab, ".covrl-bench", "done")
     page.wait_for_selector(".covrl-bench .js-plotly-plot .main-svg")
 
-    policy, prompter = open_source(find_source(run).config, find_source(run).checkpoint())
+    config, checkpoints = find_source(run)
+    policy, prompter = open_source(config, checkpoints[max(checkpoints)])
     frame = probe_question(policy, prompter, question, answer, 2, max_tokens=6)
     for source, own in frame.groupby("source"):
         cell = page.locator(f'.covrl-bench [data-cell="after training/{source}"]')

@@ -139,7 +139,8 @@ def test_the_selected_token_moves_the_lines(example):
     explorer.view.selected = [1, 2]
     drawn = json.loads(explorer.plot.figure)
     assert {shape["x0"] for shape in drawn["layout"]["shapes"]} == {2}
-    assert [trace["name"] for trace in drawn["data"]] == ["log p", "log q", SCALES["log_gap"]["title"]]
+    names = ["log p, prior prompt", "log q, posterior prompt", SCALES["log_gap"]["title"]]
+    assert [trace["name"] for trace in drawn["data"]] == names
     row = explorer.pair().iloc[1]
     np.testing.assert_allclose(drawn["data"][2]["y"], np.subtract(row["logq"], row["logp"]), atol=1e-6)
     explorer.colour.value = "kl"

@@ -65,11 +65,9 @@ def test_a_slider_move_is_quick(capsys):
         settings = reweight.Settings(alpha, 0.5)
         values = reweight.quantities(traces, settings)
         reweight.summarise_traces(traces, settings, values)
-        parts = (
-            reweight.densities(traces, settings, values),
-            reweight.gradient_weights(traces, settings, values),
-        )
-        plot_mixing({"A": ""}, [parts[0]], [settings.clip_bounds], [parts[1]]).to_json()
+        densities = reweight.densities(traces, settings, values)
+        weights = reweight.gradient_weights(traces, settings, values)
+        plot_mixing({"A": ""}, [(densities, settings.clip_bounds, weights)]).to_json()
         times.append(1000 * (time.perf_counter() - started))
     with capsys.disabled():
         shown = f"median {np.median(times):.0f} ms, most {max(times):.0f} ms"

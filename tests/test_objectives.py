@@ -65,6 +65,22 @@ def expected_loss(
     return total
 
 
+def prefixes(world: World) -> tuple[LogProbs, torch.Tensor, torch.Tensor]:
+    """A row for every (prefix, token), and p and q as (prefixes, tokens) tables."""
+    p, q = (torch.cat(tables).log_softmax(1) for tables in (world.prior, world.posterior))
+    column, mask = p.reshape(-1, 1), torch.ones(p.numel(), 1, dtype=torch.bool)
+    return LogProbs(column, q.reshape(-1, 1), torch.zeros_like(column), mask), p.exp(), q.exp()
+
+
+def nearby(world: World, seed: int) -> World:
+    """The same world a few updates earlier: every logit moved by 0.3 times a normal draw."""
+    moved = World(world.length, world.answer_tokens, seed)
+    with torch.no_grad():
+        for theirs, mine in zip(moved.parameters, world.parameters, strict=True):
+            theirs.mul_(0.3).add_(mine)
+    return moved
+
+
 def worst(left: torch.Tensor, right: torch.Tensor) -> float:
     return (left - right).abs().max().item()
 
@@ -120,7 +136,7 @@ def test_composite_is_a_law_and_the_bounds_hold(length, w):
     assert world.composite_probs(w).sum().item() == pytest.approx(1, abs=1e-14)
     assert max(world.elbo(w), world.jensen_bound()) < world.log_evidence()
     assert (world.elbo(1) - world.jensen_bound()).abs() < 1e-14
-    rows, p, q = world.prefixes()
+    rows, p, q = prefixes(world)
     mixture = w * p + (1 - w) * q
     reach = [torch.ones(1, dtype=torch.float64)]
     for law in mixture.split([3**t for t in range(length)])[:-1]:
@@ -134,7 +150,7 @@ def test_composite_is_a_law_and_the_bounds_hold(length, w):
 @pytest.mark.parametrize("gradient", ["exact", "published"])
 def test_kl_estimates_have_the_right_mean_and_sign(w, gradient):
     """At each of 13 prefixes, from samples of either source; their values never depend on ``gradient``."""
-    rows, p, q = World(3).prefixes()
+    rows, p, q = prefixes(World(3))
     mixture = w * p + (1 - w) * q
     kl = (mixture * (mixture / p).log()).sum(1)
     for from_prior, law in ((True, p), (False, q)):
@@ -147,7 +163,7 @@ def test_kl_estimates_have_the_right_mean_and_sign(w, gradient):
 
 def test_published_posterior_form_is_ours_at_one_half_and_goes_negative_at_other_weights():
     """v log u + (v - 1) agrees with ours at w = 1/2; at w = 0.3 it is negative at some tokens."""
-    rows, p, q = World(3).prefixes()
+    rows, p, q = prefixes(World(3))
     source = torch.zeros(len(rows.prior), dtype=torch.bool)
     for w, negative in ((0.5, False), (0.3, True)):
         u, v = (w * p + (1 - w) * q) / p, (w * p + (1 - w) * q) / q
@@ -163,7 +179,7 @@ def test_published_posterior_form_is_ours_at_one_half_and_goes_negative_at_other
 def test_only_the_exact_kl_gradient_is_unbiased(w, from_prior):
     """The published gradient misses the sampler's score: off by over a tenth of the gradient itself."""
     world = World(1)
-    rows, p, q = world.prefixes()
+    rows, p, q = prefixes(world)
     law, source = (p if from_prior else q).detach()[0], torch.full((3,), from_prior)
 
     def mean(kind):
@@ -180,7 +196,7 @@ def test_only_the_exact_kl_gradient_is_unbiased(w, from_prior):
 def test_exact_kl_stays_exact_after_an_update(from_prior):
     """With samples of an older policy, value and gradient are still those of KL(p'_new||p_new)."""
     world, w = World(1), 0.3
-    old = world.nearby(seed=5, scale=0.3)
+    old = nearby(world, seed=5)
     law = (old.prior_probs() if from_prior else old.posterior_probs()).detach()
     rows, rows_old = select(world.logprobs(), slice(3)), select(old.logprobs(), slice(3)).detach()
     mean = (law * kl_estimate(rows, rows_old, torch.full((3,), from_prior), w, "exact")[:, 0]).sum()
@@ -192,7 +208,7 @@ def test_exact_kl_stays_exact_after_an_update(from_prior):
 @pytest.mark.parametrize("w", [0.0, *WEIGHTS, 1.0])
 def test_gradient_of_the_mixture_splits_by_responsibility(w):
     """grad log p' = rho grad log p + (1 - rho) grad log q with rho = w p / p', and log_mixture is log p'."""
-    rows, p, q = World(3).prefixes()
+    rows, p, q = prefixes(World(3))
     rows, (prior, posterior, _) = live(rows.detach())
     mixture = w * p + (1 - w) * q
     rho = responsibility(rows, w)
@@ -230,7 +246,7 @@ def test_one_token_loss_after_an_update(alpha, w):
     credit worked out anew it is the ELBO of the new policy.
     """
     world, config = World(1), exact(alpha=alpha, composite_weight=w)
-    old = world.nearby(seed=7, scale=0.3)
+    old = nearby(world, seed=7)
     answer, answer_old = world.answer_logprobs().sum(1), old.answer_logprobs().sum(1).detach()
     holds = (world.composite_probs(w) * answer_old).sum() - world.composite_kl(w)
     holds = holds + (old.composite_probs(w).detach() * answer).sum()
@@ -239,7 +255,8 @@ def test_one_token_loss_after_an_update(alpha, w):
     assert worst(stale, -world.gradient(world.elbo(w))) > 1e-3
 
     reward = answer.detach().repeat(2)
-    weight = (world.composite_probs(w) / old.hybrid_probs(alpha)).detach().repeat(2)
+    hybrid = alpha * old.prior_probs() + (1 - alpha) * old.posterior_probs()
+    weight = (world.composite_probs(w) / hybrid).detach().repeat(2)
     fresh = Credit(reward, reward, weight, torch.ones(6, dtype=torch.bool))
     mean = world.gradient(expected_loss(world, config, old, credit=fresh))
     assert worst(mean, -world.gradient(world.elbo(w))) < TOLERANCE

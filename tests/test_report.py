@@ -129,7 +129,7 @@ def test_the_numbers_are_those_of_the_files(tmp_path):
     frame = run.traces(30)
     own = frame[frame["source"] == "prior"]
     row = re.search(r"mean reward of prior traces.*?</tr>", text, re.DOTALL).group()
-    assert f">{own['reward'].mean():.2f}<" in row
+    assert f">{own['reward'].mean():.2f}<".replace("-", "−") in row
     assert "Traces of step 1<" in text and "Traces of step 30<" in text and "Traces of step 15<" not in text
 
 

@@ -35,7 +35,8 @@ def test_clipped_tokens_are_underlined_in_the_copy(example):
 def test_the_view_reports_alternatives_and_refuses_unknown_colours(example):
     pair = example.traces(1).iloc[:1]
     choices = [{"prior": [("\n", -0.1), ("<b>", -2.0)]}] * len(pair["tokens"].iloc[0])
-    view = TokenView(pair, alternatives=[choices])
+    view = TokenView()
+    view.show(pair, alternatives=[choices])
     assert view.traces[0]["alternatives"][0] == {"prior": [["↵", -0.1], ["<b>", -2.0]]}
     with pytest.raises(ConfigError, match="unknown colour"):
-        TokenView(pair, colour="red")
+        TokenView(colour="red")

@@ -21,7 +21,7 @@ from covrl_lab.types import ConfigError
 torch.set_num_threads(1)
 
 
-def laws(world, distance, temperature):
+def token_probs(world, distance, temperature):
     """p and q of a one-token world, (tokens,) arrays, without the library's formulas."""
     prior, posterior = (table[0][0].detach().numpy() for table in (world.prior, world.posterior))
     logits = (prior, prior + distance * (posterior - prior))
@@ -38,7 +38,7 @@ def test_between_moves_the_posterior_and_scales_the_traces(distance, temperature
     world = World(1, answer_tokens=2)
     before = [x.clone() for x in world.parameters]
     moved = world.between(distance, temperature)
-    p, q = laws(world, distance, temperature)
+    p, q = token_probs(world, distance, temperature)
     np.testing.assert_allclose(moved.prior_probs().detach(), p, atol=1e-14)
     np.testing.assert_allclose(moved.posterior_probs().detach(), q, atol=1e-14)
     assert torch.equal(moved.answer_logprobs(), world.answer_logprobs())
@@ -61,14 +61,14 @@ def test_kl_estimators_have_the_exact_mean_and_the_corrected_one_its_sign(w):
     frame = estimators.kl_sweep(world, "distance", [0.5, 1.0, 1.5], composite_weight=w, samples=samples)
     assert len(frame) == 9
     for row in frame.itertuples():
-        p, q = laws(world, row.distance, 1.0)
+        p, q = token_probs(world, row.distance, 1.0)
         u, v = w + (1 - w) * q / p, w * p / q + (1 - w)
         c = {estimators.CORRECTED: (1 - w) / w, estimators.PUBLISHED: 1.0}.get(row.estimator)
-        law, values = (p, u * np.log(u) - u + 1) if c is None else (q, v * np.log(u) + c * (v - 1))
+        probs, values = (p, u * np.log(u) - u + 1) if c is None else (q, v * np.log(u) + c * (v - 1))
         exact = kl_by_hand(p, q, w)
         assert row.exact == pytest.approx(exact, abs=1e-13)
         assert row.expected == pytest.approx(exact, abs=1e-13)
-        assert row.deviation == pytest.approx(math.sqrt((law * (values - exact) ** 2).sum()), abs=1e-12)
+        assert row.deviation == pytest.approx(math.sqrt((probs * (values - exact) ** 2).sum()), abs=1e-12)
         assert row.lowest == pytest.approx(values.min(), abs=1e-13)
         assert row.lowest >= 0 or row.estimator == estimators.PUBLISHED
         # Five standard errors, the true ones: a sample's own may have missed the tail.
@@ -108,7 +108,7 @@ def test_gradient_noise_against_a_sum_by_hand():
     """The verifier's gradient is A times the score of a softmax: every term known."""
     world = World(1)
     row = estimators.gradient_quality(world, 0.5, 0.5, 0.3).set_index("estimator").loc["grpo"]
-    p, _ = laws(world, 1.0, 1.0)
+    p, _ = token_probs(world, 1.0, 1.0)
     likely = world.answer_logprobs()[:, 0].detach().numpy()
     verdict = (likely > np.median(likely)).astype(float)
     scores = np.eye(3) - p  # gradient of log p(token) by the prior's logits, a row a token
@@ -120,7 +120,7 @@ def test_gradient_noise_against_a_sum_by_hand():
 
 def test_ratios_stay_between_their_bounds_and_the_clip_share_is_the_sum():
     world, w, epsilon = World(1).between(1.5), 0.3, 0.3
-    p, q = (law.detach().numpy() for law in (world.prior_probs(), world.posterior_probs()))
+    p, q = (probs.detach().numpy() for probs in (world.prior_probs(), world.posterior_probs()))
     alphas = [0.05, 0.3, 0.6, 0.95]
     frame = estimators.ratio_range(world, alphas, w, epsilon, samples=4000, seed=1)
     for row in frame.itertuples():
@@ -143,12 +143,12 @@ def test_responsibility_is_w_p_over_the_composite():
     world, w = World(1), 0.4
     frame = estimators.responsibilities(world, [0.0, 1.0, 3.0], w, 0.7, samples=4000, seed=2)
     for row in frame.itertuples():
-        p, q = laws(world, row.distance, 0.7)
-        rho, law = w * p / (w * p + (1 - w) * q), {"prior": p, "posterior": q}[row.source]
-        assert row.expected == pytest.approx((law * rho).sum(), abs=1e-13)
+        p, q = token_probs(world, row.distance, 0.7)
+        rho, probs = w * p / (w * p + (1 - w) * q), {"prior": p, "posterior": q}[row.source]
+        assert row.expected == pytest.approx((probs * rho).sum(), abs=1e-13)
         assert [row.lowest, row.highest] == pytest.approx([rho.min(), rho.max()], abs=1e-13)
         assert 0 <= row.lowest <= row.highest <= 1
-        error = math.sqrt((law * (rho - (law * rho).sum()) ** 2).sum() / 4000)
+        error = math.sqrt((probs * (rho - (probs * rho).sum()) ** 2).sum() / 4000)
         assert abs(row.mean - row.expected) <= 5 * error + 1e-12
     means = frame.pivot(index="distance", columns="source", values="expected")
     assert means.loc[0.0].tolist() == pytest.approx([w, w])
@@ -183,17 +183,18 @@ def test_figures_hold_the_frames_numbers():
 def test_the_panel_follows_its_sliders():
     world = World(1)
     panel = EstimatorPanel("kl", world, composite_weight=0.5, samples=30)
-    assert panel.table.value == "" and f">{kl_by_hand(*laws(world, 1.0, 1.0), 0.5):.4f}</td>" in panel.html()
+    assert panel.table.value == panel.html() == panel.static()[0].data
+    assert f">{kl_by_hand(*token_probs(world, 1.0, 1.0), 0.5):.4f}</td>" in panel.html()
     for w, distance, temperature in ((0.3, 1.0, 1.0), (0.3, 2.0, 0.5)):
         panel.sliders["composite_weight"].value = w
         panel.sliders["distance"].value = distance
         panel.sliders["temperature"].value = temperature
-        p, q = laws(world, distance, temperature)
+        p, q = token_probs(world, distance, temperature)
         assert f">{kl_by_hand(p, q, w):.4f}</td>" in panel.table.value
 
     panel = EstimatorPanel("responsibility", world, composite_weight=0.5)
     panel.sliders["composite_weight"].value = 0.2
-    p, q = laws(world, 1.0, 1.0)
+    p, q = token_probs(world, 1.0, 1.0)
     assert f">{(q * 0.2 * p / (0.2 * p + 0.8 * q)).sum():.4f}</td>" in panel.table.value
 
     panel = EstimatorPanel("ratio", world, composite_weight=0.5)

@@ -20,12 +20,11 @@ REFERENCE = (0, 2)  # the reference answer's tokens; one-token answers use the f
 class World:
     """Tables of logits: p and q for every prefix, and for the answer's tokens after every trace."""
 
-    def __init__(self, length: int, answer_tokens: int = 1, seed: int = 2, scale: float = 1.0):
+    def __init__(self, length: int, answer_tokens: int = 1, seed: int = 2):
         generator = torch.Generator().manual_seed(seed)
 
         def table(rows: int) -> Tensor:
-            logits = scale * torch.randn(rows, VOCABULARY, generator=generator, dtype=torch.float64)
-            return logits.requires_grad_()
+            return torch.randn(rows, VOCABULARY, generator=generator, dtype=torch.float64).requires_grad_()
 
         self.length, self.answer_tokens = length, answer_tokens
         self.traces = torch.tensor(list(product(range(VOCABULARY), repeat=length)))
@@ -36,14 +35,6 @@ class World:
     @property
     def parameters(self) -> list[Tensor]:
         return [*self.prior, *self.posterior, *self.answer]
-
-    def nearby(self, seed: int, scale: float) -> World:
-        """The same world a few updates earlier: every logit moved by ``scale`` times a normal draw."""
-        moved = World(self.length, self.answer_tokens, seed, scale)
-        with torch.no_grad():
-            for theirs, mine in zip(moved.parameters, self.parameters, strict=True):
-                theirs += mine
-        return moved
 
     def between(self, distance: float, temperature: float = 1.0) -> World:
         """A copy with posterior logits at prior + ``distance`` (posterior - prior), and a temperature.
@@ -75,12 +66,6 @@ class World:
         tokens = zip(self.answer, REFERENCE, strict=False)
         return torch.stack([logits.log_softmax(1)[:, token] for logits, token in tokens], 1)
 
-    def prefixes(self) -> tuple[LogProbs, Tensor, Tensor]:
-        """A row for every (prefix, token), and p and q as (prefixes, tokens) tables."""
-        p, q = (torch.cat(tables).log_softmax(1) for tables in (self.prior, self.posterior))
-        column, mask = p.reshape(-1, 1), torch.ones(p.numel(), 1, dtype=torch.bool)
-        return LogProbs(column, q.reshape(-1, 1), torch.zeros_like(column), mask), p.exp(), q.exp()
-
     # --- probabilities of whole traces, (traces,)
     def prior_probs(self) -> Tensor:
         return self.trace_logprobs(self.prior).exp().prod(1)
@@ -93,10 +78,6 @@ class World:
         p, q = (self.trace_logprobs(tables).exp() for tables in (self.prior, self.posterior))
         return (w * p + (1 - w) * q).prod(1)
 
-    def hybrid_probs(self, alpha: float) -> Tensor:
-        """H = alpha P + (1-alpha) Q, the law of traces drawn whole from one prompt or the other."""
-        return alpha * self.prior_probs() + (1 - alpha) * self.posterior_probs()
-
     # --- exact quantities, scalars
     def log_evidence(self) -> Tensor:
         """log p(y|x) = log sum_z P(z) p(y|x,z)."""
@@ -107,8 +88,8 @@ class World:
 
     def composite_kl(self, w: float) -> Tensor:
         """KL(P'||P) over whole traces."""
-        law = self.composite_probs(w)
-        return (law * (law / self.prior_probs()).log()).sum()
+        probs = self.composite_probs(w)
+        return (probs * (probs / self.prior_probs()).log()).sum()
 
     def elbo(self, w: float) -> Tensor:
         return (self.composite_probs(w) * self.answer_logprobs().sum(1)).sum() - self.composite_kl(w)

@@ -1,6 +1,6 @@
 """An ablation of the mixing ratio: choose a grid, see its cost, launch it, watch it, read the results.
 
-Frames and figures come from the run folders of a ``sweeps.Sweep``; the panel adds no numbers of its own.
+Frames and figures come from the run folders of a ``Sweep``; the panel adds no numbers of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
-import numpy as np
 import pandas as pd
 from IPython.display import HTML
 
@@ -26,11 +25,12 @@ from ..types import ConfigError
 from .comparison import plot_against_alpha
 from .explorer import TraceExplorer
 from .figures import plot_evaluation_curve
-from .html import html_row, html_table, html_text
+from .html import html_number, html_table, html_text
 from .sweep_cost import describe_cost, step_time_settings
-from .widgets import Panel, Plot
+from .widgets import Panel, Plot, aside, field, row, static_text
 
 SIGNS = {"queued": "◦", "running": "▸", "done": "✓", "cancelled": "⊘", "failed": "✗"}
+HEADER = ["run", "method", "α", "seed", "status", "accuracy", "seconds"]
 REFRESH_SECONDS = 1.0
 
 
@@ -43,15 +43,12 @@ def sweep_results(sweep: Sweep) -> pd.DataFrame:
     reward_prior and reward_posterior are means over the last fifth of the finished steps, at least one.
     """
     rows = []
-    for row in sweep.table().to_dict("records"):
-        config = sweep.runs[row["id"]]
-        row |= {"method": config.method, "alpha": config.alpha, "seed": config.seed}
-        if row["step"]:
-            metrics = load_run(sweep.path(row["id"])).metrics
-            last = metrics.tail(max(1, len(metrics) // 5))
-            for name in ("reward_prior", "reward_posterior"):
-                row[name] = last[name].astype(float).mean()
-            rows.append(row)
+    for record in sweep.table().to_dict("records"):
+        if record["step"]:
+            config, metrics = sweep.runs[record["id"]], load_run(sweep.path(record["id"])).metrics
+            last = metrics[["reward_prior", "reward_posterior"]].tail(max(1, len(metrics) // 5)).astype(float).mean()
+            own = {"method": config.method, "alpha": config.alpha, "seed": config.seed}
+            rows.append(record | own | last.to_dict())
     columns = ["id", "method", "alpha", "seed", "accuracy", "reward_prior", "reward_posterior"]
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
 
@@ -66,59 +63,43 @@ def sweep_curves(sweep: Sweep) -> dict[str, pd.DataFrame]:
     return next(iter(curves(methods).values()), {})  # a grid has one task
 
 
-# --- figures and tables
+# --- the table of runs
 
 
-def _state(row: Mapping[str, Any]) -> str:
-    """Status in words: with its step while it runs, with the reason where it did not end well."""
-    words = f"{SIGNS[row['status']]} {row['status']}"
-    if row["status"] == "running":
-        words += f", step {row['step']} of {row['steps']}"
-    return words + (f": {row['reason']}" if row["reason"] else "")
-
-
-def _cells(row: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """A run's row as text: id, method, alpha, seed, status, accuracy, seconds."""
-    accuracy = row["accuracy"]
-    shown = "–" if accuracy is None or np.isnan(accuracy) else f"{accuracy:.1%}"
-    return [
-        row["id"],
-        config.method,
-        f"{config.alpha:g}",
-        str(config.seed),
-        _state(row),
-        shown,
-        f"{row['seconds']:.1f}",
-    ]
-
-
-HEADER = ["run", "method", "α", "seed", "status", "accuracy", "seconds"]
+def _cells(record: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """A run's row as HTML, by HEADER; a running one has its step, a failed or cancelled one its reason."""
+    state = f"{SIGNS[record['status']]} {record['status']}"
+    if record["status"] == "running":
+        state += f", step {record['step']} of {record['steps']}"
+    if record["reason"]:
+        state += f": {record['reason']}"
+    texts = [record["id"], config.method, f"{config.alpha:g}", str(config.seed), state]
+    return [*map(html_text, texts), html_number(record["accuracy"], ".1%"), f"{record['seconds']:.1f}"]
 
 
 def table(sweep: Sweep) -> str:
     """HTML table of the runs as their files say now."""
-    rows = [_cells(row, sweep.runs[row["id"]]) for row in sweep.table().to_dict("records")]
-    texts = [[html_text(cell) for cell in row] for row in rows]
-    return html_table(HEADER, [html_row(row) for row in texts])
+    records = sweep.table().to_dict("records")
+    return html_table(HEADER, [_cells(record, sweep.runs[record["id"]]) for record in records])
 
 
 # --- the panel
 
-_STYLE = """<style>
-.covrl-run { display: grid; grid-template-columns: 5.5em 5em 3em 3em minmax(12em, 1fr) 6em 5.5em 5.5em;
-  column-gap: 10px; padding-right: 10px; align-items: center; line-height: 1.35;
-  font-variant-numeric: tabular-nums; }
-.covrl-run > * { overflow-wrap: anywhere; } .covrl-run code { background: none; padding: 0; }
-.covrl-run progress { width: 100%; } .covrl-run .n { text-align: right; }
-.covrl-head { font-weight: 600; }
-</style>"""
+_STYLE = f"<style>{static_text('ablation.css')}</style>"
+_GROWING = {"flex": "1 1 auto", "margin": "0"}
+
+
+def _grid_row(cells: list[str], bar: str, attributes: str) -> str:
+    """A line of the live table: ``cells`` by HEADER, with a bar of progress after the status."""
+    inside = "".join(f"<span>{cell}</span>" for cell in [*cells[:5], bar, *cells[5:]])
+    return f"<div {attributes}>{inside}</div>"
 
 
 class _Row:
-    """One run in the table: its cells, a button to cancel or retry, a button to its traces."""
+    """One run in the live table: its cells, a button to cancel or retry, a button to its traces."""
 
     def __init__(self, panel: Ablation, run_id: str) -> None:
-        self.cells = widgets.HTML(layout={"flex": "1 1 auto", "margin": "0"})
+        self.cells = widgets.HTML(layout=_GROWING)
         layout = {"width": "76px", "height": "26px", "flex": "0 0 auto"}
         self.action = widgets.Button(description="Cancel", layout=layout)
         self.traces = widgets.Button(description="Traces", layout=layout)
@@ -127,20 +108,15 @@ class _Row:
         self.box = widgets.HBox([self.cells, self.action, self.traces], layout={"align_items": "center"})
         self.box.add_class("covrl-run-row")
 
-    def update(self, row: Mapping[str, Any], config: RunConfig) -> None:
-        texts = [html_text(text) for text in _cells(row, config)]
-        run, method, alpha, seed, state, accuracy, seconds = texts
-        bar = f'<progress value="{row["step"]}" max="{max(1, row["steps"])}"></progress>'
-        cells = [f"<code>{run}</code>", method, alpha, seed, state, bar]
-        inside = "".join(f"<span>{cell}</span>" for cell in cells)
-        inside += "".join(f'<span class="n">{number}</span>' for number in (accuracy, seconds))
-        value = f'<div class="covrl-run" data-status="{row["status"]}">{inside}</div>'
-        if value != self.cells.value:
-            self.cells.value = value
-        again = row["status"] in ("failed", "cancelled")
+    def update(self, record: Mapping[str, Any], config: RunConfig) -> None:
+        run_id, *cells = _cells(record, config)
+        bar = f'<progress value="{record["step"]}" max="{max(1, record["steps"])}"></progress>'
+        attributes = f'class="covrl-run" data-status="{record["status"]}"'
+        self.cells.value = _grid_row([f"<code>{run_id}</code>", *cells], bar, attributes)
+        again = record["status"] in ("failed", "cancelled")
         self.action.description = "Retry" if again else "Cancel"
-        self.action.disabled = row["status"] == "done"
-        self.traces.disabled = not row["step"]
+        self.action.disabled = record["status"] == "done"
+        self.traces.disabled = not record["step"]
 
 
 def _fields(
@@ -149,45 +125,23 @@ def _fields(
     """The fields that choose a grid, by name."""
     from ..train.builtin_tasks import TASKS
 
-    wide = {"style": {"description_width": "60px"}, "layout": {"width": "280px"}}
-    chosen = [m for m in _listed(methods).split(", ") if m in METHOD_DEFAULTS]
+    def text(kind: type, label: str, value: str, **settings: Any) -> widgets.Widget:
+        return field(kind, label, value, "280px", continuous_update=False, **settings)
+
+    def count(label: str, value: int, most: int) -> widgets.BoundedIntText:
+        return field(widgets.BoundedIntText, label, value, "280px", min=1, max=most)
+
+    known = tuple(METHOD_DEFAULTS)
+    chosen = [name for name in _listed(methods).split(", ") if name in known]
     return {
-        "alphas": widgets.Text(_listed(alphas), description="α", continuous_update=False, **wide),
-        "seeds": widgets.Text(_listed(seeds), description="seeds", continuous_update=False, **wide),
-        "steps": widgets.BoundedIntText(steps, min=1, max=10**6, description="steps", **wide),
-        "model": widgets.Combobox(
-            value=model,
-            options=("smollm2-135m", "tiny"),
-            description="model",
-            continuous_update=False,
-            **wide,
-        ),
-        "task": widgets.Combobox(
-            value=task, options=tuple(TASKS), description="task", continuous_update=False, **wide
-        ),
-        "workers": widgets.BoundedIntText(workers, min=1, max=256, description="at once", **wide),
-        "methods": widgets.SelectMultiple(
-            value=chosen,
-            options=tuple(METHOD_DEFAULTS),
-            rows=7,
-            description="methods",
-            **(wide | {"layout": {"width": "240px"}}),
-        ),
+        "alphas": text(widgets.Text, "α", _listed(alphas)),
+        "seeds": text(widgets.Text, "seeds", _listed(seeds)),
+        "steps": count("steps", steps, 10**6),
+        "model": text(widgets.Combobox, "model", model, options=("smollm2-135m", "tiny")),
+        "task": text(widgets.Combobox, "task", task, options=tuple(TASKS)),
+        "workers": count("at once", workers, 256),
+        "methods": field(widgets.SelectMultiple, "methods", chosen, "240px", options=known, rows=7),
     }
-
-
-def _table_head() -> widgets.HBox:
-    head = ["run", "method", "α", "seed", "status", "progress", "accuracy", "seconds"]
-    heads = "".join(f"<span{' class=n' if name in ('accuracy', 'seconds') else ''}>{name}</span>" for name in head)
-    return widgets.HBox(
-        [
-            widgets.HTML(
-                f'{_STYLE}<div class="covrl-run covrl-head">{heads}</div>',
-                layout={"flex": "1 1 auto", "margin": "0"},
-            ),
-            widgets.HTML(layout={"width": "160px", "flex": "0 0 auto"}),
-        ]
-    )
 
 
 class Ablation(Panel):
@@ -195,6 +149,7 @@ class Ablation(Panel):
 
     folder: holds the run folders; what it holds of the chosen grid already is shown and not done again.
     alphas, methods, seeds: comma-separated lists, or sequences. base: further fields of ``RunConfig``.
+    notebook: what papermill runs, see ``Sweep``.
     ``sweep`` is the present ``Sweep``; it runs in the background and ends with the kernel, and launching the
     same grid again resumes it.
     """
@@ -221,40 +176,25 @@ class Ablation(Panel):
         self.cost = widgets.HTML()
         self.launch_button = widgets.Button(description="Launch", button_style="primary", icon="play")
         self.stop_button = widgets.Button(description="Stop all", icon="stop", disabled=True)
-        self.estimate_button = widgets.Button(
-            description="Estimate", tooltip="from the settings and a short measurement of this machine"
-        )
+        about = "from the settings and a short measurement of this machine"
+        self.estimate_button = widgets.Button(description="Estimate", tooltip=about)
         self.launch_button.on_click(lambda _: self.launch())
-        self.stop_button.on_click(lambda _: self._aside(self.stop))
-        self.estimate_button.on_click(lambda _: self._aside(self.estimate))
-        self._head = _table_head()
-        self.rows = widgets.VBox()
+        self.stop_button.on_click(lambda _: aside(self.stop))
+        self.estimate_button.on_click(lambda _: aside(self.estimate))
+        head = _STYLE + _grid_row(HEADER, "progress", 'class="covrl-run covrl-head"')
+        beside = widgets.HTML(layout={"width": "160px", "flex": "0 0 auto"})  # as wide as a row's buttons
+        self.rows, choices = widgets.VBox(), list(self.fields.values())
         self.alpha_plot, self.learning_plot = Plot(), Plot()
         self.traces = widgets.VBox()
-        fields = self.fields
-        self.widget = widgets.VBox(
-            [
-                widgets.HBox(
-                    [
-                        widgets.VBox([fields[name] for name in ("alphas", "seeds", "steps")]),
-                        widgets.VBox([fields[name] for name in ("model", "task", "workers")]),
-                        fields["methods"],
-                    ],
-                    layout={"flex_flow": "row wrap"},
-                ),
-                self.cost,
-                widgets.HBox([self.launch_button, self.stop_button, self.estimate_button]),
-                self._head,
-                self.rows,
-                self.alpha_plot,
-                self.learning_plot,
-                self.traces,
-            ]
-        )
+        grid = row(widgets.VBox(choices[:3]), widgets.VBox(choices[3:6]), choices[6])
+        buttons = widgets.HBox([self.launch_button, self.stop_button, self.estimate_button])
+        runs = widgets.VBox([widgets.HBox([widgets.HTML(head, layout=_GROWING), beside]), self.rows])
+        results = [self.alpha_plot, self.learning_plot, self.traces]
+        self.widget = widgets.VBox([grid, self.cost, buttons, runs, *results])
         self.widget.add_class("covrl-ablation")
         self.sweep: Sweep | None = None
-        for field in fields.values():
-            field.observe(lambda _: self._choose(), names="value")
+        for one in self.fields.values():
+            one.observe(lambda _: self._choose(), names="value")
         self._choose()
         if self.sweep and "running" in self.sweep.statuses.values():  # another process drives it
             self._watch()
@@ -263,34 +203,32 @@ class Ablation(Panel):
 
     def _choose(self) -> None:
         """Take the fields as they stand: a new sweep, its cost and its table."""
-        values = {name: field.value for name, field in self.fields.items()}
+        values = {name: one.value for name, one in self.fields.items()}
         base = self.base | {name: values[name] for name in ("model", "task", "steps")}
         grid = {"method": values["methods"], "alpha": values["alphas"], "seed": values["seeds"]}
         try:
             self.sweep = Sweep(self.folder, base, grid, notebook=self.notebook)
         except ConfigError as error:
             self.sweep = None
-            self.cost.value = f"<b>⚠ {html.escape(str(error))}</b>"
+            self._warn(error)
             self.rows.children = ()
         else:
             self._rows = {run_id: _Row(self, run_id) for run_id in self.sweep.runs}
-            self.rows.children = tuple(row.box for row in self._rows.values())
+            self.rows.children = tuple(line.box for line in self._rows.values())
             self._drawn = None
             self.refresh()
         self._enable()
 
+    def _warn(self, error: ConfigError) -> None:
+        self.cost.value = f"<b>⚠ {html.escape(str(error))}</b>"
+
     def _enable(self) -> None:
         driven = self.sweep is not None and self.sweep.driven
-        for field in self.fields.values():
-            field.disabled = driven
+        for one in self.fields.values():
+            one.disabled = driven
         self.launch_button.disabled = driven or self.sweep is None
         self.stop_button.disabled = not driven
         self.estimate_button.disabled = self.sweep is None
-
-    @staticmethod
-    def _aside(function: Any) -> None:
-        """Call without making the kernel wait."""
-        threading.Thread(target=function, daemon=True).start()
 
     def estimate(self) -> None:
         """Estimate a step of the grid's first run with ``plan``, which loads torch; takes seconds."""
@@ -302,10 +240,9 @@ class Ablation(Panel):
         self.estimate_button.disabled = True
         try:
             self._estimates[step_time_settings(config)] = 60 * plan(config).minutes
-        except ConfigError as error:
-            self.cost.value = f"<b>⚠ {html.escape(str(error))}</b>"
-        else:
             self._show_cost()
+        except ConfigError as error:
+            self._warn(error)
         self.estimate_button.disabled = False
 
     def _show_cost(self) -> None:
@@ -323,10 +260,9 @@ class Ablation(Panel):
             return
         try:
             self.sweep.submit(workers=self.fields["workers"].value)
+            self._watch()
         except ConfigError as error:
-            self.cost.value = f"<b>⚠ {html.escape(str(error))}</b>"
-            return
-        self._watch()
+            self._warn(error)
 
     def stop(self) -> None:
         """End the runs at work; they stay queued, and Launch resumes them."""
@@ -347,8 +283,7 @@ class Ablation(Panel):
         """Refresh in the background for as long as something is at work."""
         self._enable()
         if self._watcher is None or not self._watcher.is_alive():
-            self._watcher = threading.Thread(target=self._follow, daemon=True)
-            self._watcher.start()
+            self._watcher = aside(self._follow)
 
     def _follow(self) -> None:
         sweep = self.sweep
@@ -384,9 +319,8 @@ class Ablation(Panel):
         self.traces.children = (title, TraceExplorer(load_run(self.sweep.path(run_id))).widget)
 
     def static(self) -> list[Any]:
-        if self.sweep is None:
-            return [HTML(self.cost.value)]
-        return [HTML(f"<p>{self.cost.value}</p>{table(self.sweep)}")]
+        """The cost and the table of runs as HTML."""
+        return [HTML(self.cost.value if self.sweep is None else f"<p>{self.cost.value}</p>{table(self.sweep)}")]
 
 
 def _listed(values: Any) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import threading
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ipywidgets as widgets
 import pandas as pd
@@ -17,30 +17,25 @@ from ..config import RunConfig
 from ..runs.folder import step_file, steps_in
 from ..runs.reweight import answer_logprob
 from ..types import ConfigError
-from .html import html_row, html_table, html_text, visible
+from .html import html_source, html_table, html_text, visible
 from .style import GREY, POSTERIOR, SOURCE_COLOURS
 from .token_figures import plot_coherence
 from .token_view import TokenView, colours, token_html
-from .widgets import Panel, Plot
+from .widgets import Panel, Plot, aside, field, offer, row
 
 if TYPE_CHECKING:
     from ..train.policy import Policy
     from ..train.prompts import Prompter
 
 
-@dataclass(frozen=True)
-class Source:
-    """What a name given to the bench stands for: a model, or a run with its checkpoints (steps)."""
+_NARROW = "205px"  # of a field; four stand side by side
+
+
+class Source(NamedTuple):
+    """What a name given to the bench stands for: a model, or a run with its checkpoints, step -> adapter."""
 
     config: RunConfig
-    run_dir: Path | None = None
-    steps: tuple[int, ...] = ()
-
-    def checkpoint(self, step: int | None = None) -> Path | None:
-        """The adapter of ``step`` (default: the last stored); None for a bare model."""
-        if self.run_dir is None:
-            return None
-        return step_file(self.run_dir / "checkpoints", step or self.steps[-1], "")
+    checkpoints: dict[int, Path]
 
 
 def find_source(name: str | Path, **settings: Any) -> Source:
@@ -51,14 +46,14 @@ def find_source(name: str | Path, **settings: Any) -> Source:
     """
     path = Path(name)
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else path
-    if (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").is_dir():
-        steps = tuple(steps_in(run_dir / "checkpoints"))
-        if run_dir != path:
-            steps = tuple(s for s in steps if step_file(path.parent, s, "") == path)
-        if not steps:
-            raise ConfigError(f"{str(name)!r} holds no checkpoint yet; a run writes one every few steps")
-        return Source(RunConfig.load(run_dir / "config.json"), run_dir, steps)
-    return Source(RunConfig(model=str(name), **settings))
+    folder = run_dir / "checkpoints"
+    if not (run_dir / "metrics.jsonl").exists() and not folder.is_dir():
+        return Source(RunConfig(model=str(name), **settings), {})
+    found = {step: step_file(folder, step, "") for step in steps_in(folder)}
+    found = {step: adapter for step, adapter in found.items() if path in (run_dir, adapter)}
+    if not found:
+        raise ConfigError(f"{str(name)!r} holds no checkpoint yet; a run writes one every few steps")
+    return Source(RunConfig.load(run_dir / "config.json"), found)
 
 
 class _Cancelled(Exception):
@@ -70,22 +65,16 @@ def summary_html(frames: dict[str, pd.DataFrame]) -> str:
     rows = []
     for name, frame in frames.items():
         for source, own in frame.groupby("source", sort=False):
-            total = answer_logprob(own)
-            cells = [
-                html.escape(name),
-                f'<b style="color: {SOURCE_COLOURS[source]}">{source}</b>',
-                f'<span data-cell="{html.escape(name)}/{source}">{total.mean():.2f}</span>',
-                f"{total.max():.2f}",
-                f"{own['finished'].mean():.0%}",
-                f"{own['tokens'].map(len).mean():.1f}",
-            ]
-            rows.append(html_row(cells))
+            total, weights = answer_logprob(own), html.escape(name)
+            mean = f'<span data-cell="{weights}/{source}">{total.mean():.2f}</span>'
+            finished, length = f"{own['finished'].mean():.0%}", f"{own['tokens'].map(len).mean():.1f}"
+            rows.append([weights, html_source(source), mean, f"{total.max():.2f}", finished, length])
     header = ["weights", "drawn from", "mean log p(y|x,z), nats", "best, nats", "finished", "length, tokens"]
     return html_table(header, rows)
 
 
-_LABEL = {"style": {"description_width": "110px"}}
-_WIDE, _NARROW = {"layout": {"width": "640px"}} | _LABEL, {"layout": {"width": "205px"}} | _LABEL
+def _field(kind: type, label: str, value: Any, width: str = "640px", **settings: Any) -> Any:
+    return field(kind, label, value, width, "110px", **settings)
 
 
 class BenchResults(Panel):
@@ -95,35 +84,22 @@ class BenchResults(Panel):
         self.frames: dict[str, pd.DataFrame] = {}
         self.summary, self.curve = widgets.HTML(), Plot(layout={"min_height": "430px"})
         self.weights = widgets.ToggleButtons()
-        self.traces = {
-            source: widgets.Dropdown(description=f"{source} trace", **_WIDE) for source in ("prior", "posterior")
-        }
-        self.colour = widgets.Dropdown(options=colours(), value="log_gap", description="colour by", **_WIDE)
+        self.traces = {source: _field(widgets.Dropdown, f"{source} trace", None) for source in SOURCE_COLOURS}
+        self.colour = _field(widgets.Dropdown, "colour by", "log_gap", options=colours())
         self.tokens = TokenView()
         widgets.dlink((self.colour, "value"), (self.tokens, "colour"))
-        self.results = widgets.VBox(
-            [
-                self.summary,
-                self.weights,
-                *self.traces.values(),
-                self.curve,
-                self.colour,
-                self.tokens,
-            ],
-            layout={"display": "none"},
-        )
-        self.weights.observe(self._list_traces, "value")
+        parts = [self.summary, self.weights, *self.traces.values(), self.curve, self.colour, self.tokens]
+        self.results = widgets.VBox(parts, layout={"display": "none"})
+        self.weights.observe(self._list_traces, names="value")
         for choice in self.traces.values():
-            choice.observe(self._show_traces, "value")
-        self.tokens.observe(self._draw_curve, "selected")
+            choice.observe(self._show_traces, names="value")
+        self.tokens.observe(self._draw_curve, names="selected")
 
     def _show(self) -> None:
         self.summary.value = summary_html(self.frames)
         names = list(self.frames)
         kept = self.weights.value if self.weights.value in names else names[-1]
-        self.weights.unobserve(self._list_traces, "value")
-        self.weights.options, self.weights.value = names, kept
-        self.weights.observe(self._list_traces, "value")
+        offer(self.weights, names, kept, self._list_traces)
         self._list_traces()
         self.results.layout.display = None
 
@@ -132,16 +108,16 @@ class BenchResults(Panel):
         frame = self.frames[self.weights.value]
         for source, choice in self.traces.items():
             own = frame[frame["source"] == source].sort_values("reward", ascending=False, kind="stable")
-            choice.unobserve(self._show_traces, "value")
-            choice.options = [
-                (f"{row.reward:.2f} nats   {visible(row.trace)[:90]}", row.Index) for row in own.itertuples()
-            ]
-            choice.value = own.index[0]
-            choice.observe(self._show_traces, "value")
+            listed = [(f"{r.reward:.2f} nats   {visible(r.trace)[:90]}", r.Index) for r in own.itertuples()]
+            offer(choice, listed, own.index[0], self._show_traces)
         self._show_traces()
 
+    def _chosen(self) -> list[Any]:
+        """The index labels of the two traces that are shown."""
+        return [choice.value for choice in self.traces.values()]
+
     def _show_traces(self, change: Any = None) -> None:
-        rows = self.frames[self.weights.value].loc[[choice.value for choice in self.traces.values()]]
+        rows = self.frames[self.weights.value].loc[self._chosen()]
         self.tokens.show(rows, alternatives=rows["alternatives"].tolist())
         self._draw_curve()
 
@@ -150,8 +126,7 @@ class BenchResults(Panel):
 
     def lines(self) -> go.Figure:
         """The coherence curves of the chosen weights, with a line at the selected token."""
-        chosen = [choice.value for choice in self.traces.values()]
-        figure = plot_coherence(self.frames[self.weights.value], chosen)
+        figure = plot_coherence(self.frames[self.weights.value], self._chosen())
         if self.tokens.selected:
             figure.add_vline(self.tokens.selected[1] + 1, line={"color": GREY, "dash": "dot"})
         return figure
@@ -200,41 +175,26 @@ class PromptBench(BenchResults):
         self._policy, self._prompter, self._opened = policy, prompter, None
         self._cancel, self._thread = threading.Event(), None
 
-        self.source = widgets.Combobox(
-            value="this policy" if policy else str(checkpoint or model),
-            options=["smollm2-135m", "tiny", *_run_folders()],
-            description="model or run",
-            disabled=self._given,
-            **_WIDE,
-        )
-        self.step = widgets.Dropdown(description="checkpoint", options=[("–", None)], **_NARROW)
-        self.question = widgets.Textarea(value=question, description="question x", rows=2, **_WIDE)
-        self.answer = widgets.Text(value=answer, description="answer y", **_WIDE)
-        self.k = widgets.BoundedIntText(k, min=1, max=64, description="traces of each", **_NARROW)
-        self.temperature = widgets.BoundedFloatText(
-            temperature, min=0.01, max=10, step=0.1, description="temperature", **_NARROW
-        )
-        self.max_tokens = widgets.BoundedIntText(
-            max_tokens, min=1, max=100_000, description="tokens at most", **_NARROW
-        )
-        self.seed = widgets.BoundedIntText(seed, max=2**31 - 1, description="seed", **_NARROW)
+        name, known = "this policy" if policy else str(checkpoint or model), ["smollm2-135m", "tiny", *_run_folders()]
+        self.source = _field(widgets.Combobox, "model or run", name, options=known, disabled=self._given)
+        self.step = _field(widgets.Dropdown, "checkpoint", None, _NARROW, options=[("–", None)])
+        self.question = _field(widgets.Textarea, "question x", question, rows=2)
+        self.answer = _field(widgets.Text, "answer y", answer)
+        whole, real = widgets.BoundedIntText, widgets.BoundedFloatText
+        self.k = _field(whole, "traces of each", k, _NARROW, min=1, max=64)
+        self.temperature = _field(real, "temperature", temperature, _NARROW, min=0.01, max=10, step=0.1)
+        self.max_tokens = _field(whole, "tokens at most", max_tokens, _NARROW, min=1, max=100_000)
+        self.seed = _field(whole, "seed", seed, _NARROW, max=2**31 - 1)
         self.generate = widgets.Button(description="Generate", icon="play", button_style="primary")
         self.cancel = widgets.Button(description="Cancel", icon="stop", disabled=True)
         self.bar = widgets.IntProgress(max=100, layout={"width": "260px"})
         self.message = widgets.HTML()
-        self.widget = widgets.VBox(
-            [
-                widgets.HBox([self.source, self.step], layout={"flex_flow": "row wrap"}),
-                self.question,
-                self.answer,
-                widgets.HBox([self.k, self.temperature, self.max_tokens, self.seed], layout={"flex_flow": "row wrap"}),
-                widgets.HBox([self.generate, self.cancel, self.bar, self.message]),
-                self.results,
-            ]
-        )
+        where, sampling = row(self.source, self.step), row(self.k, self.temperature, self.max_tokens, self.seed)
+        work = widgets.HBox([self.generate, self.cancel, self.bar, self.message])
+        self.widget = widgets.VBox([where, self.question, self.answer, sampling, work, self.results])
         self.widget.add_class("covrl-bench")
         self._list_steps()
-        self.source.observe(self._list_steps, "value")
+        self.source.observe(self._list_steps, names="value")
         self.generate.on_click(lambda button: self.start())
         self.cancel.on_click(lambda button: self._cancel.set())
 
@@ -242,12 +202,10 @@ class PromptBench(BenchResults):
 
     def _list_steps(self, change: Any = None) -> None:
         """Offer the checkpoints of the named run, the last one chosen."""
-        steps: tuple[int, ...] = ()
-        if not self._given:
-            try:
-                steps = find_source(self.source.value, **self._settings).steps
-            except (ConfigError, OSError):
-                pass  # a name half typed; a wrong one is reported by the click
+        steps: list[int] = []
+        # A name half typed is no error; a wrong one is reported by the click.
+        with contextlib.suppress(ConfigError, OSError):
+            steps = [] if self._given else list(find_source(self.source.value, **self._settings).checkpoints)
         self.step.options = [(f"step {s}", s) for s in steps] or [("–", None)]
         self.step.value = steps[-1] if steps else None
         self.step.disabled = not steps
@@ -261,7 +219,7 @@ class PromptBench(BenchResults):
         from ..train.probe import open_source
 
         source = find_source(self.source.value, **self._settings)
-        checkpoint = source.checkpoint(wanted[1])
+        checkpoint = source.checkpoints.get(wanted[1])
         if self._opened and wanted[0] == self._opened[0]:
             load_adapter(self._policy, checkpoint)
         else:
@@ -277,8 +235,7 @@ class PromptBench(BenchResults):
             return
         self._cancel.clear()
         self.generate.disabled, self.cancel.disabled = True, False
-        self._thread = threading.Thread(target=self._work, name="prompt bench", daemon=True)
-        self._thread.start()
+        self._thread = aside(self._work)
 
     def wait(self, seconds: float | None = None) -> None:
         """Return when the work in the background has ended, or after ``seconds``."""
@@ -294,10 +251,7 @@ class PromptBench(BenchResults):
             frames = {}
             for i, name in enumerate(names):
                 self._say(f"{name}: sampling and scoring …")
-                if name == "before training":
-                    with self._policy.base():
-                        frames[name] = self._probe(i / len(names), (i + 1) / len(names))
-                else:
+                with self._policy.base() if name == "before training" else contextlib.nullcontext():
                     frames[name] = self._probe(i / len(names), (i + 1) / len(names))
             self.frames = frames
             self._show()
@@ -327,17 +281,9 @@ class PromptBench(BenchResults):
             part = scored / (2 * k + 1) if scored else decoded / (2 * k * self.max_tokens.value)
             self.bar.value = round(100 * (start + (end - start) * min(1.0, (part + (scored > 0)) / 2)))
 
-        return probe_question(
-            self._policy,
-            self._prompter,
-            self.question.value,
-            self.answer.value,
-            k,
-            max_tokens=self.max_tokens.value,
-            temperature=self.temperature.value,
-            seed=self.seed.value,
-            tick=tick,
-        )
+        settings = {name: getattr(self, name).value for name in ("max_tokens", "temperature", "seed")}
+        asked = (self.question.value, self.answer.value, k)
+        return probe_question(self._policy, self._prompter, *asked, **settings, tick=tick)
 
     def _say(self, text: str, wrong: bool = False) -> None:
         colour = POSTERIOR if wrong else "inherit"

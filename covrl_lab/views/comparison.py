@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 
 from ..runs.compare import over_seeds
 from .html import figure_text, visible
-from .style import GREY, PALETTE, POSTERIOR, PRIOR, TEMPLATE
+from .style import GREY, PALETTE, POSTERIOR, PRIOR, TEMPLATE, add_line, error_bars
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
@@ -22,11 +22,10 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     for column in table:
         if column.endswith(("low", "high")):
             continue
-        prefix = f"{column}_" if f"{column}_low" in table else ""
         if column in ("iqm", "mean", "difference", "probability"):
             shown[column] = [
                 f"{value:{sign}.1%}" + (f" ({low:{sign}.1%} to {high:{sign}.1%})" if low == low else " (–)")
-                for value, low, high in zip(table[column], table[f"{prefix}low"], table[f"{prefix}high"], strict=True)
+                for value, low, high in zip(table[column], *_ends(table, column), strict=True)
             ]
         elif column == "by_seed":
             shown[column] = [", ".join(f"{x:+.1%}" for x in values) for values in table[column]]
@@ -35,6 +34,12 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         else:
             shown[column] = table[column].astype(str)
     return shown
+
+
+def _ends(table: pd.DataFrame, column: str) -> tuple[pd.Series, pd.Series]:
+    """The low and the high end of a column's interval."""
+    prefix = f"{column}_" if f"{column}_low" in table else ""
+    return table[f"{prefix}low"], table[f"{prefix}high"]
 
 
 def to_markdown(table: pd.DataFrame) -> str:
@@ -58,31 +63,35 @@ def export(table: pd.DataFrame, folder: str | Path, name: str) -> list[Path]:
     return paths
 
 
+# column that plot_intervals draws -> (title of the axis, format, what the ticks are, value without an effect)
+_INTERVALS = {
+    "iqm": ("held-out accuracy, interquartile mean", ".1%", "lowest and highest run", None),
+    "mean": ("held-out accuracy, mean", ".1%", "lowest and highest run", None),
+    "difference": ("difference in held-out accuracy (share of questions)", "+.1%", "a seed", 0.0),
+    "probability": ("probability that a run of the first beats a run of the second", ".1%", "", 0.5),
+}
+
+
 def plot_intervals(table: pd.DataFrame, value: str) -> go.Figure:
     """A row of ``table`` each, first on top: ``value`` as a point with its interval.
 
     table is that of ``performance`` ("iqm", "mean"; ticks are the lowest and the highest run),
     ``paired_differences`` ("difference"; ticks are seeds) or ``probability_of_improvement`` ("probability").
     """
-    other = next((name for name in ("minus", "against") if name in table), None)
-    joint = {"minus": "−", "against": "over", None: ""}[other]
-    names = table["method"] if other is None else table["method"] + f" {joint} " + table[other]
+    title, form, ticks, neutral = _INTERVALS[value]
+    names = table["method"]
+    for other, joint in (("minus", " − "), ("against", " over ")):
+        names = names + joint + table[other] if other in table else names
     if "task" in table and table["task"].nunique() > 1:
         names = names + ", " + table["task"]
-    labels = [figure_text(name, 44, 3) for name in names]
-    places = list(range(len(table)))
-    prefix = f"{value}_" if f"{value}_low" in table else ""
-    low, high = table[f"{prefix}low"].to_numpy(float), table[f"{prefix}high"].to_numpy(float)
-    form = "+.1%" if value == "difference" else ".1%"
-    bounds = f"(%{{customdata[0]:{form}}} to %{{customdata[1]:{form}}})"
+    places, (low, high) = list(range(len(table))), _ends(table, value)
     figure = go.Figure(layout={"template": TEMPLATE})
-    ticks = {"difference": "a seed", "iqm": "lowest and highest run", "mean": "lowest and highest run"}.get(value)
     if ticks:
         each = table["by_seed"] if value == "difference" else table[["lowest", "highest"]].to_numpy()
-        runs = [(x, place) for place, values in zip(places, each, strict=True) for x in values]
+        runs = pd.Series(list(each)).explode()
         figure.add_scatter(
-            x=[x for x, _ in runs],
-            y=[place for _, place in runs],
+            x=runs,
+            y=runs.index,
             mode="markers",
             name=ticks,
             marker={"symbol": "line-ns", "size": 14, "line": {"color": POSTERIOR, "width": 2}},
@@ -94,29 +103,18 @@ def plot_intervals(table: pd.DataFrame, value: str) -> go.Figure:
         mode="markers",
         name="all, with interval",
         marker={"color": PRIOR, "size": 9},
-        error_x={"array": high - table[value], "arrayminus": table[value] - low, "thickness": 2, "width": 5},
+        error_x=error_bars(table[value], low, high),
         customdata=np.stack([low, high], axis=1),
-        hovertemplate=f"%{{x:{form}}} {bounds}<extra></extra>",
-        showlegend=ticks is not None,
+        hovertemplate=f"%{{x:{form}}} (%{{customdata[0]:{form}}} to %{{customdata[1]:{form}}})<extra></extra>",
+        showlegend=bool(ticks),
     )
-    middle = {"difference": 0.0, "probability": 0.5}.get(value)
-    if middle is not None:
-        figure.add_vline(x=middle, line={"color": GREY, "dash": "dot", "width": 1})
-    titles = {
-        "iqm": "held-out accuracy, interquartile mean",
-        "mean": "held-out accuracy, mean",
-        "difference": "difference in held-out accuracy (share of questions)",
-        "probability": "probability that a run of the first beats a run of the second",
-    }
-    figure.update_xaxes(
-        title_text=titles[value],
-        tickformat=form.replace(".1", ".0"),
-        rangemode="tozero",
-        range=[0, 1] if value == "probability" else None,
-    )
+    if neutral is not None:
+        figure.add_vline(x=neutral, line={"color": GREY, "dash": "dot", "width": 1})
+    ends = [0, 1] if value == "probability" else None
+    figure.update_xaxes(title_text=title, tickformat=form.replace(".1", ".0"), rangemode="tozero", range=ends)
     figure.update_yaxes(
         tickvals=places,
-        ticktext=labels,
+        ticktext=[figure_text(name, 44, 3) for name in names],
         range=[max(1, len(places)) - 0.5, -0.5],
         zeroline=False,
         showgrid=False,
@@ -131,21 +129,17 @@ def plot_against_alpha(frame: pd.DataFrame) -> go.Figure:
     frame: from ``sweep_results``. Unfinished runs count with what they have measured so far. The lines of a
     plot are shifted a little, so that no interval hides another.
     """
-    figure = make_subplots(
-        cols=2,
-        horizontal_spacing=0.12,
-        subplot_titles=["Held-out accuracy", "Reward in the last fifth of the steps"],
-    )
-    sources = {"reward_prior": ("prior", "solid"), "reward_posterior": ("posterior", "dot")}
+    titles = ["Held-out accuracy", "Reward in the last fifth of the steps"]
+    figure = make_subplots(cols=2, horizontal_spacing=0.12, subplot_titles=titles)
     methods = sorted(set(frame["method"]))
     room = min([0.06, *0.4 * np.diff(np.unique(frame["alpha"].astype(float)))])  # left and right of an alpha
     shifts = np.linspace(-room, room, len(methods) + 2)[1:-1]
     halves = np.linspace(-room, room, 2 * len(methods) + 2)[1:-1].reshape(-1, 2)
     for k, method in enumerate(methods):
         own, colour = frame[frame["method"] == method], PALETTE[k % len(PALETTE)]
-        _means(figure, 1, own, "accuracy", method, colour, "solid", shifts[k])
-        for (value, (source, dash)), shift in zip(sources.items(), halves[k], strict=True):
-            _means(figure, 2, own, value, f"{method}, {source} traces", colour, dash, shift)
+        _means(figure, 1, own, "accuracy", method, colour, shifts[k])
+        _means(figure, 2, own, "reward_prior", f"{method}, prior traces", colour, halves[k][0])
+        _means(figure, 2, own, "reward_posterior", f"{method}, posterior traces", colour, halves[k][1])
     figure.update_xaxes(title_text="mixing ratio α: share of traces from the prior", range=[-0.06, 1.06])
     figure.update_yaxes(title_text="share of questions", tickformat=".0%", rangemode="tozero", col=1)
     figure.update_yaxes(title_text="the method's reward", col=2)
@@ -153,46 +147,39 @@ def plot_against_alpha(frame: pd.DataFrame) -> go.Figure:
 
 
 def _means(
-    figure: go.Figure,
-    column: int,
-    frame: pd.DataFrame,
-    value: str,
-    name: str,
-    colour: str,
-    dash: str,
-    shift: float,
+    figure: go.Figure, column: int, frame: pd.DataFrame, value: str, name: str, colour: str, shift: float
 ) -> None:
     """Add the runs as faint points, and the means with their intervals as a line, ``shift`` beside alpha."""
     known, means = frame.dropna(subset=[value]), over_seeds(frame, value)
     if known.empty:
         return
-    shared = {"legendgroup": name, "row": 1, "col": column}
+    hollow = value == "reward_posterior"
+    symbol = "-open" if hollow else ""
     figure.add_scatter(
         x=known["alpha"] + shift,
         y=known[value],
         mode="markers",
         opacity=0.45,
-        marker={"color": colour, "size": 6, "symbol": "circle-open" if dash == "dot" else "circle"},
+        marker={"color": colour, "size": 6, "symbol": f"circle{symbol}"},
         customdata=known[["id", "seed"]],
         hovertemplate="run %{customdata[0]}, seed %{customdata[1]}: %{y:.3g}<extra></extra>",
+        legendgroup=name,
         showlegend=False,
-        **shared,
+        row=1,
+        col=column,
     )
-    figure.add_scatter(
-        x=means["alpha"] + shift,
-        y=means["mean"],
-        mode="lines+markers",
-        name=name,
-        line={"color": colour, "dash": dash, "width": 2},
-        marker={"size": 9, "symbol": "diamond-open" if dash == "dot" else "diamond"},
-        error_y={
-            "array": means["high"] - means["mean"],
-            "arrayminus": means["mean"] - means["low"],
-            "thickness": 1.5,
-            "width": 4,
-        },
+    add_line(
+        figure,
+        means["alpha"] + shift,
+        means["mean"],
+        name,
+        colour,
+        line_dash="dot" if hollow else "solid",
+        marker={"size": 9, "symbol": f"diamond{symbol}"},
+        error_y=error_bars(means["mean"], means["low"], means["high"]),
         customdata=means[["alpha", "runs", "low", "high"]],
         hovertemplate="α %{customdata[0]:g}: %{y:.3g} (95%: %{customdata[2]:.3g} to %{customdata[3]:.3g}, "
         "%{customdata[1]} runs)",
-        **shared,
+        row=1,
+        col=column,
     )

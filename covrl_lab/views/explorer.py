@@ -16,10 +16,10 @@ from IPython.display import HTML
 
 from ..runs.folder import Run, step_file
 from ..runs.reweight import Settings, answer_logprob
-from .html import html_number, html_row, html_table, html_text
+from .html import html_number, html_table, html_text
 from .token_figures import plot_token_lines
 from .token_view import SCALES, TokenView, colours, token_html
-from .widgets import Panel, Plot, Table, open_run, table_column
+from .widgets import Panel, Plot, Table, field, offer, open_run, row, table_column
 
 _QUESTION_COLUMNS = [
     table_column("step", "step", "number"),
@@ -31,9 +31,7 @@ _QUESTION_COLUMNS = [
 _ROLLOUT_COLUMNS = [
     table_column("rollout", "#", "number", "number of the rollout in its step"),
     table_column("source", "source", "source", "the prompt that drew the trace"),
-    table_column(
-        "total", "log p(y|x,z)", "number", "log-probability of the reference answer after the trace, nats", 1
-    ),
+    table_column("total", "log p(y|x,z)", "number", "log p of the reference answer after the trace, nats", 1),
     table_column("reward", "reward", "number", "what the method made of it", 1),
     table_column("advantage", "A", "number", "advantage: reward against its group's", 2),
     table_column("answer_weight", "c_y", "number", "factor of the answer's log-likelihood in the loss", 1),
@@ -52,14 +50,8 @@ def trace_index(run: Run) -> pd.DataFrame:
     Columns: step, rollout, example_id, question, answer, source, trace, and total, log p(y|x,z) in nats.
     """
     tables = [pq.read_table(step_file(run.path / "traces", step), columns=_LIGHT) for step in run.steps]
-    if not tables:
-        return pd.DataFrame(columns=[*_LIGHT[:-1], "total"])
-    index = pa.concat_tables(tables)
-    parts = index.column("answer_logp").combine_chunks()
-    offsets = parts.offsets.to_numpy()
-    sums = np.concatenate([[0.0], np.cumsum(parts.values.to_numpy())])
-    frame = index.drop_columns(["answer_logp"]).to_pandas()
-    return frame.assign(total=sums[offsets[1:]] - sums[offsets[:-1]])
+    frame = pa.concat_tables(tables).to_pandas() if tables else pd.DataFrame(columns=_LIGHT)
+    return frame.drop(columns="answer_logp").assign(total=answer_logprob(frame))
 
 
 class TraceExplorer(Panel):
@@ -78,29 +70,18 @@ class TraceExplorer(Panel):
         self.found = widgets.HTML()
         self._read()
 
-        self.step = widgets.Dropdown(options=self._steps(), value=step, layout={"width": "110px"})
+        narrow, sources = {"width": "110px"}, [("all sources", ""), ("prior", "prior"), ("posterior", "posterior")]
+        self.step = widgets.Dropdown(options=self._steps(), value=step, layout=narrow)
         self.search = widgets.Text(placeholder="search questions, answers, traces", layout={"flex": "1 1 150px"})
-        self.source = widgets.Dropdown(
-            options=[("all sources", ""), ("prior", "prior"), ("posterior", "posterior")],
-            layout={"width": "110px"},
-        )
-        self.again = widgets.Button(
-            description="Refresh",
-            icon="refresh",
-            tooltip="Read the run folder again; filters, order and question stay",
-            layout={"width": "auto"},
-        )
+        self.source = widgets.Dropdown(options=sources, layout=narrow)
+        about = "Read the run folder again; filters, order and question stay"
+        self.again = widgets.Button(description="Refresh", icon="refresh", tooltip=about, layout={"width": "auto"})
         self.questions = Table(label="questions", columns=_QUESTION_COLUMNS)
         self.rollouts = Table(label="rollouts of the question", sort=["total", True])
         self.heading = widgets.HTML()
-        self.colour = widgets.Dropdown(
-            options=colours(),
-            value="log_gap" if "posterior" in set(self.index["source"]) else "logp",
-            description="colour",
-            style={"description_width": "50px"},
-            layout={"width": "290px"},
-        )
-        self.view = TokenView(colour=self.colour.value)
+        colour = "log_gap" if "posterior" in set(self.index["source"]) else "logp"
+        self.colour = field(widgets.Dropdown, "colour", colour, "290px", "50px", options=colours())
+        self.view = TokenView(colour=colour)
         self.plot = Plot(layout={"min_height": "250px"})
 
         for control in (self.step, self.search, self.source):
@@ -113,11 +94,10 @@ class TraceExplorer(Panel):
         self.colour.observe(self._recolour, names="value")
         self.view.observe(self._draw_lines, names="selected")
 
-        row = {"flex_flow": "row wrap", "grid_gap": "10px"}
-        controls = widgets.HBox([self.step, self.search, self.source, self.colour, self.again, self.found], layout=row)
+        controls = row(self.step, self.search, self.source, self.colour, self.again, self.found)
         self.questions.layout = {"flex": "2 1 330px", "min_width": "0"}
         self.rollouts.layout = {"flex": "3 1 480px", "min_width": "0"}
-        tables = widgets.HBox([self.questions, self.rollouts], layout=row)
+        tables = row(self.questions, self.rollouts)
         self.widget = widgets.VBox([controls, tables, self.heading, self.view, self.plot])
         self.widget.add_class("covrl-explorer")
         self._list_questions()
@@ -140,34 +120,29 @@ class TraceExplorer(Panel):
     def refresh(self) -> None:
         """Read the run folder again; filters, order and what is chosen stay as they are."""
         self._read()
-        kept = self.step.value
-        self.step.unobserve(self._list_questions, names="value")
-        self.step.options = steps = self._steps()
-        self.step.value = kept if kept in dict(steps).values() else 0
-        self.step.observe(self._list_questions, names="value")
+        steps, kept = self._steps(), self.step.value
+        offer(self.step, steps, kept if kept in dict(steps).values() else 0, self._list_questions)
         self._list_questions()
 
     # --- what is chosen
 
     def filtered(self) -> pd.DataFrame:
         """The rows of ``index`` that step, source and search leave."""
-        keep = np.ones(len(self.index), bool)
+        keep = pd.Series(True, self.index.index)
         if self.step.value:
-            keep &= (self.index["step"] == self.step.value).to_numpy()
+            keep &= self.index["step"] == self.step.value
         if self.source.value:
-            keep &= (self.index["source"] == self.source.value).to_numpy()
-        if self.search.value.strip():
-            sought = self.search.value.strip().lower()
-            keep &= self._haystack.str.contains(sought, regex=False).to_numpy(bool)
+            keep &= self.index["source"] == self.source.value
+        if sought := self.search.value.strip().lower():
+            keep &= self._haystack.str.contains(sought, regex=False)
         return self.index[keep]
 
     def _list_questions(self, change: Any = None) -> None:
         frame = self.filtered()
         means = frame.pivot_table("total", ["step", "example_id"], "source", "mean", sort=False, observed=True)
         first = frame.drop_duplicates(["step", "example_id"])[["step", "example_id", "question", "answer"]]
-        listed = first.merge(means.reset_index(), on=["step", "example_id"]).reindex(
-            columns=["step", "example_id", "question", "answer", "prior", "posterior"]
-        )
+        listed = first.merge(means.reset_index(), on=["step", "example_id"])
+        listed = listed.reindex(columns=[*first, "prior", "posterior"])
         listed["id"] = listed["step"].astype(str) + "/" + listed["example_id"].astype(str)
         self.questions.fill(listed, _MOST_QUESTIONS, [self.questions.picked])
         if change is not None and change["owner"] is self.source and len(self._frame):
@@ -179,24 +154,21 @@ class TraceExplorer(Panel):
         if int(step) != self._step:
             self._step, self._all = int(step), self.run.traces(int(step))
         frame = self._all[self._all["example_id"] == example].reset_index(drop=True)
-        frame = frame.assign(
-            id=frame["rollout"].astype(str),
-            total=answer_logprob(frame),
-            length=frame["tokens"].map(len),
-        )
+        frame = frame.assign(total=answer_logprob(frame), length=frame["tokens"].map(len))
+        frame["id"] = frame["rollout"].astype(str)
         if "verdict" in frame or self.config.get("method") == "grpo":  # there the reward is the verdict
             frame["correct"] = frame["verdict" if "verdict" in frame else "reward"] > 0
         self._frame = frame
         best = frame.sort_values("total", ascending=False).drop_duplicates("source")
-        self._shown = {row.source: int(row.rollout) for row in best.itertuples()}
+        self._shown = {trace.source: int(trace.rollout) for trace in best.itertuples()}
         self.questions.marked = [question]
         self.rollouts.columns = [c for c in _ROLLOUT_COLUMNS if c["name"] in frame]
         self._show()
 
     def _pick(self, rollout: int) -> None:
-        row = self._frame[self._frame["rollout"] == rollout]
-        if len(row):
-            self._shown[row["source"].iloc[0]] = rollout
+        found = self._frame[self._frame["rollout"] == rollout]
+        if len(found):
+            self._shown[found["source"].iloc[0]] = rollout
             self._show()
 
     def pair(self) -> pd.DataFrame:
@@ -238,22 +210,21 @@ class TraceExplorer(Panel):
 
     def static(self) -> list[Any]:
         """The chosen question's rollouts, the two traces and the lines, as HTML and a plotly figure."""
-        names = [c for c in self.rollouts.columns if c["kind"] != "text"]
-        cells = [html_row([html_number(row[c["name"]], c["digits"]) for c in names]) for row in self.rollouts.rows]
-        table = html_table([html.escape(c["label"]) for c in names], cells)
-        view = token_html(self.pair(), self.settings, self.view.colour)
-        return [HTML(f"{self.heading.value}{table}{view}"), self.lines()]
+        columns = [c for c in self.rollouts.columns if c["kind"] != "text"]
+        rows = [[html_number(line[c["name"]], f".{c['digits']}f") for c in columns] for line in self.rollouts.rows]
+        table = html_table([html.escape(c["label"]) for c in columns], rows)
+        tokens = token_html(self.pair(), self.settings, self.view.colour)
+        return [HTML(self.heading.value + table + tokens), self.lines()]
 
 
-def _heading(run: Run, settings: Settings, row: Any) -> str:
-    """Question, reference answer and the run's settings as HTML; ``row`` is a trace of the question."""
-    question, answer = (html_text(row[name]) for name in ("question", "answer"))
-    named = [run.path.name, f"step {row['step']}", run.config.get("model", "")]
-    s = settings
+def _heading(run: Run, settings: Settings, trace: Any) -> str:
+    """Question, reference answer and the run's settings as HTML; ``trace`` is a row of the question."""
+    code, s = '<code style="background: none; font: inherit">', settings
+    question, answer = (f"{code}{html_text(trace[name])}</code>" for name in ("question", "answer"))
+    named = [run.path.name, f"step {trace['step']}", run.config.get("model", "")]
     named += [f"α {s.alpha:g}, w {s.composite_weight:g}, clip {s.clip} {s.clip_range:g}"]
     return (
-        '<div style="line-height: 1.5; overflow-wrap: anywhere"><b style="font-size: 1.1em">'
-        f'<code style="background: none; font: inherit">{question}</code></b> reference answer '
-        f'<b><code style="background: none; font: inherit">{answer}</code></b><br>'
+        f'<div style="line-height: 1.5; overflow-wrap: anywhere"><b style="font-size: 1.1em">{question}</b> '
+        f"reference answer <b>{answer}</b><br>"
         f'<span style="opacity: 0.75">{html.escape(" · ".join(map(str, named)))}</span></div>'
     )

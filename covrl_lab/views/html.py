@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import html
+import math
 import textwrap
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -44,74 +45,88 @@ def html_text(value: Any) -> str:
     return html.escape(visible(value))
 
 
-def html_number(value: Any, digits: int) -> str:
-    """A table's cell as HTML."""
-    if value is None or isinstance(value, bool):
-        return {None: "–", True: "yes", False: "no"}[value]
-    text = f"{value:.{digits}f}".replace("-", "−") if isinstance(value, (int, float)) else str(value)
-    return html.escape(text)
+def html_number(value: Any, form: str) -> str:
+    """A table's cell as HTML: a number in the format ``form``, yes or no, – for what is not known, or text."""
+    if value is None or value != value:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return html.escape(value)
+    return "∞" if value == math.inf else f"{value:{form}}".replace("-", "−")
 
 
-def html_table(header: Sequence[str], rows: Sequence[str]) -> str:
+def html_source(source: str, text: str = "") -> str:
+    """The name of a source, or another text, in the source's colour."""
+    return f'<b style="color: {SOURCE_COLOURS.get(source, GREY)}">{html_text(text or source)}</b>'
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[str] | str]) -> str:
+    """A table of cells that are HTML; a row that is one text is a heading across all columns."""
+    cell = "text-align: left; padding: 2px 12px 2px 0"
+    heads = "".join(f'<th style="{cell}">{name}</th>' for name in header)
+    lines = []
+    for row in rows:
+        if isinstance(row, str):
+            inside = f'<th colspan="{len(header)}" style="text-align: left; padding: 10px 0 2px 0">{row}</th>'
+        else:
+            inside = "".join(f'<td style="{cell}; vertical-align: top">{text}</td>' for text in row)
+        lines.append(f"<tr>{inside}</tr>")
     style = "border-collapse: collapse; background: transparent"
-    heads = "".join(f'<th style="text-align: left; padding: 2px 12px 2px 0">{name}</th>' for name in header)
-    return f'<table style="{style}"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-
-
-def html_row(cells: Sequence[str]) -> str:
-    style = "text-align: left; vertical-align: top; padding: 2px 12px 2px 0"
-    return "<tr>" + "".join(f'<td style="{style}">{cell}</td>' for cell in cells) + "</tr>"
+    return f'<table style="{style}"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
 
 
 def trace_table(frame: pd.DataFrame) -> str:
     """HTML table of traces, grouped by question: source, trace, log p(y|x,z) in nats, finished."""
     if frame.empty:
         return "<p>no traces</p>"
-    rows = []
+    rows: list[Sequence[str] | str] = []
     for _, group in frame.assign(total=answer_logprob(frame)).groupby("example_id", sort=False):
-        question, answer = (html.escape(visible(group[name].iloc[0])) for name in ("question", "answer"))
-        rows.append(
-            '<tr><th colspan="4" style="text-align: left; padding: 10px 0 2px 0">'
-            f'<code>{question}</code> <span style="font-weight: normal">reference answer</span> '
-            f"<code>{answer}</code></th></tr>"
-        )
+        question, answer = (html_text(group[name].iloc[0]) for name in ("question", "answer"))
+        plain = '<span style="font-weight: normal">reference answer</span>'
+        rows.append(f"<code>{question}</code> {plain} <code>{answer}</code>")
         for row in group.itertuples():
-            source = html.escape(row.source)
-            colour = SOURCE_COLOURS.get(row.source, GREY)
-            rows.append(
-                html_row(
-                    [
-                        f'<b style="color: {colour}">{source}</b>',
-                        # <code>: no page's formula renderer looks for dollars in it.
-                        f'<code style="overflow-wrap: anywhere">{html.escape(visible(row.trace))}</code>',
-                        f"{row.total:.2f}",
-                        "yes" if row.finished else "no",
-                    ]
-                )
-            )
+            # <code>: no page's formula renderer looks for dollars in it.
+            trace = f'<code style="overflow-wrap: anywhere">{html_text(row.trace)}</code>'
+            rows.append([html_source(row.source), trace, f"{row.total:.2f}", "yes" if row.finished else "no"])
     return html_table(["drawn from", "trace z", "log p(y|x,z), nats", "finished"], rows)
 
 
 def accuracy_table(evaluations: pd.DataFrame) -> str:
     """HTML table of ``Run.evaluations``, one row an evaluation, with 95% intervals."""
-    rows = [
-        html_row(
-            [
-                f"{row.step:.0f}",
-                f"<b>{row.accuracy:.0%}</b> ({row.accuracy_low:.0%} to {row.accuracy_high:.0%})",
-                f"{row.eval_finished_share:.0%}",
-                f"{row.eval_trace_tokens:.1f}",
-                f"{row.eval_questions:.0f}",
-            ]
-        )
-        for row in evaluations.itertuples()
-    ]
     header = ["after step", "accuracy (95% interval)", "finished traces", "trace length, tokens", "questions"]
+    rows = []
+    for row in evaluations.itertuples():
+        accuracy = f"<b>{row.accuracy:.0%}</b> ({row.accuracy_low:.0%} to {row.accuracy_high:.0%})"
+        finished, length = f"{row.eval_finished_share:.0%}", f"{row.eval_trace_tokens:.1f}"
+        rows.append([f"{row.step:.0f}", accuracy, finished, length, f"{row.eval_questions:.0f}"])
+    return html_table(header, rows)
+
+
+# key of reweight.summarise_traces -> (label, format)
+_SUMMARY = {
+    "clipped_share": ("tokens held back by the clip", ".1%"),
+    "effective_sample_size": ("effective traces, (ΣW)² / ΣW²", ".1f"),
+    "effective_sample_share": ("effective traces, share of all", ".1%"),
+    "ratio_low": ("least ratio p′/h of a token", ".3f"),
+    "ratio_high": ("largest ratio p′/h of a token", ".3f"),
+    "kl": ("KL(p′‖p), nats a token", ".4f"),
+    "reward": ("expected reward", ".2f"),
+    "reward_prior": ("mean reward of prior traces", ".2f"),
+    "reward_posterior": ("mean reward of posterior traces", ".2f"),
+    "gradient_weight_prior": ("gradient weight on log p, a token", ".4f"),
+    "gradient_weight_posterior": ("gradient weight on log q, a token", ".4f"),
+    "gradient_weight_prior_share": ("share of the gradient weight that reaches the prior", ".1%"),
+}
+
+
+def summary_table(header: Sequence[str], summaries: Sequence[Mapping[str, float]]) -> str:
+    """HTML table of what ``reweight.summarise_traces`` gives, a column each."""
+    rows = [[label, *(html_number(one[key], form) for one in summaries)] for key, (label, form) in _SUMMARY.items()]
     return html_table(header, rows)
 
 
 def alarms_html(alarms: Mapping[str, str]) -> str:
     """Signs that a run goes wrong, a line each; nothing where there is none."""
     lines = (f'<div data-alarm="{html.escape(kind)}">⚠ {html_text(text)}</div>' for kind, text in alarms.items())
-    inside = "".join(lines)
-    return f'<div style="color: {POSTERIOR}; margin: 4px 0">{inside}</div>' if inside else ""
+    return f'<div style="color: {POSTERIOR}; margin: 4px 0">{"".join(lines)}</div>' if alarms else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,52 +12,31 @@ from IPython.display import HTML
 
 from ..runs import reweight
 from ..runs.folder import Run
-from .html import html_number, html_row, html_table
+from .html import summary_table
 from .token_figures import plot_mixing
-from .widgets import Panel, Plot, open_run
-
-# key of reweight.summarise_traces -> (label, digits, factor)
-_SUMMARY = {
-    "clipped_share": ("tokens held back by the clip, %", 1, 100),
-    "effective_sample_size": ("effective traces, (ΣW)² / ΣW²", 1, 1),
-    "effective_sample_share": ("… of all, %", 1, 100),
-    "ratio_low": ("least ratio p′/h", 3, 1),
-    "ratio_high": ("largest ratio p′/h", 3, 1),
-    "kl": ("KL(p′‖p), nats a token", 4, 1),
-    "reward": ("expected reward", 2, 1),
-    "reward_prior": ("… of prior traces", 2, 1),
-    "reward_posterior": ("… of posterior traces", 2, 1),
-    "gradient_weight_prior": ("pull on log p, a token", 4, 1),
-    "gradient_weight_posterior": ("pull on log q, a token", 4, 1),
-    "gradient_weight_prior_share": ("share of the pull that reaches the prior, %", 1, 100),
-}
+from .widgets import Panel, Plot, field, open_run, row
 
 
 class _Side:
     """One setting of the mixing panel: its sliders and its plot."""
 
-    def __init__(self, name: str, settings: reweight.Settings):
+    def __init__(self, name: str, own: reweight.Settings):
+        def slider(label: str, value: float, low: float, width: str = "95%") -> widgets.FloatSlider:
+            high = max(1.0, value)
+            return field(widgets.FloatSlider, label, value, width, min=low, max=high, step=0.01)
+
         self.name = name
-        wide = {"style": {"description_width": "60px"}, "layout": {"width": "95%"}}
-
-        def slider(label: str, value: float, low: float, high: float, step: float) -> widgets.FloatSlider:
-            return widgets.FloatSlider(
-                value=value, min=low, max=max(high, value), step=step, description=label, **wide
-            )
-
-        self.alpha = slider("α", settings.alpha, 0.0, 1.0, 0.01)
-        self.composite_weight = slider("w", settings.composite_weight, 0.0, 1.0, 0.01)
-        self.clip_range = slider("clip ±", settings.clip_range, 0.01, 1.0, 0.01)
-        self.clip = widgets.Dropdown(
-            options=[("PPO", "ppo"), ("soft (tanh)", "soft"), ("none", "none")],
-            value=settings.clip,
-        )
+        self.alpha = slider("α", own.alpha, 0.0)
+        self.composite_weight = slider("w", own.composite_weight, 0.0)
+        self.clip_range = slider("clip ±", own.clip_range, 0.01, "220px")
+        self.clip_range.layout.flex = "1 1 200px"
+        clips = [("PPO", "ppo"), ("soft (tanh)", "soft"), ("none", "none")]
+        self.clip = widgets.Dropdown(options=clips, value=own.clip, layout={"width": "150px"})
         self.controls = [self.alpha, self.composite_weight, self.clip_range, self.clip]
         self.plot = Plot(layout={"min_height": "570px"})
-        self.clip.layout, self.clip_range.layout = {"width": "150px"}, {"flex": "1 1 200px"}
-        clips = widgets.HBox([self.clip_range, self.clip], layout={"width": "95%"})
+        clip = widgets.HBox([self.clip_range, self.clip], layout={"width": "95%"})
         self.widget = widgets.VBox(
-            [widgets.HTML(f"<b>setting {name}</b>"), self.alpha, self.composite_weight, clips, self.plot],
+            [widgets.HTML(f"<b>setting {name}</b>"), self.alpha, self.composite_weight, clip, self.plot],
             layout={"flex": "1 1 380px", "min_width": "0"},
         )
 
@@ -84,28 +62,18 @@ class MixingRatio(Panel):
     def __init__(self, run: Run | str | Path, step: int | None = None):
         self.run, step = open_run(run, step)
         own = reweight.Settings.of(self.run.config)
-        other = 0.25 if own.alpha >= 0.5 else 0.75
-        self.sides = [
-            _Side("A", own),
-            _Side("B", reweight.Settings(other, own.composite_weight, own.clip, own.clip_range)),
-        ]
-        self.step = widgets.Dropdown(
-            options=[(f"step {s}", s) for s in self.run.steps],
-            value=step,
-            layout={"width": "120px"},
-        )
-        self.table, self.summary = widgets.HTML(), {}
+        other = reweight.Settings(0.25 if own.alpha >= 0.5 else 0.75, own.composite_weight, own.clip, own.clip_range)
+        self.sides = [_Side("A", own), _Side("B", other)]
+        steps = [(f"step {s}", s) for s in self.run.steps]
+        self.step = widgets.Dropdown(options=steps, value=step, layout={"width": "120px"})
+        self.table, self.note = widgets.HTML(), widgets.HTML()
+        self.summary: dict[str, dict[str, float]] = {}
         self._parts: dict[str, tuple] = {}
-        self.note = widgets.HTML()
         self.step.observe(self._load, names="value")
         for side in self.sides:
             for control in side.controls:
                 control.observe(lambda change, side=side: self._update([side]), names="value")
-        settings = widgets.HBox(
-            [side.widget for side in self.sides], layout={"flex_flow": "row wrap", "grid_gap": "16px"}
-        )
-        top = widgets.HBox([self.step, self.note], layout={"grid_gap": "10px"})
-        self.widget = widgets.VBox([top, self.table, settings])
+        self.widget = widgets.VBox([row(self.step, self.note), self.table, row(*(side.widget for side in self.sides))])
         self._load()
 
     def _load(self, change: Any = None) -> None:
@@ -125,35 +93,20 @@ class MixingRatio(Panel):
             self.summary[side.name] = reweight.summarise_traces(self.traces, settings, values)
             densities = reweight.densities(self.traces, settings, values)
             bounds = None if settings.clip == "none" else settings.clip_bounds
-            self._parts[side.name] = (
-                densities,
-                bounds,
-                reweight.gradient_weights(self.traces, settings, values),
-            )
+            self._parts[side.name] = (densities, bounds, reweight.gradient_weights(self.traces, settings, values))
             side.plot.draw(self._figure([side]))
         self.table.value = self.html()
 
     def _figure(self, sides: Sequence[_Side]) -> go.Figure:
-        densities, bounds, gradient_weights = zip(*(self._parts[side.name] for side in sides), strict=True)
-        return plot_mixing({side.name: str(side) for side in sides}, densities, bounds, gradient_weights)
+        return plot_mixing({side.name: str(side) for side in sides}, [self._parts[side.name] for side in sides])
 
     def html(self) -> str:
         """The numbers of both settings as plain HTML."""
         a, b = (self.summary[side.name] for side in self.sides)
-        rows = [
-            html_row([label, *(html_number(_known(x, factor), digits) for x in (a[key], b[key], b[key] - a[key]))])
-            for key, (label, digits, factor) in _SUMMARY.items()
-        ]
-        table = html_table(["", *(f"{side.name}: {side}" for side in self.sides), "B − A"], rows)
+        header = ["", *(f"{side.name}: {side}" for side in self.sides), "B − A"]
+        table = summary_table(header, [a, b, {key: b[key] - a[key] for key in a}])
         return f'<div style="line-height: 1.25; font-variant-numeric: tabular-nums">{table}</div>'
 
     def static(self) -> list[Any]:
         """Numbers and plots of both settings, as HTML and a plotly figure."""
-        return [
-            HTML(f"<p>step {self.step.value}: {self.note.value}</p>{self.html()}"),
-            self._figure(self.sides),
-        ]
-
-
-def _known(value: float, factor: float) -> float | None:
-    return None if math.isnan(value) else value * factor
+        return [HTML(f"<p>step {self.step.value}: {self.note.value}</p>{self.html()}"), self._figure(self.sides)]

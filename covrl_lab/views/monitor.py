@@ -21,9 +21,9 @@ from IPython.display import HTML
 
 from ..runs.folder import Run, step_file, steps_in
 from .figures import plot_training_curves
-from .html import alarms_html, html_row, html_table, html_text, trace_table
+from .html import alarms_html, html_number, html_table, html_text, trace_table
 from .style import BOTH, GREY, POSTERIOR, PRIOR
-from .widgets import Panel, Plot
+from .widgets import Panel, Plot, aside, row
 
 _SIGNS = {
     "waiting": ("○", GREY),
@@ -33,52 +33,39 @@ _SIGNS = {
     "stopped": ("■", GREY),
     "finished": ("✔", BOTH),
 }
-# column of metrics.jsonl -> label, unit, colour, whether it is a share
-_ROWS: dict[str, tuple[str, str, str, bool]] = {
-    "reward_prior": ("reward, prior traces", "nats", PRIOR, False),
-    "reward_posterior": ("reward, posterior traces", "nats", POSTERIOR, False),
-    "kl": ("KL(p′‖p)", "nats a token", BOTH, False),
-    "nll": ("answer term (NLL)", "nats", BOTH, False),
-    "trace_tokens_prior": ("trace length, prior", "tokens", PRIOR, False),
-    "trace_tokens_posterior": ("trace length, posterior", "tokens", POSTERIOR, False),
-    "finished_share": ("finished traces", "of all", BOTH, True),
-    "truncated_share": ("truncated traces", "of all", BOTH, True),
-    "clipped_share": ("tokens held back by the clip", "of all", BOTH, True),
-    "gradient_norm": ("gradient norm", "before clipping", BOTH, False),
-    "seconds_sampling": ("time of a step, sampling", "seconds", GREY, False),
-    "seconds_update": ("time of a step, update", "seconds", GREY, False),
+# column of metrics.jsonl -> label, unit, colour, format
+_ROWS = {
+    "reward_prior": ("reward, prior traces", "nats", PRIOR, ".4g"),
+    "reward_posterior": ("reward, posterior traces", "nats", POSTERIOR, ".4g"),
+    "kl": ("KL(p′‖p)", "nats a token", BOTH, ".4g"),
+    "nll": ("answer term (NLL)", "nats", BOTH, ".4g"),
+    "trace_tokens_prior": ("trace length, prior", "tokens", PRIOR, ".4g"),
+    "trace_tokens_posterior": ("trace length, posterior", "tokens", POSTERIOR, ".4g"),
+    "finished_share": ("finished traces", "of all", BOTH, ".1%"),
+    "truncated_share": ("truncated traces", "of all", BOTH, ".1%"),
+    "clipped_share": ("tokens held back by the clip", "of all", BOTH, ".1%"),
+    "gradient_norm": ("gradient norm", "before clipping", BOTH, ".4g"),
+    "seconds_sampling": ("time of a step, sampling", "seconds", GREY, ".4g"),
+    "seconds_update": ("time of a step, update", "seconds", GREY, ".4g"),
 }
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a run folder's files say at one moment.
-
-    status       waiting (no run yet), running, stalled (nothing written for long), stopping (asked to stop),
-                 stopped, or finished
-    message      the status in a sentence
-    step, steps  finished steps, and all of them (0 while waiting)
-    metrics      ``Run.metrics`` with ``truncated_share``; ``evaluations`` as ``Run.evaluations``
-    seconds_left median time of the last five steps times the steps to go, and likewise of the evaluations;
-                 None before the first step and after the last
-    evaluation_seconds   median time of an evaluation; None before the run's first after a step, and then
-                 seconds_left leaves them out
-    """
+    """What a run folder's files say at one moment."""
 
     run: Run
+    # waiting (no run yet), running, stalled (nothing written for long), stopping (asked to stop), stopped, finished
     status: str
-    message: str
-    step: int = 0
-    steps: int = 0
-    metrics: pd.DataFrame = field(default_factory=pd.DataFrame)
+    message: str  # the status in a sentence
+    step: int = 0  # finished steps
+    steps: int = 0  # all of them; 0 while waiting
+    metrics: pd.DataFrame = field(default_factory=pd.DataFrame)  # ``Run.metrics`` with ``truncated_share``
     evaluations: pd.DataFrame = field(default_factory=pd.DataFrame)
-    seconds_left: float | None = None
+    # Median time of the last five steps times the steps to go, and likewise of the evaluations.
+    seconds_left: float | None = None  # None before the first step and after the last
+    # Median time of an evaluation; None before the first one after a step, and seconds_left leaves them out.
     evaluation_seconds: float | None = None
-
-    def traces(self) -> pd.DataFrame:
-        """The rollouts of the latest stored step, read now; empty where there is none."""
-        stored = self.run.steps
-        return self.run.traces(stored[-1]) if stored else pd.DataFrame()
 
 
 def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
@@ -87,21 +74,20 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
     if not (run.path / "config.json").is_file():
         return Snapshot(run, "waiting", f"waiting for a run in {str(run_dir)!r}")
     config, metrics, evaluations = run.config, run.metrics, run.evaluations
-    step, steps = int(metrics["step"].iloc[-1]) if len(metrics) else 0, int(config["steps"])
+    step, steps, left, median = 0, int(config["steps"]), None, 0.0
+    # Nothing is written while an evaluation runs, and before the first step a model is loaded as well.
+    evaluation, patience = _evaluation_seconds(run), 600.0
     if len(metrics):
         metrics["truncated_share"] = 1 - metrics["finished_share"]
-    written = {name: _written(run.path / name) for name in ("config.json", "metrics.jsonl", "evaluations.jsonl")}
-    written |= {name: _written(run.path / name) for name in ("traces", "checkpoints")}
-    newest = max(written.values())
-    median = float(metrics["seconds"].tail(5).median()) if len(metrics) else None
-    evaluation, left = _evaluation_seconds(run), None
-    if median is not None and step < steps:
+        step, median = int(metrics["step"].iloc[-1]), float(metrics["seconds"].tail(5).median())
+        patience = max(120.0, 10 * median, 3 * (evaluation or 0.0))
+    if step and step < steps:
         every = config.get("eval_every", 0)
         # The steps to go that end with an evaluation: every so often, and the last.
         to_evaluate = 1 + ((steps - 1) // every - step // every if every else 0)
         left = median * (steps - step) + (evaluation or 0.0) * to_evaluate
-    # Nothing is written while an evaluation runs, and before the first step a model is loaded as well.
-    patience = 600.0 if median is None else max(120.0, 10 * median, 3 * (evaluation or 0.0))
+    names = ("config.json", "metrics.jsonl", "evaluations.jsonl", "traces", "checkpoints")
+    newest = max(_written(run.path / name) for name in names)
     silent = now - newest > patience
     if step >= steps and (step or len(evaluations)):
         status, message = "finished", f"finished: {step} of {steps} steps"
@@ -125,17 +111,7 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
     else:
         status = "running"
         message = f"running: {step} of {steps} steps" if step else "running: before its first step"
-    return Snapshot(
-        run=run,
-        status=status,
-        message=message,
-        step=step,
-        steps=steps,
-        metrics=metrics,
-        evaluations=evaluations,
-        seconds_left=left,
-        evaluation_seconds=evaluation,
-    )
+    return Snapshot(run, status, message, step, steps, metrics, evaluations, left, evaluation)
 
 
 def _evaluation_seconds(run: Run) -> float | None:
@@ -189,12 +165,6 @@ def sparkline(values: Sequence[float | None], colour: str = GREY, width: int = 1
     )
 
 
-def _number(value: float | None, share: bool) -> str:
-    if value is None or pd.isna(value):
-        return "–"
-    return (f"{value:.1%}" if share else f"{value:.4g}").replace("-", "−")
-
-
 def status_html(shot: Snapshot) -> str:
     """Status, time left and the latest accuracy, on one line; below it what goes wrong, if anything does."""
     sign, colour = _SIGNS[shot.status]
@@ -204,13 +174,10 @@ def status_html(shot: Snapshot) -> str:
         parts.append(f"about {_duration(shot.seconds_left)} left, {'with' if known else 'without'} evaluations")
     if len(shot.evaluations):
         last = shot.evaluations.iloc[-1]
-        interval = f"95% interval {last['accuracy_low']:.1%} to {last['accuracy_high']:.1%}"
-        parts.append(
-            f'held-out accuracy <b data-column="accuracy">{last["accuracy"]:.1%}</b> '
-            f"after step {last['step']:.0f} ({interval})"
-        )
-    line = '<div style="line-height: 1.5">' + " &nbsp;·&nbsp; ".join(parts) + "</div>"
-    return line + (alarms_html(shot.run.alarms) if shot.step else "")
+        value = f'held-out accuracy <b data-column="accuracy">{last.accuracy:.1%}</b> after step {last.step:.0f}'
+        parts.append(f"{value} (95% interval {last.accuracy_low:.1%} to {last.accuracy_high:.1%})")
+    alarms = alarms_html(shot.run.alarms) if shot.step else ""
+    return f'<div style="line-height: 1.5">{" &nbsp;·&nbsp; ".join(parts)}</div>{alarms}'
 
 
 def numbers_html(shot: Snapshot) -> str:
@@ -218,31 +185,22 @@ def numbers_html(shot: Snapshot) -> str:
     if shot.metrics.empty:
         return "<p>no finished step yet</p>"
     rows = []
-    for column, (label, unit, colour, share) in _ROWS.items():
-        if column not in shot.metrics or not shot.metrics[column].notna().any():
-            continue
-        values = shot.metrics[column].astype(float)
-        rows.append(
-            html_row(
-                [
-                    label,
-                    f'<b data-column="{column}">{_number(values.iloc[-1], share)}</b>',
-                    _number(values.tail(5).mean(), share),
-                    unit,
-                    sparkline(values, colour),
-                ]
-            )
-        )
+    for column, (label, unit, colour, form) in _ROWS.items():
+        if column in shot.metrics and shot.metrics[column].notna().any():
+            values = shot.metrics[column].astype(float)
+            last, mean = (html_number(x, form) for x in (values.iloc[-1], values.tail(5).mean()))
+            rows.append([label, f'<b data-column="{column}">{last}</b>', mean, unit, sparkline(values, colour)])
     return html_table(["", f"step {shot.step}", "mean of last 5", "", "all steps"], rows)
 
 
 def traces_html(shot: Snapshot, questions: int = 2) -> str:
-    """Traces of the first questions of the latest stored step."""
-    traces = shot.traces()
-    if traces.empty:
+    """Traces of the first questions of the latest stored step, read now."""
+    stored = shot.run.steps
+    if not stored:
         return "<p>no traces yet</p>"
+    traces = shot.run.traces(stored[-1])
     shown = traces[traces["example_id"].isin(traces["example_id"].unique()[:questions])]
-    return f"<b>Traces of step {traces['step'].iloc[0]}</b>{trace_table(shown)}"
+    return f"<b>Traces of step {stored[-1]}</b>{trace_table(shown)}"
 
 
 class RunMonitor(Panel):
@@ -262,14 +220,13 @@ class RunMonitor(Panel):
         self.button.on_click(self._toggle_stop)
         self.curves = Plot(layout={"min_height": "600px"})
         self.traces.layout.flex = "1 1 420px"
-        tables = widgets.HBox([self.numbers, self.traces], layout={"flex_flow": "row wrap"})
-        self.widget = widgets.VBox([self.status, widgets.HBox([self.bar, self.button]), tables, self.curves])
+        tables, control = row(self.numbers, self.traces), widgets.HBox([self.bar, self.button])
+        self.widget = widgets.VBox([self.status, control, tables, self.curves])
         self.widget.add_class("covrl-monitor")
         self._drawn: tuple[int, int] | None = None
         self._closed, self._lock = threading.Event(), threading.Lock()
         self.refresh()
-        self._thread = threading.Thread(target=self._follow, name=f"monitor {run_dir}", daemon=True)
-        self._thread.start()
+        self._thread = aside(self._follow)
 
     def refresh(self) -> None:
         """Read the folder and show what it holds, now."""
@@ -279,11 +236,11 @@ class RunMonitor(Panel):
             self.bar.max, self.bar.value = max(1, shot.steps), shot.step
             asked = (self.run_dir / "STOP").exists()
             self.button.disabled = shot.status in ("waiting", "finished")
-            self.button.description = "Allow it to resume" if asked else "Stop after this step"
-            self.button.icon = "play" if asked else "stop"
-            self.button.tooltip = (
-                "Remove the file STOP from the run folder" if asked else "Write the file STOP to the run folder"
-            )
+            if asked:
+                looks = ("Allow it to resume", "play", "Remove the file STOP from the run folder")
+            else:
+                looks = ("Stop after this step", "stop", "Write the file STOP to the run folder")
+            self.button.description, self.button.icon, self.button.tooltip = looks
             drawn = len(shot.metrics), len(shot.evaluations)
             if drawn != self._drawn:
                 self._drawn = drawn
@@ -310,11 +267,7 @@ class RunMonitor(Panel):
                 return
             try:
                 self.refresh()
-            except (
-                OSError,
-                ValueError,
-                KeyError,
-            ) as error:  # a file was replaced under our hands: read again
+            except (OSError, ValueError, KeyError) as error:  # a file was replaced under our hands: read again
                 self.status.value = f"<i>{html_text(f'reading again: {error}')}</i>"
 
     def _toggle_stop(self, button: widgets.Button) -> None:

@@ -23,35 +23,13 @@ from ..runs.folder import Run, load_run
 from ..runs.reweight import Settings, Traces, answer_logprob, summarise_traces
 from ..types import ConfigError
 from .figures import plot_answer_logprobs, plot_training_curves
-from .html import accuracy_table, alarms_html, html_row, html_table, html_text, trace_table
+from .html import accuracy_table, alarms_html, html_text, summary_table, trace_table
 from .token_view import token_html
+from .widgets import static_text
 
 QUESTIONS = 3  # of a step, whose traces are shown
 
-_STYLE = """
-:root { color-scheme: light dark; --text: #1f2328; --soft: #59636e; --line: #d1d9e0; --ground: #ffffff; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e6e6e6; --soft: #9da7b1; --line: #3d444d; --ground: #15181c; }
-}
-body { max-width: 1100px; margin: 2rem auto; padding: 0 1rem; background: var(--ground); color: var(--text);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; margin-bottom: 0.2rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 0.6rem; padding-bottom: 0.2rem;
-  border-bottom: 1px solid var(--line); }
-h3 { font-size: 1rem; font-weight: 400; margin: 1.4rem 0 0.2rem; } h3 code { font-weight: 600; }
-.soft, summary { color: var(--soft); }
-code { font-size: 0.92em; overflow-wrap: anywhere; }
-.facts { columns: 3 260px; } .facts div { break-inside: avoid; overflow-wrap: anywhere; }
-.figure { overflow-x: auto; } .wide { overflow-x: auto; }
-table { font-variant-numeric: tabular-nums; }
-"""
-_DRAW = """
-for (const block of document.querySelectorAll('script[type="application/json"]')) {
-  const figure = JSON.parse(block.textContent);
-  Plotly.newPlot(block.previousElementSibling, figure.data, figure.layout,
-    {responsive: true, displaylogo: false});
-}
-"""
+_STYLE, _DRAW = static_text("report.css"), static_text("report.js")
 
 
 def report(run: Run | str | Path, path: str | Path | None = None) -> Path:
@@ -73,23 +51,22 @@ def page(run: Run) -> str:
     """The report as one HTML document."""
     config, metrics, evaluations = run.config, run.metrics, run.evaluations
     settings = Settings.of(config)
-    steps = sorted({*run.steps[:1], *run.steps[-1:]})
-    traces = {step: run.traces(step) for step in steps}
-    parts = [
-        _head(run, config, metrics, evaluations),
-        "<h2>Training</h2>",
-        _figure(plot_training_curves(metrics, evaluations, _reward_unit(config))),
-    ]
+    traces = {step: run.traces(step) for step in sorted({*run.steps[:1], *run.steps[-1:]})}
+    reward = config.get("reward", "")
+    unit = "probability" if "probability" in reward else "share" if reward == "verdict" else "nats"
+    curves = _figure(plot_training_curves(metrics, evaluations, unit))
+    parts = [_head(run, config, metrics, evaluations), "<h2>Training</h2>", curves]
     if len(evaluations):
-        parts += [
-            "<h2>Held-out accuracy</h2>",
-            f'<div class="wide">{accuracy_table(evaluations)}</div>',
-        ]
+        parts += ["<h2>Held-out accuracy</h2>", f'<div class="wide">{accuracy_table(evaluations)}</div>']
     for step, frame in traces.items():
         parts += [f"<h2>Traces of step {step}</h2>", *_traces(frame, settings)]
     if traces:
-        parts += ["<h2>Prior against posterior</h2>", mixing_table(traces, settings)]
-    parts += ["<h2>Configuration</h2>", _facts(config), "<h2>Drawn with</h2>", _facts(_versions())]
+        header = [f"α = {settings.alpha:g}, w = {settings.composite_weight:g}", *(f"step {step}" for step in traces)]
+        numbers = [summarise_traces(Traces.of(frame), settings) for frame in traces.values()]
+        parts += ["<h2>Prior against posterior</h2>", f'<div class="wide">{summary_table(header, numbers)}</div>']
+    versions = {"python": platform.python_version(), "covrl_lab": __version__}
+    versions |= {name: version(name) for name in ("numpy", "pandas", "plotly")}
+    parts += ["<h2>Configuration</h2>", _facts(config), "<h2>Drawn with</h2>", _facts(versions)]
     plotly = get_plotlyjs()
     policy = (
         f"default-src 'none'; script-src {_hash(plotly)} {_hash(_DRAW)}; style-src 'unsafe-inline'; "
@@ -124,27 +101,15 @@ def _facts(values: dict[str, Any]) -> str:
     return f'<div class="facts">{"".join(rows)}</div>'
 
 
-def _versions() -> dict[str, str]:
-    own = {"python": platform.python_version(), "covrl_lab": __version__}
-    return own | {name: version(name) for name in ("numpy", "pandas", "plotly")}
-
-
-def _reward_unit(config: dict[str, Any]) -> str:
-    reward = config.get("reward", "")
-    return "probability" if "probability" in reward else "share" if reward == "verdict" else "nats"
-
-
 def _head(run: Run, config: dict[str, Any], metrics: pd.DataFrame, evaluations: pd.DataFrame) -> str:
     done, steps = len(metrics), config.get("steps", len(metrics))
-    facts = [f"{html_text(config.get(name, '?'))}" for name in ("method", "model", "task")]
+    facts = [html_text(config.get(name, "?")) for name in ("method", "model", "task")]
     facts += [f"seed {html_text(config.get('seed', '?'))}", f"{done} of {html_text(steps)} steps"]
     found = ""
     if len(evaluations):
         first, last = evaluations.iloc[0], evaluations.iloc[-1]
-        found = (
-            f"<p>Held-out accuracy <b>{last.accuracy:.1%}</b> after step {last.step:.0f} (95% interval "
-            f"{last.accuracy_low:.1%} to {last.accuracy_high:.1%})"
-        )
+        found = f"<p>Held-out accuracy <b>{last.accuracy:.1%}</b> after step {last.step:.0f}"
+        found += f" (95% interval {last.accuracy_low:.1%} to {last.accuracy_high:.1%})"
         if len(evaluations) > 1:
             found += f", from {first.accuracy:.1%} after step {first.step:.0f}"
         found += f", on {last.eval_questions:.0f} questions, greedy, from the prior prompt."
@@ -167,31 +132,5 @@ def _traces(frame: pd.DataFrame, settings: Settings) -> list[str]:
         question, answer = (html_text(group[name].iloc[0]) for name in ("question", "answer"))
         parts.append(f"<h3><code>{question}</code> reference answer <code>{answer}</code></h3>")
         parts.append(token_html(best, settings))
-    return [
-        *parts,
-        f"<details><summary>all traces of these {chosen['example_id'].nunique()} questions</summary>"
-        f'<div class="wide">{trace_table(chosen)}</div></details>',
-    ]
-
-
-_MIXING = {
-    "reward_prior": ("mean reward of prior traces", "{:.2f}"),
-    "reward_posterior": ("mean reward of posterior traces", "{:.2f}"),
-    "kl": ("KL(p′‖p), nats a token", "{:.4f}"),
-    "effective_sample_share": ("effective sample size, share of the traces", "{:.1%}"),
-    "clipped_share": ("tokens held back by the clip", "{:.1%}"),
-    "ratio_low": ("least ratio p′/h of a token", "{:.3f}"),
-    "ratio_high": ("largest ratio p′/h of a token", "{:.3f}"),
-    "gradient_weight_prior_share": ("share of the gradient that reaches the prior", "{:.1%}"),
-}
-
-
-def mixing_table(traces: dict[int, pd.DataFrame], settings: Settings) -> str:
-    """HTML table of ``summarise_traces`` at the run's settings, a column for each step's traces."""
-    numbers = [summarise_traces(Traces.of(frame), settings) for frame in traces.values()]
-    rows = [
-        html_row([label, *("–" if n[key] != n[key] else form.format(n[key]) for n in numbers)])
-        for key, (label, form) in _MIXING.items()
-    ]
-    header = [f"at α = {settings.alpha:g}, w = {settings.composite_weight:g}", *(f"step {s}" for s in traces)]
-    return f'<div class="wide">{html_table(header, rows)}</div>'
+    summary = f"<summary>all traces of these {chosen['example_id'].nunique()} questions</summary>"
+    return [*parts, f'<details>{summary}<div class="wide">{trace_table(chosen)}</div></details>']

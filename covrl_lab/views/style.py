@@ -1,7 +1,10 @@
-"""What all figures share: colours and the plotly template."""
+"""What all figures share: colours, the plotly template, lines and error bars."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import plotly.graph_objects as go
 
 # Colours that stay apart with the common colour-vision deficiencies and on light and dark grounds.
@@ -27,14 +30,21 @@ TEMPLATE = go.layout.Template(
         "xaxis": _AXIS,
         "yaxis": _AXIS,
         "margin": {"l": 60, "r": 40, "t": 60, "b": 50},  # r: room for the mode bar
-        "modebar": {
-            "orientation": "v",
-            "bgcolor": "rgba(0, 0, 0, 0)",
-            "color": GREY,
-            "activecolor": POSTERIOR,
-        },
+        "modebar": {"orientation": "v", "bgcolor": "rgba(0, 0, 0, 0)", "color": GREY, "activecolor": POSTERIOR},
         "title": {"x": 0, "xref": "paper", "xanchor": "left", "font": {"size": 14}},
         "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
         "hoverlabel": {"align": "left", "namelength": -1},
     }
 )
+
+
+def add_line(figure: go.Figure, x: Any, y: Any, name: str, colour: str, width: float = 2, **settings: Any) -> None:
+    """Add a line with a marker at each point; lines of one name come and go together."""
+    look = {"mode": "lines+markers", "legendgroup": name, "marker": {"size": 6}}
+    figure.add_scatter(x=x, y=y, name=name, line={"color": colour, "width": width}, **(look | settings))
+
+
+def error_bars(value: Any, low: Any, high: Any) -> dict[str, Any]:
+    """Bars from ``low`` to ``high``, which plotly wants as distances from ``value``."""
+    value, low, high = (np.asarray(x, float) for x in (value, low, high))
+    return {"array": (high - value).clip(0), "arrayminus": (value - low).clip(0), "thickness": 1.5, "width": 4}

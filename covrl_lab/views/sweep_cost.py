@@ -13,16 +13,14 @@ from ..runs.sweep import Sweep
 from ..runs.worker import ENDS
 
 # Runs that agree in these take about the same time for a step.
-STEP_TIME_SETTINGS = (
-    "model",
-    "quantization",
-    "dtype",
-    "device",
-    "task",
-    "questions_per_step",
-    "rollouts_per_question",
-    "max_trace_tokens",
-)
+STEP_TIME_SETTINGS = """
+model quantization dtype device task questions_per_step rollouts_per_question max_trace_tokens
+""".split()
+
+
+def step_time_settings(config: RunConfig) -> tuple[Any, ...]:
+    """The settings that decide how long a step takes."""
+    return tuple(getattr(config, name) for name in STEP_TIME_SETTINGS)
 
 
 def measured(sweep: Sweep) -> tuple[float, float, int] | None:
@@ -39,14 +37,7 @@ def measured(sweep: Sweep) -> tuple[float, float, int] | None:
             done = path.parent / "done.json"
             if done.exists() and not (ended := json.loads(done.read_text("utf-8")))["first_step"]:
                 around.append(max(0.0, ended["seconds"] - sum(own)))
-    if not seconds:
-        return None
-    return float(np.median(seconds)), float(np.median(around)) if around else 0.0, len(seconds)
-
-
-def step_time_settings(config: RunConfig) -> tuple[Any, ...]:
-    """The settings that decide how long a step takes."""
-    return tuple(getattr(config, name) for name in STEP_TIME_SETTINGS)
+    return (float(np.median(seconds)), float(np.median(around or [0.0])), len(seconds)) if seconds else None
 
 
 def describe_cost(sweep: Sweep, workers: int, step_seconds: float | None = None) -> str:

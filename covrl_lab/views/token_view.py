@@ -20,9 +20,8 @@ import traitlets
 from ..runs import reweight
 from ..runs.reweight import answer_logprob
 from ..types import ConfigError, did_you_mean
-from .html import visible
-from .style import SOURCE_COLOURS
-from .widgets import STATIC
+from .html import html_source, visible
+from .widgets import static_text
 
 _PRIOR, _POSTERIOR, _LESS, _MORE = (31, 119, 180), (213, 94, 0), (129, 76, 176), (0, 140, 70)
 _STRONGEST = 0.65  # opacity at the end of a scale, as in token_view.js
@@ -60,18 +59,12 @@ def colours() -> dict[str, str]:
     return {scale["title"]: name for name, scale in SCALES.items()}
 
 
-def payload(
-    frame: pd.DataFrame,
-    settings: reweight.Settings,
-    alternatives: Sequence[Any] | None = None,
-) -> list[dict[str, Any]]:
+def payload(frame: pd.DataFrame, settings: reweight.Settings, alternatives: Sequence[Any] | None = None) -> list[dict]:
     """What the widget draws of each row: texts made visible, numbers rounded, None for unknown."""
-    traces = reweight.Traces.of(frame)
-    found = reweight.quantities(traces, settings)
+    found = reweight.quantities(reweight.Traces.of(frame), settings)
     drawn = []
     for i, (row, total) in enumerate(zip(frame.to_dict("records"), answer_logprob(frame), strict=True)):
-        length = len(row["tokens"])
-        values = {name: _plain(found[name][i, :length]) for name in reweight.LABELS if name in found}
+        values = {name: found[name][i, : len(row["tokens"])] for name in reweight.LABELS if name in found}
         note = f"answer at {total:.1f} nats".replace("-", "−")
         drawn.append(
             {
@@ -79,75 +72,94 @@ def payload(
                 "subtitle": note + ("" if row["finished"] else ", unfinished"),
                 "source": row["source"],
                 "tokens": [visible(token, spaces=True) or "∅" for token in row["tokens"]],
-                "values": {name: known for name, known in values.items() if known is not None},
-                "alternatives": _visible_alternatives(alternatives[i]) if alternatives else None,
+                "values": {name: _plain(numbers) for name, numbers in values.items() if np.isfinite(numbers).any()},
+                "alternatives": alternatives and [_visible_alternatives(token) for token in alternatives[i]],
             }
         )
     return drawn
 
 
-def _plain(values: np.ndarray) -> list[float | None] | None:
-    """Numbers for JSON; None where there is not one."""
-    known = np.isfinite(values)
-    if not known.any():
-        return None
-    return [round(v, 6) if k else None for v, k in zip(values.tolist(), known, strict=True)]
+def _plain(numbers: np.ndarray) -> list[float | None]:
+    """Numbers for JSON."""
+    return [round(x, 6) if math.isfinite(x) else None for x in numbers.tolist()]
 
 
-def _visible_alternatives(places: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {
-            prompt: [[visible(text, spaces=True), round(float(x), 6)] for text, x in choices]
-            for prompt, choices in token.items()
-        }
-        for token in places
-    ]
+def _visible_alternatives(token: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        prompt: [[visible(text, spaces=True), round(float(x), 6)] for text, x in choices]
+        for prompt, choices in token.items()
+    }
 
 
 class TokenView(anywidget.AnyWidget):
     """One or two traces token by token; click a token, or focus one and use the arrow keys, Home and End.
 
-    frame: rows of ``Run.traces`` or ``trace_frame``. alternatives: for each row a list with a
-    dictionary a token, prompt name -> [(token text, log-probability in nats), ...].
-    ``selected`` is [row, token] (empty: none) and ``colour`` a name of ``SCALES``; both follow the
-    widget and can be set. ``show`` puts other traces in their place.
+    ``show`` draws traces. ``selected`` is [row, token] (empty: none) and ``colour`` a name of ``SCALES``; both
+    follow the widget and can be set.
     """
 
-    _esm = (STATIC / "token_view.js").read_text(encoding="utf-8")
-    _css = (STATIC / "token_view.css").read_text(encoding="utf-8")
+    _esm = static_text("token_view.js")
+    _css = static_text("token_view.css")
     traces = traitlets.List().tag(sync=True)
     labels = traitlets.Dict(reweight.LABELS).tag(sync=True)
     scales = traitlets.Dict(SCALES).tag(sync=True)
     colour = traitlets.Unicode("log_gap").tag(sync=True)
     selected = traitlets.List().tag(sync=True)
 
-    def __init__(
-        self,
-        frame: pd.DataFrame | None = None,
-        settings: reweight.Settings | None = None,
-        colour: str = "log_gap",
-        alternatives: Sequence[Any] | None = None,
-    ):
-        super().__init__(colour=colour)
-        if frame is not None:
-            self.show(frame, settings, alternatives)
-
     def show(
-        self,
-        frame: pd.DataFrame,
-        settings: reweight.Settings | None = None,
-        alternatives: Sequence[Any] | None = None,
+        self, frame: pd.DataFrame, settings: reweight.Settings | None = None, alternatives: Sequence[Any] | None = None
     ) -> None:
-        """Draw the rows of ``frame``; nothing stays selected."""
+        """Draw the rows of ``frame``, as ``Run.traces`` or ``trace_frame`` give them; nothing stays selected.
+
+        alternatives: for each row a list with a dictionary a token, prompt name -> [(token text,
+        log-probability in nats), ...].
+        """
         with self.hold_sync():
             self.selected = []
             self.traces = payload(frame, settings or reweight.Settings(), alternatives)
 
     @traitlets.validate("colour")
-    def _known_colour(self, proposal: Any) -> str:
-        if proposal["value"] not in SCALES:
-            raise ConfigError(f"unknown colour {proposal['value']!r}{did_you_mean(proposal['value'], SCALES)}")
-        return proposal["value"]
+    def _check_colour(self, proposal: Any) -> str:
+        return _known_colour(proposal["value"])
+
+
+def _known_colour(name: str) -> str:
+    if name not in SCALES:
+        raise ConfigError(f"unknown colour {name!r}{did_you_mean(name, SCALES)}")
+    return name
+
+
+def token_html(frame: pd.DataFrame, settings: reweight.Settings | None = None, colour: str = "log_gap") -> str:
+    """The rows of ``frame`` as plain HTML: escaped, no script, numbers in each token's title."""
+    scale, boxes = SCALES[_known_colour(colour)], []
+    for trace in payload(frame, settings or reweight.Settings()):
+        spans = []
+        for t, text in enumerate(trace["tokens"]):
+            numbers = {name: row[t] for name, row in trace["values"].items() if row[t] is not None}
+            clipped = numbers.pop("clipped", 0)
+            title, style = [text], _fill(numbers.get(colour), scale)
+            for name, value in numbers.items():
+                label, unit = reweight.LABELS[name]
+                title.append(f"{label} {value:.3f} {unit}".strip())
+            if clipped:
+                title.append("held back by the clip")
+                style += "; border-bottom: 2px dashed"
+            lines = html.escape("\n".join(title))
+            spans.append(f'<span style="{style}" title="{lines}">{html.escape(text)}</span>')
+            spans += ["<br>"] if text.endswith("↵") else []
+        boxes.append(
+            '<div style="flex: 1 1 300px; min-width: 0; margin: 0 16px 8px 0">'
+            f"{html_source(trace['source'], trace['title'])} {html.escape(trace['subtitle'])}<br>"
+            # <code>: no page's formula renderer looks for dollars in it.
+            '<code style="overflow-wrap: anywhere; line-height: 1.8; background: transparent">'
+            f"{''.join(spans)}</code></div>"
+        )
+    low, high = (f'<span style="{_background(scale[end], _STRONGEST)}">&emsp;</span>' for end in ("low", "high"))
+    legend = (
+        f"<p><b>{html.escape(scale['title'])}</b>: {low} {html.escape(scale['low_text'])}"
+        f" … {html.escape(scale['high_text'])} {high}</p>"
+    )
+    return f'{legend}<div style="display: flex; flex-wrap: wrap">{"".join(boxes)}</div>'
 
 
 def _fill(value: float | None, scale: Mapping[str, Any]) -> str:
@@ -155,45 +167,10 @@ def _fill(value: float | None, scale: Mapping[str, Any]) -> str:
     if value is None:
         return ""
     place = ((math.log(value) if scale["log"] else value) - scale["centre"]) / scale["limit"]
-    r, g, b = scale["low" if place < 0 else "high"] or (0, 0, 0)
-    return f"background: rgba({r}, {g}, {b}, {_STRONGEST * min(1, abs(place)):.2f})"
+    return _background(scale["low" if place < 0 else "high"], _STRONGEST * min(1, abs(place)))
 
 
-def token_html(frame: pd.DataFrame, settings: reweight.Settings | None = None, colour: str = "log_gap") -> str:
-    """The rows of ``frame`` as plain HTML: escaped, no script, numbers in each token's title."""
-    if colour not in SCALES:
-        raise ConfigError(f"unknown colour {colour!r}{did_you_mean(colour, SCALES)}")
-    scale, boxes = SCALES[colour], []
-    for trace in payload(frame, settings or reweight.Settings()):
-        values, spans = trace["values"], []
-        for t, text in enumerate(trace["tokens"]):
-            shown = [
-                f"{label} {values[name][t]:.3f} {unit}".strip()
-                for name, (label, unit) in reweight.LABELS.items()
-                if name in values and values[name][t] is not None and name != "clipped"
-            ]
-            style = _fill(values[colour][t] if colour in values else None, scale)
-            clipped = bool("clipped" in values and values["clipped"][t])
-            style += "; border-bottom: 2px dashed" if clipped else ""
-            title = html.escape("\n".join([text, *shown, *(["held back by the clip"] if clipped else [])]))
-            spans.append(f'<span style="{style}" title="{title}">{html.escape(text)}</span>')
-            spans += ["<br>"] if text.endswith("↵") else []
-        tint = SOURCE_COLOURS.get(trace["source"], "inherit")
-        boxes.append(
-            '<div style="flex: 1 1 300px; min-width: 0; margin: 0 16px 8px 0">'
-            f'<b style="color: {tint}">{html.escape(trace["title"])}</b> {html.escape(trace["subtitle"])}<br>'
-            # <code>: no page's formula renderer looks for dollars in it.
-            '<code style="overflow-wrap: anywhere; line-height: 1.8; background: transparent">'
-            f"{''.join(spans)}</code></div>"
-        )
-    legend = (
-        f"<p><b>{html.escape(scale['title'])}</b>: {_swatch(scale['low'])} {html.escape(scale['low_text'])}"
-        f" … {html.escape(scale['high_text'])} {_swatch(scale['high'])}</p>"
-    )
-    return f'{legend}<div style="display: flex; flex-wrap: wrap">{"".join(boxes)}</div>'
-
-
-def _swatch(colour: Sequence[int] | None) -> str:
+def _background(colour: Sequence[int] | None, opacity: float) -> str:
+    """CSS background; transparent at the end of a scale that has no colour."""
     r, g, b = colour or (0, 0, 0)
-    opacity = _STRONGEST if colour else 0
-    return f'<span style="background: rgba({r}, {g}, {b}, {opacity})">&emsp;</span>'
+    return f"background: rgba({r}, {g}, {b}, {opacity if colour else 0:.2f})"

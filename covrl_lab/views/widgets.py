@@ -1,4 +1,4 @@
-"""The parts of notebook panels: a plot and a table that are redrawn in place, and the panel itself.
+"""The parts of notebook panels: a plot and a table that are redrawn in place, input fields, and the panel itself.
 
 They need the ``notebooks`` extra (ipywidgets, anywidget, plotly). Plots are redrawn by the plotly.js that is
 already in the page. A ``FigureWidget`` would send 5 MB with every figure and store them in executed
@@ -8,7 +8,8 @@ notebooks. An ``Output`` would draw each figure anew.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,26 @@ from ..runs.folder import Run, load_run
 from ..types import ConfigError
 from .html import visible
 
-STATIC = Path(__file__).parent / "static"
+
+def static_text(name: str) -> str:
+    """A script or a style sheet of the folder static/."""
+    return (Path(__file__).parent / "static" / name).read_text(encoding="utf-8")
 
 
 class Plot(anywidget.AnyWidget):
     """A plotly figure that is redrawn in place; ``figure`` is its JSON, nothing where it is empty."""
 
-    _esm = (STATIC / "plot.js").read_text(encoding="utf-8")
+    _esm = static_text("plot.js")
     figure = traitlets.Unicode().tag(sync=True)
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        self.on_msg(self._send_plotly)
+        # For a page without a plotly of its own, which asks.
+        self.on_msg(lambda *message: self.send({"source": get_plotlyjs()}))
 
     def draw(self, figure: go.Figure) -> None:
         """Put ``figure`` in place of what is shown."""
         self.figure = figure.to_json()
-
-    def _send_plotly(self, widget: Any, content: Any, buffers: Any) -> None:
-        """For a page without a plotly of its own."""
-        self.send({"source": get_plotlyjs()})
 
 
 class Table(anywidget.AnyWidget):
@@ -54,8 +55,8 @@ class Table(anywidget.AnyWidget):
     (column name, descending?); whoever fills the rows sorts them. ``marked``: ids shown as chosen.
     """
 
-    _esm = (STATIC / "table.js").read_text(encoding="utf-8")
-    _css = (STATIC / "table.css").read_text(encoding="utf-8")
+    _esm = static_text("table.js")
+    _css = static_text("table.css")
     label = traitlets.Unicode().tag(sync=True)
     columns = traitlets.List().tag(sync=True)
     rows = traitlets.List().tag(sync=True)
@@ -64,52 +65,56 @@ class Table(anywidget.AnyWidget):
     picked = traitlets.Unicode().tag(sync=True)
     marked = traitlets.List().tag(sync=True)
 
-    def sorted(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """``frame`` in the order asked for, unknown values last."""
-        by, descending = self.sort
-        if by not in frame:
-            return frame
-        return frame.sort_values(by, ascending=not descending, kind="stable", na_position="last")
-
     def fill(self, frame: pd.DataFrame, limit: int, marked: Sequence[str] = ()) -> None:
-        """Show the first ``limit`` rows of ``frame`` (with a column "id")."""
-        shown = self.sorted(frame).head(limit)
+        """Show the first ``limit`` rows of ``frame`` (with a column "id") in the order asked for."""
+        by, descending = self.sort
+        if by in frame:
+            frame = frame.sort_values(by, ascending=not descending, kind="stable", na_position="last")
+        shown = frame.head(limit)
         names = [c["name"] for c in self.columns]
         text = {c["name"] for c in self.columns if c["kind"] == "text"}
-        rows = []
-        for record in shown[["id", *names]].to_dict("records"):
-            row = {name: None if _unknown(value) else value for name, value in record.items()}
-            rows.append(row | {name: visible(row[name]) for name in text})
+        known = shown[["id", *names]].replace([math.inf, -math.inf], math.nan).astype(object)
+        rows = known.where(known.notna(), None).to_dict("records")
+        rows = [record | {name: visible(record[name]) for name in text} for record in rows]
         with self.hold_sync():
             self.rows, self.marked = rows, list(marked)
             left = len(frame) - len(shown)
             self.note = f"{len(shown):,} of {len(frame):,} shown; search to narrow" if left else ""
 
 
-def _unknown(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and not math.isfinite(value))
-
-
 def table_column(name: str, label: str, kind: str, about: str = "", digits: int = 0) -> dict[str, Any]:
     return {"name": name, "label": label, "kind": kind, "about": about, "digits": digits}
+
+
+def field(kind: type, label: str, value: Any, width: str, label_width: str = "60px", **settings: Any) -> Any:
+    """An input widget with its label before it; ``width`` counts the label in."""
+    shape = {"style": {"description_width": label_width}, "layout": {"width": width}}
+    return kind(value=value, description=label, **shape, **settings)
+
+
+def row(*children: widgets.Widget) -> widgets.HBox:
+    """Widgets side by side, on several lines where the page is narrow."""
+    return widgets.HBox(children, layout={"flex_flow": "row wrap", "grid_gap": "10px"})
+
+
+def aside(function: Callable[[], None]) -> threading.Thread:
+    """Call without making the kernel wait."""
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    return thread
+
+
+def offer(choice: Any, options: Sequence[Any], value: Any, observer: Callable[[Any], None]) -> None:
+    """Change what a selection offers and what is chosen in it, without a call of its observer."""
+    choice.unobserve(observer, names="value")
+    choice.options, choice.value = options, value
+    choice.observe(observer, names="value")
 
 
 class StaticCopy(anywidget.AnyWidget):
     """Hides the ``outputs`` outputs before its own: the copies for where no kernel draws a widget."""
 
-    _esm = """
-    export default { render({ model, el }) {
-      const hide = () => {
-        if (!el.isConnected) return setTimeout(hide, 50);
-        let child = el.closest(".jp-OutputArea-child");
-        for (let k = 0; child && k < model.get("outputs"); k++) {
-          child = child.previousElementSibling;
-          if (child) child.style.display = "none";
-        }
-      };
-      hide();
-    } };
-    """
+    _esm = static_text("static_copy.js")
     outputs = traitlets.Int().tag(sync=True)
 
 
