@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -182,4 +183,24 @@ def _means(
         "%{customdata[1]} runs)",
         row=1,
         col=column,
+    )
+
+
+def plot_value_by_use(values: Mapping[str, pd.DataFrame]) -> go.Figure:
+    """What each bound gains by reasoning, in nats over its value without any trace; a panel for every entry.
+
+    values: tables of ``runs.trace_use.value_by_use``. A line that falls is a bound that prefers not to reason.
+    """
+    figure = make_subplots(cols=len(values), subplot_titles=[figure_text(name, 40, 2) for name in values])
+    names = {"published": ("one trace in the logarithm (published)", POSTERIOR), "group": ("group bound", PRIOR)}
+    for column, table in enumerate(values.values(), start=1):
+        for bound, (name, colour) in names.items():
+            gain = table[bound] - table[bound].iloc[0]
+            look = {"mode": "lines", "showlegend": column == 1, "row": 1, "col": column}
+            add_line(figure, table["share"], gain, name, colour, hovertemplate="%{y:+.2f} nats", **look)
+        figure.add_hline(y=0, line={"color": GREY, "dash": "dot", "width": 1}, row=1, col=column)
+    figure.update_xaxes(title_text="share of traces that are used", tickformat=".0%")
+    figure.update_yaxes(title_text="bound, nats over no reasoning", col=1)
+    return figure.update_layout(
+        template=TEMPLATE, height=340, hovermode="x unified", margin={"t": 90}, legend={"y": 1.12}
     )

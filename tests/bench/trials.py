@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
+import pandas as pd
+
 ROOT = Path(__file__).resolve().parents[2]
 RUNS, KEPT = Path("runs/trials"), Path("notebooks/results/trials")  # below ROOT
 SHARED = {"steps": 30, "eval_questions": 112, "eval_every": 0, "max_trace_tokens": 40}
@@ -94,6 +96,15 @@ def write_tasks(rows: int = 1500) -> None:
         (RUNS / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
+SCORES = ["example_id", "sample", "score", "finished", "trace_tokens", "answer_logp", "no_trace_logp"]
+BOUNDS = ["step", "example_id", "source", "answer_logp", "no_trace_logp", "reward"]
+
+
+def keep_columns(source: Path, target: Path, columns: list[str]) -> None:
+    target.parent.mkdir(exist_ok=True)
+    pd.read_parquet(source, columns=columns).to_parquet(target, index=False)
+
+
 def run(name: str, settings: dict) -> str:
     """Train or resume one run, keep its small files; what to print of it."""
     folder = RUNS / name
@@ -107,6 +118,12 @@ def run(name: str, settings: dict) -> str:
     kept.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "metrics.jsonl", "evaluations.jsonl"):
         shutil.copy(folder / file, kept / file)
+    for file in folder.glob("evaluations/*.parquet"):
+        keep_columns(file, kept / "evaluations" / file.name, SCORES)
+    if name.endswith("-covrl-s0"):
+        for step in (1, 2, 3):  # what the bounds are worth before anything is learned (notebook 08)
+            file = f"traces/step_{step:05d}.parquet"
+            keep_columns(folder / file, kept / file, BOUNDS)
     evaluations = [json.loads(line) for line in (kept / "evaluations.jsonl").read_text().splitlines()]
     return f"{name}: " + " to ".join(f"{e['accuracy']:.1%}" for e in evaluations)
 
