@@ -203,7 +203,7 @@ def test_micro_batches_change_nothing(tmp_path, monkeypatch):
 
     def counting(*args):
         parts = micro_batches(*args)
-        counted.append([p.tolist() for p in parts])
+        counted.append([p.index.tolist() for p in parts])
         return parts
 
     monkeypatch.setattr(step_module, "micro_batches", counting)

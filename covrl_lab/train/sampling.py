@@ -258,26 +258,25 @@ def sample_traces(
     temperature: float = 1.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    tick: Callable[[int], object] = lambda done: None,
 ) -> TraceBatch:
     """Draw one trace per entry of ``from_prior`` (N,); rollout i belongs to prompt i // (N / B).
 
     A trace counts as finished when its end marker came within ``max_tokens`` and it is not empty; an
-    end-of-text token before the marker leaves it unfinished.
+    end-of-text token before the marker leaves it unfinished. ``tick(1)`` is called at every decoded token;
+    what it raises ends the sampling.
     """
     group = len(from_prior) // len(prompts)
-    contexts = [
-        prompts[i // group].prior if prior else prompts[i // group].posterior
-        for i, prior in enumerate(from_prior.tolist())
-    ]
-    ids, done, logprobs = generate(
-        policy,
-        contexts,
-        max_tokens=max_tokens,
-        ended=lambda z: prompter.ends(z, prompter.style.trace_end),
-        temperature=temperature,
-        top_p=top_p,
-        uniforms=torch.rand(len(contexts), max_tokens, generator=generator, dtype=torch.float64),
-    )
+    own = [prompts[i // group] for i in range(len(from_prior))]
+    contexts = [p.prior if prior else p.posterior for p, prior in zip(own, from_prior.tolist(), strict=True)]
+
+    def ended(trace: Sequence[int]) -> bool:
+        tick(1)
+        return prompter.ends(trace, prompter.style.trace_end)
+
+    uniforms = torch.rand(len(contexts), max_tokens, generator=generator, dtype=torch.float64)
+    settings = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    ids, done, logprobs = generate(policy, contexts, ended=ended, uniforms=uniforms, **settings)
     finished = [d and bool(prompter.trace_text(z)) for d, z in zip(done, ids, strict=True)]
     padded = pad_sequence([torch.tensor(z) for z in ids], batch_first=True)
     lengths = torch.tensor([len(z) for z in ids])
