@@ -284,6 +284,18 @@ def move_adapter(policy, seed=0, scale=0.05):
     return generator
 
 
+def adapter_change(policy):
+    """How far the adapter moves the base: the Frobenius norm of all its ``scaling * B @ A`` together."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    total = torch.zeros(())
+    for layer in policy.model.modules():
+        if isinstance(layer, LoraLayer):
+            total = total + layer.get_delta_weight("default").detach().square().sum()
+    return float(total.sqrt())
+
+
 TEXT = "Question: what is 12 + 34?\nThe answer is the sum of these two numbers.\n"
 
 
