@@ -4,6 +4,7 @@ Imports torch inside functions only: notebooks of the browser tests import this 
 """
 
 import ast
+import copy
 import dataclasses
 import json
 import os
@@ -282,6 +283,13 @@ def move_adapter(policy, seed=0, scale=0.05):
         for _, parameter in policy.trainable():
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return generator
+
+
+def padded(policy):
+    """The same policy, but scored and sampled in plain padded rows."""
+    twin = copy.copy(policy)
+    twin.packs = False
+    return twin
 
 
 def adapter_change(policy):

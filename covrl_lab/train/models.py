@@ -152,10 +152,7 @@ def _load_frozen(name: str, quantization: str, dtype: torch.dtype, device: torch
     options = {"dtype": dtype, "attn_implementation": "sdpa", "device_map": {"": device}}
     if quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     if name in _TINY_CONFIGS:
         config = load_config(name)

@@ -127,10 +127,6 @@ class Shape:
         ]
         return self.layers * sum(each) + rest * width
 
-    def adapter_parameters(self, rank: int) -> int:
-        """Parameters of LoRA adapters on all matrices of the layers."""
-        return self.layers * rank * sum(a + b for a, b in self.matrices)
-
 
 # From the models' published config.json, so that a plan needs no network: hidden size, layers, heads, key-value
 # heads, head size, intermediate size, vocabulary.
@@ -349,7 +345,7 @@ def memory_parts(config: RunConfig, shape: Shape, tokens: Tokens, device: Device
     stored = 3 * tokens.prompts + tokens.rows * tokens.length  # once as computed, in blocks up to twice
     return {
         "weights": weights,
-        "adapter": 16 * shape.adapter_parameters(config.lora_rank),
+        "adapter": 16 * config.lora_rank * shape.layers * sum(a + b for a, b in shape.matrices),
         "runtime": device.runtime,
         "keys and values": 2 * e * shape.layers * kv * stored,
         "logits": 20 * tokens.rows * shape.vocabulary,

@@ -166,11 +166,7 @@ class PlainRows:
     def _forward(self, ids: Tensor) -> Tensor:
         position = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         output = self.policy.decoder(
-            input_ids=ids,
-            attention_mask=self.mask,
-            position_ids=position,
-            past_key_values=self.cache,
-            use_cache=True,
+            input_ids=ids, attention_mask=self.mask, position_ids=position, past_key_values=self.cache, use_cache=True
         )
         self.cache = output.past_key_values
         return output.last_hidden_state[self.place, -1]
@@ -201,7 +197,8 @@ def generate(
     do not depend on its neighbours; ``None`` decodes greedily. Returns ids, whether ``ended`` was met, and
     the tokens' log-probabilities under softmax(logits / temperature) without the top-p cut.
     """
-    stop_ids = _end_of_text(policy)
+    eos = policy.causal_lm.generation_config.eos_token_id
+    stop_ids = {*(eos if isinstance(eos, list) else [eos]), policy.tokenizer.eos_token_id}
     ids: list[list[int]] = [[] for _ in contexts]
     logprobs: list[list[float]] = [[] for _ in contexts]
     done = [False] * len(contexts)
@@ -225,12 +222,6 @@ def generate(
                 break
             hidden = rows.step(token[alive], alive)
     return ids, done, logprobs
-
-
-def _end_of_text(policy: Policy) -> set[int]:
-    eos = policy.causal_lm.generation_config.eos_token_id
-    eos = eos if isinstance(eos, list) else [eos]
-    return {i for i in [*eos, policy.tokenizer.eos_token_id] if i is not None}
 
 
 def _pick(logp: Tensor, uniform: Tensor | None, top_p: float) -> Tensor:

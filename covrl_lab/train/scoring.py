@@ -3,7 +3,7 @@
 For each rollout up to three sequences are scored: trace after the prior prompt, the same trace ids after
 the posterior prompt, and seam + answer after prior prompt + trace. ``trace_logprobs`` packs all of
 them into one tree (see tree.py) and applies the output head only at scored positions, a chunk at a time.
-``packed=False`` is the plain reference: one padded row per sequence.
+A model that cannot run a tree gets one padded row a sequence; so do the tests, as a reference.
 """
 
 from __future__ import annotations
@@ -85,43 +85,28 @@ class _HeadLogprobs(torch.autograd.Function):
         return (grad[:, None] * slope).to(slope.dtype), None, None, None
 
 
-def score_segments(policy: Policy, segments: Sequence[Segment], packed: bool = True) -> list[Tensor]:
-    """Each segment's (scored tokens,) log-probabilities, all in one forward.
-
-    ``packed=False``, or a model that cannot run a tree: one padded row a segment.
-    """
-    return (_score_packed if packed and policy.packs else _score_rows)(policy, segments)
-
-
-def _score_packed(policy: Policy, segments: Sequence[Segment]) -> list[Tensor]:
-    tree = build_tree([s.read for s in segments])
-    before = torch.cat([path[s.start - 1 :] for s, path in zip(segments, tree.paths, strict=True)])
-    return _scored(policy, segments, run_tree(policy, tree), before)
-
-
-def _score_rows(policy: Policy, segments: Sequence[Segment]) -> list[Tensor]:
-    """The same numbers from right-padded rows, as every trainer computes them; the tests' reference."""
+def score_segments(policy: Policy, segments: Sequence[Segment]) -> list[Tensor]:
+    """Each segment's (scored tokens,) log-probabilities, all in one forward."""
     device = policy.device
-    rows = [torch.tensor(s.ids) for s in segments]
-    ids = pad_sequence(rows, batch_first=True).to(device)
-    mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True).to(device)
-    hidden = policy.decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    width = ids.shape[1]
-    before = [i * width + torch.arange(s.start - 1, len(s.ids) - 1) for i, s in enumerate(segments)]
-    return _scored(policy, segments, hidden.flatten(0, 1), torch.cat(before))
-
-
-def _scored(policy: Policy, segments: Sequence[Segment], hidden: Tensor, before: Tensor) -> list[Tensor]:
-    """hidden (n, size); before (k,) is its row that predicts each of the segments' scored tokens."""
+    # ``before`` is the row of ``hidden`` (n, size) that predicts each of the k scored tokens.
+    if policy.packs:
+        tree = build_tree([s.read for s in segments])
+        hidden = run_tree(policy, tree)
+        before = [path[s.start - 1 :] for s, path in zip(segments, tree.paths, strict=True)]
+    else:  # rows padded on the right, as every trainer computes them
+        rows = [torch.tensor(s.ids) for s in segments]
+        ids = pad_sequence(rows, batch_first=True).to(device)
+        mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True).to(device)
+        hidden = policy.decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.flatten(0, 1)
+        before = [i * ids.shape[1] + torch.arange(s.start - 1, len(s.ids) - 1) for i, s in enumerate(segments)]
     lengths = [len(s.ids) - s.start for s in segments]
     targets = torch.tensor([t for s in segments for t in s.ids[s.start :]])
     temperature = torch.tensor([s.temperature for s in segments], dtype=torch.float64)
     temperature = temperature.repeat_interleave(torch.tensor(lengths))
     # Rollouts that agree so far ask for the same number: each (state, token, temperature) is computed once.
-    asked = torch.stack([before.double(), targets.double(), temperature])
-    (before, targets, temperature), place = asked.unique(dim=1, return_inverse=True)
-    device = hidden.device
-    states, targets = hidden[before.long().to(device)], targets.long().to(device)
+    asked = torch.stack([torch.cat(before).double(), targets.double(), temperature])
+    (states, targets, temperature), place = asked.unique(dim=1, return_inverse=True)
+    states, targets = hidden[states.long().to(device)], targets.long().to(device)
     logprobs = _HeadLogprobs.apply(states, targets, temperature.float().to(device), policy)
     return list(logprobs[place.to(device)].split(lengths))
 
@@ -156,20 +141,18 @@ def trace_logprobs(
     temperature: float = 1.0,
     posterior: bool = True,
     no_trace: bool = False,
-    packed: bool = True,
 ) -> LogProbs:
     """Score B prompts' N traces and reference answers; differentiable where gradients are enabled.
 
     Trace log-probabilities are those of the sampling distribution softmax(logits / temperature) over the
     whole vocabulary; answers are scored at temperature 1. ``posterior=False`` leaves log q out,
     ``no_trace`` adds the answers after an empty trace, without gradient.
-    ``packed=False`` uses plain padded rows.
     """
     own = own_prompts(prompts, batch)
     segments = _segments(prompts, batch, temperature, posterior)
     if no_trace:
         segments["no_trace"] = [Segment.of_answer(p, p.empty_trace) for p in own]
-    scores = score_segments(policy, [s for part in segments.values() for s in part], packed)
+    scores = score_segments(policy, [s for part in segments.values() for s in part])
     rows = {name: scores[i * len(own) : (i + 1) * len(own)] for i, name in enumerate(segments)}
     width, device = batch.mask.shape[1], scores[0].device
     answer_mask = pad_sequence([torch.ones(len(p.answer), dtype=torch.bool) for p in own], batch_first=True)

@@ -248,10 +248,7 @@ def enable_packing(policy: Policy) -> bool:
     before, config = lm.config._attn_implementation, policy.decoder.config
     sequences = [[7, 8, 9, 10, 11], [7, 8, 9, 12, 11, 10], [7, 13], [14, 8, 9]]
     try:
-        if unknown := set(getattr(config, "layer_types", None) or ()) - {
-            "full_attention",
-            "sliding_attention",
-        }:
+        if unknown := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
             raise NotImplementedError(f"layers of type {min(unknown)!r}")
         rows = [
             policy.decoder(torch.tensor([s], device=policy.device), use_cache=False).last_hidden_state[0]
