@@ -60,26 +60,25 @@ def add_gradient(
     used. Returns both, and the loss with its parts. The result does not depend on how ``max_packed_tokens`` cuts
     the step.
     """
-    both = needs_posterior(config)
-    parts = micro_batches(prompts, batch, both, config.max_packed_tokens)
+    posterior, temperature = needs_posterior(config), config.temperature
+    settings = {"temperature": temperature, "posterior": posterior, "no_trace": "no_trace" in method.needs}
+    parts = micro_batches(prompts, batch, posterior, config.max_packed_tokens)
 
-    def score(part: Part, no_trace: bool = False) -> LogProbs:
-        settings = {"temperature": config.temperature, "posterior": both, "no_trace": no_trace}
+    def score(part: Part) -> LogProbs:
         return trace_logprobs(policy, part.prompts, part.batch, **settings)
 
-    def frozen(part: Part) -> dict[str, Tensor]:
-        return reference(policy, part.prompts, part.batch, method.needs, config.temperature)
+    def with_frozen(scores: LogProbs, part: Part) -> LogProbs:
+        return replace(scores, **reference(policy, part.prompts, part.batch, method.needs, temperature))
 
-    no_trace = "no_trace" in method.needs
     if old is None and len(parts) > 1:
         with torch.no_grad():
-            old = join([replace(score(part, no_trace), **frozen(part)) for part in parts])
+            old = join([with_frozen(score(part), part) for part in parts])
     totals: Totals | None = None
     losses: dict[str, float] = {}
     for part in parts:
-        new = score(part, no_trace)
+        new = score(part)
         if old is None:  # with a single part, this pass gives the old policy's numbers, too
-            old = replace(new.detach(), **frozen(part))
+            old = with_frozen(new.detach(), part)
         if credit is None:
             credit = method.credit(batch, old, config, method_state)
         totals = totals or Totals.of(batch, credit, old.answer_mask)

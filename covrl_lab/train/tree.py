@@ -65,12 +65,8 @@ def _shared(ordered: Sequence[Sequence[int]]) -> Iterator[int]:
     """How many tokens each of the sequences, in lexicographic order, has in common with the one before."""
     yield 0
     for before, sequence in pairwise(ordered):
-        shared = 0
-        for a, b in zip(before, sequence, strict=False):
-            if a != b:
-                break
-            shared += 1
-        yield shared
+        differ = (i for i, (a, b) in enumerate(zip(before, sequence, strict=False)) if a != b)
+        yield next(differ, min(len(before), len(sequence)))
 
 
 def build_tree(sequences: Sequence[Sequence[int]]) -> TokenTree:
