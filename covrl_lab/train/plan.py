@@ -211,7 +211,8 @@ def measure_device(seconds: float = 1.0) -> Device:
 class Tokens:
     """How many tokens a step has, as a tree of shared prefixes.
 
-    prompts m, nodes n, scored s; rows N decode for ``length`` T steps each after ``context`` w tokens.
+    N ``rows`` decode ``length`` T tokens each, after ``context`` w tokens. The tree of the prompts has m nodes, that
+    of the update n; s tokens are scored.
     """
 
     rows: int
@@ -223,10 +224,10 @@ class Tokens:
 
     @classmethod
     def of(cls, config: RunConfig, shared: int, question: int, answer: int, length: int | None = None) -> Tokens:
-        """Of a configuration with ``shared`` prompt tokens before every question, and tokens a question.
+        """Of a configuration, from the tokens that all prompts share, of one question and of one answer.
 
-        Under both prompts the shared part, the questions and the traces appear once each; ``length`` is
-        the mean trace, by default the longest allowed.
+        Under each prompt the shared part, the questions and the traces appear once. ``length`` is the mean trace,
+        by default the longest allowed.
         """
         questions, length = config.questions_per_step, length or config.max_trace_tokens
         rows = questions * config.rollouts_per_question
@@ -242,7 +243,7 @@ class Tokens:
 class Plan:
     """What a step would take on a device: bytes by part, and seconds by part.
 
-    ``memory`` holds what always stays (weights, adapter, runtime) and both phases; only the larger phase
+    ``memory`` holds what always stays (weights, adapter, runtime) and both phases. Of the phases only the larger one
     counts.
     """
 
