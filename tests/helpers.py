@@ -285,7 +285,7 @@ def move_adapter(policy, seed=0, scale=0.05):
     return generator
 
 
-def padded(policy):
+def unpacked(policy):
     """The same policy, but scored and sampled in plain padded rows."""
     twin = copy.copy(policy)
     twin.packs = False

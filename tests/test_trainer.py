@@ -175,7 +175,7 @@ def test_stored_traces_equal_a_fresh_scoring_of_their_ids(reference, step):
         group_size=6,
     )
     with torch.no_grad():
-        fresh = trace_logprobs(padded(policy), [reference.prompter(e) for e in examples], batch)
+        fresh = trace_logprobs(unpacked(policy), [reference.prompter(e) for e in examples], batch)
     for i, row in enumerate(traces.itertuples()):
         size = len(row.token_ids)
         # float32 rounding of sums over the tiny model's width, in another order
