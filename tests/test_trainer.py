@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import CLOCK, TRAINED, adapter_change, lines, make_trainer, move_adapter
+from helpers import CLOCK, TRAINED, adapter_change, lines, make_trainer, move_adapter, unpacked
 
 from covrl_lab.config import RunConfig
 from covrl_lab.runs.folder import load_run, read_jsonl, step_file, steps_in
