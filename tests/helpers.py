@@ -4,6 +4,7 @@ Imports torch inside functions only: notebooks of the browser tests import this 
 """
 
 import ast
+import copy
 import dataclasses
 import json
 import os
@@ -282,6 +283,25 @@ def move_adapter(policy, seed=0, scale=0.05):
         for _, parameter in policy.trainable():
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return generator
+
+
+def unpacked(policy):
+    """The same policy, but scored and sampled in plain padded rows."""
+    twin = copy.copy(policy)
+    twin.packs = False
+    return twin
+
+
+def adapter_change(policy):
+    """How far the adapter moves the base: the Frobenius norm of all its ``scaling * B @ A`` together."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    total = torch.zeros(())
+    for layer in policy.model.modules():
+        if isinstance(layer, LoraLayer):
+            total = total + layer.get_delta_weight("default").detach().square().sum()
+    return float(total.sqrt())
 
 
 TEXT = "Question: what is 12 + 34?\nThe answer is the sum of these two numbers.\n"

@@ -15,7 +15,7 @@ from types import MappingProxyType
 import pandas as pd
 import pytest
 import torch
-from helpers import select
+from helpers import adapter_change, select
 from transformers import LlamaForCausalLM
 
 from covrl_lab.config import RunConfig
@@ -516,7 +516,7 @@ def test_every_method_trains(name, runs):
     sources = {"covrl": both, "covrl_published": both, "ravr_like": {"posterior"}}
     assert set(traces["source"]) == sources.get(name, {"prior"})
     assert traces["finished"].any() and not traces["finished"].all()
-    assert (traces["advantage"] != 0).any() and made.policy.adapter_change() > 0
+    assert (traces["advantage"] != 0).any() and adapter_change(made.policy) > 0
     assert all(p.isfinite().all() for _, p in made.policy.trainable())
 
 
@@ -612,7 +612,7 @@ def test_the_reference_is_the_policy_without_its_adapter(scored):
     with torch.no_grad():
         for _, parameter in zero.trainable():
             parameter.zero_()
-    assert zero.adapter_change() == 0 < policy.adapter_change()
+    assert adapter_change(zero) == 0 < adapter_change(policy)
     with torch.no_grad():
         base = trace_logprobs(zero, prompts, batch, temperature=0.7)
         adapted = trace_logprobs(policy, prompts, batch, temperature=0.7)

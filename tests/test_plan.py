@@ -13,12 +13,12 @@ from covrl_lab.train import lora, scoring, tree
 from covrl_lab.train.models import load_config, load_policy
 from covrl_lab.train.plan import (
     BLOCK,
-    CONFIGS,
     DEVICES,
     GIB,
     MAX_LOGITS_BYTES,
     MAX_MATMUL_KEYS,
     MAX_UNPACKED_BYTES,
+    SHAPES,
     Device,
     Plan,
     Shape,
@@ -121,7 +121,7 @@ def test_built_in_shapes_have_the_published_parameter_counts():
         "Qwen/Qwen2.5-14B": 14.77,
         "meta-llama/Llama-3.1-8B": 8.03,
     }
-    assert set(published) == set(CONFIGS)
+    assert set(published) == set(SHAPES)
     for model, billions in published.items():
         assert shape_of(model).weight_bytes("none", 1) / 1e9 == pytest.approx(billions, rel=5e-3), model
 

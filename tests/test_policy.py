@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import move_adapter, text_gradients, text_ids, text_logits
+from helpers import adapter_change, move_adapter, text_gradients, text_ids, text_logits
 from peft import PeftModel
 
 from covrl_lab.train.models import TINY, load_policy
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("offline")
 
 def test_rank_zero_is_the_plain_frozen_model(tmp_path):
     policy = load_policy(TINY, lora_rank=0)
-    assert policy.trainable() == [] and policy.adapter_change() == 0.0
+    assert policy.trainable() == [] and adapter_change(policy) == 0.0
     with policy.base():
         text_logits(policy)
     with pytest.raises(ConfigError, match="no adapter"):
@@ -23,18 +23,11 @@ def test_rank_zero_is_the_plain_frozen_model(tmp_path):
         load_adapter(policy, tmp_path)
 
 
-def test_adapter_change_is_the_norm_of_the_products():
+def test_a_new_adapter_changes_nothing():
     policy = load_policy(TINY, lora_rank=4, lora_alpha=12)
-    assert policy.adapter_change() == 0.0
+    assert adapter_change(policy) == 0.0
     move_adapter(policy)
-    parameters = dict(policy.trainable())
-    products = [
-        (12 / 4) * parameters[name.replace("lora_A", "lora_B")].detach().double() @ a.detach().double()
-        for name, a in parameters.items()
-        if "lora_A" in name
-    ]
-    expected = float(torch.cat([product.flatten() for product in products]).norm())
-    assert policy.adapter_change() == pytest.approx(expected, rel=1e-9)
+    assert adapter_change(policy) > 0.0
 
 
 def test_base_is_the_model_without_adapter_and_keeps_pending_gradients():

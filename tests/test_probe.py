@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import ASK, DEMONSTRATIONS
+from helpers import ASK, DEMONSTRATIONS, unpacked
 
 from covrl_lab.train import scoring
 from covrl_lab.train.probe import alternatives, coherence, probe_question
@@ -27,7 +27,7 @@ def test_probe_equals_plain_rows(tiny_policy, prompter):
     mask = torch.arange(width) < torch.tensor([[len(z)] for z in frame["token_ids"]])
     batch = TraceBatch(ids, mask, torch.tensor([True] * 3 + [False] * 3), torch.tensor(frame["finished"]), 6)
     with torch.no_grad():
-        plain = trace_logprobs(tiny_policy, [prompter(Example("x", **ASK))], batch, temperature=0.7, packed=False)
+        plain = trace_logprobs(unpacked(tiny_policy), [prompter(Example("x", **ASK))], batch, temperature=0.7)
     for i, row in frame.iterrows():
         np.testing.assert_allclose(row["logp"], plain.prior[i][mask[i]], atol=TOLERANCE)
         np.testing.assert_allclose(row["logq"], plain.posterior[i][mask[i]], atol=TOLERANCE)

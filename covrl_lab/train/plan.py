@@ -68,17 +68,15 @@ class Shape:
         """Read a Hugging Face configuration given as a mapping; ConfigError names what it lacks."""
         config = config.get("text_config") or config
         kind = config.get("model_type", "llama")
+        gemma = kind.startswith("gemma")
         try:
-            h, heads = config["hidden_size"], config["num_attention_heads"]
-            kv_heads = config.get("num_key_value_heads") or heads
-            d = config.get("head_dim") or h // heads
-            gemma = kind.startswith("gemma")
+            hidden, heads = config["hidden_size"], config["num_attention_heads"]
             return cls(
-                hidden=h,
+                hidden=hidden,
                 layers=config["num_hidden_layers"],
                 heads=heads,
-                kv_heads=kv_heads,
-                head_dim=d,
+                kv_heads=config.get("num_key_value_heads") or heads,
+                head_dim=config.get("head_dim") or hidden // heads,
                 intermediate=config["intermediate_size"],
                 vocabulary=config["vocab_size"],
                 tied=bool(config.get("tie_word_embeddings", gemma)),
@@ -90,17 +88,20 @@ class Shape:
             raise ConfigError(f"a plan needs {error} in the model's config.json") from error
 
     @property
-    def matrices(self) -> list[tuple[int, int]]:
-        """(in, out) of each matrix of a layer: q, k, v, o, gate, up, down."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        h, i = self.hidden, self.intermediate
-        return [(h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)]
+    def q(self) -> int:
+        """Width of a token's queries, all heads together."""
+        return self.heads * self.head_dim
 
     @property
-    def vectors(self) -> int:
-        """Parameters of a layer outside its matrices."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return self.norms * self.hidden + 2 * self.head_dim * self.head_norms + (q + 2 * kv) * self.biases
+    def kv(self) -> int:
+        """Width of a token's keys, and of its values."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """(in, out) of each matrix of a layer: q, k, v, o, gate, up, down."""
+        h, q, kv, i = self.hidden, self.q, self.kv, self.intermediate
+        return [(h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)]
 
     @property
     def parameters(self) -> int:
@@ -114,7 +115,8 @@ class Shape:
 
     def weight_bytes(self, quantization: str, width: int) -> int:
         """Bytes of the frozen model, exact. ``width`` is the bytes of an unquantised parameter."""
-        rest = self.embedding * (1 if self.tied else 2) + self.layers * self.vectors + self.hidden
+        vectors = self.norms * self.hidden + 2 * self.head_dim * self.head_norms + (self.q + 2 * self.kv) * self.biases
+        rest = self.embedding * (1 if self.tied else 2) + self.layers * vectors + self.hidden
         if quantization == "none":
             return (self.parameters + rest) * width
         # A block of 64 values has an 8-bit scale, 256 scales have a float32 scale of their own; each matrix
@@ -125,37 +127,22 @@ class Shape:
         ]
         return self.layers * sum(each) + rest * width
 
-    def adapter_parameters(self, rank: int) -> int:
-        """Parameters of LoRA adapters on all matrices of the layers."""
-        return self.layers * rank * sum(a + b for a, b in self.matrices)
 
-
-def _qwen2(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, **other: Any) -> dict:
-    return {
-        "model_type": "qwen2",
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": intermediate,
-        "vocab_size": 152064,
-    } | other
-
-
-def _llama(*sizes: int, **other: Any) -> dict:
-    return _qwen2(*sizes, model_type="llama", **other)
-
-
-# From the models' published config.json, so that a plan needs no network.
-CONFIGS: dict[str, dict[str, Any]] = {
-    "smollm2-135m": _llama(576, 30, 9, 3, 1536, vocab_size=49152, tie_word_embeddings=True),
-    "Qwen/Qwen2.5-0.5B": _qwen2(896, 24, 14, 2, 4864, vocab_size=151936, tie_word_embeddings=True),
-    "Qwen/Qwen2.5-1.5B": _qwen2(1536, 28, 12, 2, 8960, vocab_size=151936, tie_word_embeddings=True),
-    "Qwen/Qwen2.5-3B": _qwen2(2048, 36, 16, 2, 11008, vocab_size=151936, tie_word_embeddings=True),
-    "Qwen/Qwen2.5-7B": _qwen2(3584, 28, 28, 4, 18944),
-    "Qwen/Qwen2.5-14B": _qwen2(5120, 48, 40, 8, 13824),
-    "meta-llama/Llama-3.1-8B": _llama(4096, 32, 32, 8, 14336, vocab_size=128256),
+# From the models' published config.json, so that a plan needs no network: hidden size, layers, heads, key-value
+# heads, head size, intermediate size, vocabulary.
+SHAPES = {
+    "smollm2-135m": Shape(576, 30, 9, 3, 64, 1536, 49152, tied=True),
+    "Qwen/Qwen2.5-0.5B": Shape(896, 24, 14, 2, 64, 4864, 151936, tied=True, biases=True),
+    "Qwen/Qwen2.5-1.5B": Shape(1536, 28, 12, 2, 128, 8960, 151936, tied=True, biases=True),
+    "Qwen/Qwen2.5-3B": Shape(2048, 36, 16, 2, 128, 11008, 151936, tied=True, biases=True),
+    "Qwen/Qwen2.5-7B": Shape(3584, 28, 28, 4, 128, 18944, 152064, tied=False, biases=True),
+    "Qwen/Qwen2.5-14B": Shape(5120, 48, 40, 8, 128, 13824, 152064, tied=False, biases=True),
+    "meta-llama/Llama-3.1-8B": Shape(4096, 32, 32, 8, 128, 14336, 128256, tied=False),
 }
+# Measured with ``tests.bench.benchmark`` (notebooks/07_speed.ipynb): on CPUs the share of the machine's own
+# matrix rate. That of GPUs is an assumption: nothing here was measured on one.
+CPU_SHARE, GPU_SHARE = 0.55, 0.35
+RUNTIME = 0.75 * GIB  # of the interpreter and its libraries, or of a CUDA context
 
 
 @dataclass(frozen=True)
@@ -170,27 +157,17 @@ class Device:
     memory: float
     rate: float
     bandwidth: float
-    runtime: float
-    share: float
+    runtime: float = RUNTIME
+    share: float = GPU_SHARE
     unpacks: bool = True
-
-
-# Measured with ``tests.bench.benchmark`` (notebooks/07_speed.ipynb): on CPUs the share of the machine's own
-# matrix rate. That of GPUs is an assumption: nothing here was measured on one.
-CPU_SHARE, GPU_SHARE = 0.55, 0.35
-CPU_RUNTIME, GPU_RUNTIME = 0.75 * GIB, 0.75 * GIB
-
-
-def _gpu(name: str, gib: float, tera_flops: float, gb_per_second: float) -> Device:
-    return Device(name, gib * GIB, tera_flops * 1e12, gb_per_second * 1e9, GPU_RUNTIME, GPU_SHARE)
 
 
 # Dense bfloat16 rate and memory bandwidth as published by the vendor.
 DEVICES = {
-    "rtx4080": _gpu("RTX 4080, 16 GB", 16, 97.5, 717),
-    "rtx4090": _gpu("RTX 4090, 24 GB", 24, 165, 1008),
-    "a100-40": _gpu("A100, 40 GB", 40, 312, 1555),
-    "h100-80": _gpu("H100 SXM, 80 GB", 80, 989, 3350),
+    "rtx4080": Device("RTX 4080, 16 GB", 16 * GIB, 97.5e12, 717e9),
+    "rtx4090": Device("RTX 4090, 24 GB", 24 * GIB, 165e12, 1008e9),
+    "a100-40": Device("A100, 40 GB", 40 * GIB, 312e12, 1555e9),
+    "h100-80": Device("H100 SXM, 80 GB", 80 * GIB, 989e12, 3350e9),
 }
 
 
@@ -224,17 +201,18 @@ def measure_device(seconds: float = 1.0) -> Device:
         bandwidth = numbers.nbytes / fastest(numbers.sum, seconds)
     if cuda:
         memory = torch.cuda.get_device_properties(0).total_memory
-        return Device(torch.cuda.get_device_name(), memory, rate, bandwidth, GPU_RUNTIME, GPU_SHARE)
+        return Device(torch.cuda.get_device_name(), memory, rate, bandwidth)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     name = f"CPU, {torch.get_num_threads()} threads"
-    return Device(name, memory, rate, bandwidth, CPU_RUNTIME, CPU_SHARE, unpacks=False)
+    return Device(name, memory, rate, bandwidth, share=CPU_SHARE, unpacks=False)
 
 
 @dataclass(frozen=True)
 class Tokens:
     """How many tokens a step has, as a tree of shared prefixes.
 
-    prompts m, nodes n, scored s; rows N decode for ``length`` T steps each after ``context`` w tokens.
+    N ``rows`` decode ``length`` T tokens each, after ``context`` w tokens. The tree of the prompts has m nodes, that
+    of the update n; s tokens are scored.
     """
 
     rows: int
@@ -246,10 +224,10 @@ class Tokens:
 
     @classmethod
     def of(cls, config: RunConfig, shared: int, question: int, answer: int, length: int | None = None) -> Tokens:
-        """Of a configuration with ``shared`` prompt tokens before every question, and tokens a question.
+        """Of a configuration, from the tokens that all prompts share, of one question and of one answer.
 
-        Under both prompts the shared part, the questions and the traces appear once each; ``length`` is
-        the mean trace, by default the longest allowed.
+        Under each prompt the shared part, the questions and the traces appear once. ``length`` is the mean trace,
+        by default the longest allowed.
         """
         questions, length = config.questions_per_step, length or config.max_trace_tokens
         rows = questions * config.rollouts_per_question
@@ -265,7 +243,7 @@ class Tokens:
 class Plan:
     """What a step would take on a device: bytes by part, and seconds by part.
 
-    ``memory`` holds what always stays (weights, adapter, runtime) and both phases; only the larger phase
+    ``memory`` holds what always stays (weights, adapter, runtime) and both phases. Of the phases only the larger one
     counts.
     """
 
@@ -274,14 +252,19 @@ class Plan:
     memory: dict[str, float]
     seconds: dict[str, float]
 
-    STAYS = ("weights", "adapter", "runtime")
-    PHASES = {"sampling": ("keys and values", "logits"), "update": ("activations", "masks", "head")}
+    def bytes_of(self, phase: str = "") -> float:
+        """Bytes of a phase, "sampling" or "update"; without one, of what always stays."""
+        parts = {
+            "": ("weights", "adapter", "runtime"),
+            "sampling": ("keys and values", "logits"),
+            "update": ("activations", "masks", "head"),
+        }
+        return sum(self.memory[part] for part in parts[phase])
 
     @property
     def peak(self) -> float:
         """Bytes at the worst moment of a step."""
-        phases = [sum(self.memory[part] for part in parts) for parts in self.PHASES.values()]
-        return sum(self.memory[part] for part in self.STAYS) + max(phases)
+        return self.bytes_of() + max(self.bytes_of("sampling"), self.bytes_of("update"))
 
     @property
     def fits(self) -> bool:
@@ -298,24 +281,22 @@ class Plan:
         """What to change when it does not fit, else nothing."""
         if self.fits:
             return ""
-        c, room = self.config, 0.95 * self.device.memory
-        if sum(self.memory[part] for part in self.STAYS) > room:
-            return "use quantization='nf4'" if c.quantization == "none" else "choose a smaller model"
-        sampling, update = (sum(self.memory[p] for p in parts) for parts in self.PHASES.values())
-        if sampling > update:
+        if self.bytes_of() > 0.95 * self.device.memory:
+            return "use quantization='nf4'" if self.config.quantization == "none" else "choose a smaller model"
+        if self.bytes_of("sampling") > self.bytes_of("update"):
             return "lower questions_per_step, rollouts_per_question or max_trace_tokens"
-        if not c.gradient_checkpointing:
+        if not self.config.gradient_checkpointing:
             return "set gradient_checkpointing=True, or lower max_packed_tokens"
         return "lower max_packed_tokens"
 
     def summary(self) -> str:
         """One line: memory, minutes, fits or not and what to lower."""
         verdict = "fits" if self.fits else f"does NOT fit: {self.advice}"
+        step, steps = 60 * self.minutes, self.config.steps
         return (
             f"{self.config.model} ({self.config.quantization}) on {self.device.name}: "
             f"{self.peak / GIB:.1f} of {self.device.memory / GIB:.0f} GiB, "
-            f"{_duration(60 * self.minutes)} a step, "
-            f"{_duration(60 * self.minutes * self.config.steps)} for {self.config.steps} steps; {verdict}"
+            f"{_duration(step)} a step, {_duration(step * steps)} for {steps} steps; {verdict}"
         )
 
     def table(self) -> str:
@@ -335,23 +316,11 @@ def _duration(seconds: float) -> str:
 
 def shape_of(model: str) -> Shape:
     """The sizes of a model named as in ``RunConfig``: from the table here, else from its config.json."""
-    config = CONFIGS.get(model)
-    if config is None:
-        from .models import load_config  # only here: it imports torch
+    if model in SHAPES:
+        return SHAPES[model]
+    from .models import load_config  # only here: it imports torch
 
-        config = load_config(model).to_dict()
-    return Shape.of(config)
-
-
-def pick_device(device: str | Device) -> Device:
-    """A device by name; "auto" and "cpu" measure this machine."""
-    if isinstance(device, Device):
-        return device
-    if device in ("auto", "cpu", "cuda"):
-        return measure_device()
-    if device not in DEVICES:
-        raise ConfigError(f"unknown device {device!r}{did_you_mean(device, [*DEVICES, 'auto'])}")
-    return DEVICES[device]
+    return Shape.of(load_config(model).to_dict())
 
 
 def keeps_unpacked(config: RunConfig, shape: Shape, device: Device) -> bool:
@@ -362,7 +331,7 @@ def keeps_unpacked(config: RunConfig, shape: Shape, device: Device) -> bool:
 def memory_parts(config: RunConfig, shape: Shape, tokens: Tokens, device: Device) -> dict[str, float]:
     """Bytes by part; the formula is the module's docstring."""
     e = 2 if config.dtype == "bfloat16" else 4
-    h, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    h, q, kv = shape.hidden, shape.q, shape.kv
     c, length = min(tokens.nodes, config.max_packed_tokens), tokens.context + tokens.length
     scored = min(tokens.scored, c)
     weights = shape.weight_bytes(config.quantization, e)
@@ -377,7 +346,7 @@ def memory_parts(config: RunConfig, shape: Shape, tokens: Tokens, device: Device
     stored = 3 * tokens.prompts + tokens.rows * tokens.length  # once as computed, in blocks up to twice
     return {
         "weights": weights,
-        "adapter": 16 * shape.adapter_parameters(config.lora_rank),
+        "adapter": 16 * config.lora_rank * shape.layers * sum(a + b for a, b in shape.matrices),
         "runtime": device.runtime,
         "keys and values": 2 * e * shape.layers * kv * stored,
         "logits": 20 * tokens.rows * shape.vocabulary,
@@ -398,14 +367,13 @@ def step_seconds(
     e = 2 if config.dtype == "bfloat16" else 4
     p, head = shape.parameters, shape.embedding
     n, part, length = tokens.nodes, config.max_packed_tokens, tokens.context + tokens.length
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     passes = 2 + config.gradient_checkpointing + (n > part)
 
     def product(flops: float, read: float) -> float:
         return max(flops / (device.share * device.rate), read / device.bandwidth)
 
     def forward(nodes: int, keys: float) -> float:
-        return 2 * p * nodes + 4 * nodes * keys * q * shape.layers
+        return 2 * p * nodes + 4 * nodes * keys * shape.q * shape.layers
 
     stored, block = e * (p + head), 0 if ideal else BLOCK
     mean = tokens.context + tokens.length / 2
@@ -414,7 +382,7 @@ def step_seconds(
     decoding = forward(tokens.rows, mean if ideal else mean + tokens.context) + 2 * tokens.rows * head
     seconds = {
         "prompts": product(forward(tokens.prompts, tokens.context + block), stored),
-        "decoding": tokens.length * product(decoding, stored + 2 * e * shape.layers * kv * cached),
+        "decoding": tokens.length * product(decoding, stored + 2 * e * shape.layers * shape.kv * cached),
         "update": product(passes * forward(n, length + block) + 4 * tokens.scored * head, passes * stored),
     }
     if config.quantization == "nf4" and not ideal and not keeps_unpacked(config, shape, device):
@@ -440,7 +408,13 @@ def plan(
     answer_tokens: of one question and one answer; trace_tokens: the mean trace, by default the longest.
     """
     config = config or RunConfig(**settings)
-    device, shape = pick_device(device), shape_of(config.model)
+    if device in ("auto", "cpu", "cuda"):
+        device = measure_device()
+    elif isinstance(device, str):
+        if device not in DEVICES:
+            raise ConfigError(f"unknown device {device!r}{did_you_mean(device, [*DEVICES, 'auto'])}")
+        device = DEVICES[device]
+    shape = shape_of(config.model)
     tokens = Tokens.of(config, prompt_tokens, question_tokens, answer_tokens, trace_tokens)
     memory = memory_parts(config, shape, tokens, device)
     return Plan(config, device, memory, step_seconds(config, shape, tokens, device))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
@@ -62,27 +60,13 @@ class Policy:
         """The most tokens, prompt and generation together, that the model was made for."""
         return self.causal_lm.config.get_text_config().max_position_embeddings
 
-    @contextmanager
-    def base(self) -> Iterator[None]:
+    def base(self) -> AbstractContextManager[None]:
         """Inside this context the adapter is off: the frozen base policy, without a second model."""
-        with self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext():
-            yield
+        return self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
 
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         """The parameters to optimise, sorted by name; empty when there is no adapter."""
         return sorted((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-
-    def adapter_change(self) -> float:
-        """How far the adapter moves the base: the Frobenius norm of all its ``scaling * B @ A`` together."""
-        total = 0.0
-        for layer in self.model.modules():
-            if isinstance(layer, LoraLayer):
-                for key, scaling in layer.scaling.items():
-                    a = layer.lora_A[key].weight.detach().double()
-                    b = layer.lora_B[key].weight.detach().double()
-                    # |BA|^2 = tr((B'B)(AA')): two rank x rank products instead of one full matrix.
-                    total += scaling**2 * float(((b.T @ b) * (a @ a.T)).sum())
-        return max(total, 0.0) ** 0.5
 
 
 def save_adapter(policy: Policy, folder: str | Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from .opening import open_model
 from .policy import Policy, load_adapter
 from .prompts import Prompter
 from .sampling import sample_traces
-from .scoring import Segment, join, micro_batches, own_prompts, score_segments, trace_logprobs
+from .scoring import Segment, join, micro_batches, score_segments, trace_logprobs
 from .tree import final_logits
 
 ROWS = 512  # tokens whose logits over the vocabulary exist at once
@@ -39,19 +38,30 @@ def probe(
     max_tokens: int = 64,
     temperature: float = 1.0,
     seed: int = 0,
+    max_packed_tokens: int = 4096,
+    tick: Callable[[int], object] = lambda done: None,
 ) -> pd.DataFrame:
     """Draw k traces from the prior and k from the posterior prompt of each example, and score them.
 
     One row a trace, see ``trace_frame``; of each example the prior traces come first. The same seed draws
-    with the same random numbers, whatever the weights.
+    with the same random numbers, whatever the weights. ``tick`` is called with the number of tokens decoded
+    since the last call, or 0 before each part of the scoring; what it raises ends the probe. Raises ConfigError
+    for a setting that cannot be, or an example too long for the model's context.
     """
+    if k < 1 or max_tokens < 1 or not 0 < temperature < math.inf:
+        raise ConfigError("k and max_tokens must be 1 or more, temperature a number above 0")
     prompts = [prompter(example) for example in examples]
+    for prompt, example in zip(prompts, examples, strict=True):
+        prompter.check_length(prompt, max_tokens, policy.max_context, example.id)
     from_prior = torch.tensor(([True] * k + [False] * k) * len(examples))
+    settings = {"max_tokens": max_tokens, "temperature": temperature, "tick": tick}
     generator = torch.Generator().manual_seed(seed)
-    settings = {"max_tokens": max_tokens, "temperature": temperature, "generator": generator}
-    batch = sample_traces(policy, prompter, prompts, from_prior, **settings).to(policy.device)
-    logprobs = trace_logprobs(policy, prompts, batch, temperature=temperature)
-    return trace_frame(examples, batch, logprobs, prompter)
+    batch = sample_traces(policy, prompter, prompts, from_prior, generator=generator, **settings).to(policy.device)
+    logprobs = []
+    for part in micro_batches(prompts, batch, True, max_packed_tokens):
+        tick(0)
+        logprobs.append(trace_logprobs(policy, part.prompts, part.batch, temperature=temperature))
+    return trace_frame(examples, batch, join(logprobs), prompter)
 
 
 def trace_frame(
@@ -84,46 +94,34 @@ def trace_frame(
     return pd.DataFrame(rows)
 
 
-def prefix_contexts(prompter: Prompter, prompt: Prompt, trace: Sequence[int]) -> list[list[int]]:
-    """The T + 1 contexts in which the answer is scored: prior prompt, z up to t, end marker, seam.
-
-    A prefix that stops early gets the style's end marker (a newline, ``</think>``), so that the seam follows
-    as it does in training. The whole trace stays as it was sampled: the last value is the log p(y|x,z)
-    that the reward is made of, also for a trace that was truncated before its end marker.
-    """
-    end = prompter.tokenizer(prompter.style.trace_end, add_special_tokens=False)["input_ids"]
-    early = [[*prompt.prior, *trace[:t], *end, *prompt.seam] for t in range(len(trace))]
-    return [*early, [*prompt.prior, *trace, *prompt.seam]]
-
-
 @torch.no_grad()
 def coherence(
     policy: Policy, prompter: Prompter, prompt: Prompt, trace: Sequence[int], max_packed_tokens: int = 4096
 ) -> np.ndarray:
     """(T + 1,) log p(y | x, z up to t) in nats at temperature 1, in one packed forward.
 
-    ``trace`` holds the T token ids of a trace of either source; the answer is always scored after the prior
-    prompt. Only a tree of more than ``max_packed_tokens`` nodes is cut into several forwards; a model that
-    cannot run a tree gets plain rows.
+    ``trace`` holds the T token ids of a trace of either source. The answer is always scored after the prior
+    prompt, z up to t, and the seam. A trace cut before its end gets the style's end marker (a newline,
+    ``</think>``), as traces have it in training. The whole trace stays as it was sampled, so the last value is
+    the log p(y|x,z) that the reward is made of, also for a trace truncated before its end marker.
+
+    Only a tree of more than ``max_packed_tokens`` nodes is cut into several forwards; a model that cannot run
+    a tree gets plain rows.
     """
-    contexts = prefix_contexts(prompter, prompt, trace)
+    end = prompter.tokenizer(prompter.style.trace_end, add_special_tokens=False)["input_ids"]
+    prefixes = [[*trace[:t], *end] for t in range(len(trace))] + [list(trace)]
+    segments = [Segment.of_answer(prompt, prefix) for prefix in prefixes]
     if policy.packs:
         shared = len(prompt.prior) + len(trace)
-        each = max(len(contexts[0]) - len(prompt.prior), len(prompt.seam)) + len(prompt.answer)
+        each = len(end) + len(prompt.seam) + len(prompt.answer)
     else:  # whole rows
-        shared, each = 0, max(map(len, contexts)) + len(prompt.answer)
-    at_once, values = max(1, (max_packed_tokens - shared) // each), []
-    for i in range(0, len(contexts), at_once):
-        segments = [Segment([*c, *prompt.answer], len(c), 1.0) for c in contexts[i : i + at_once]]
-        values += score_segments(policy, segments)
+        shared, each = 0, max(len(segment.ids) for segment in segments)
+    at_once = max(1, (max_packed_tokens - shared) // each)
+    values = [v for i in range(0, len(segments), at_once) for v in score_segments(policy, segments[i : i + at_once])]
     return torch.stack(values).sum(1).cpu().numpy()
 
 
 # --- one question of one's own
-
-
-def _nobody_watches(done: int) -> None:
-    """The default ``tick`` of ``probe_question``."""
 
 
 @torch.no_grad()
@@ -151,21 +149,6 @@ def alternatives(
     return found
 
 
-@dataclass
-class _Watched:
-    """A prompter that reports each decoded token; raising in ``tick`` ends the decoding."""
-
-    prompter: Prompter
-    tick: Callable[[int], None]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.prompter, name)
-
-    def ends(self, ids, end: str) -> bool:
-        self.tick(1)
-        return self.prompter.ends(ids, end)
-
-
 @torch.no_grad()
 def probe_question(
     policy: Policy,
@@ -179,9 +162,9 @@ def probe_question(
     seed: int = 0,
     top: int = 5,
     max_packed_tokens: int = 4096,
-    tick: Callable[[int], None] = _nobody_watches,
+    tick: Callable[[int], object] = lambda done: None,
 ) -> pd.DataFrame:
-    """Draw k traces from the prior and k from the posterior prompt of one question, and score them.
+    """``probe`` with one question, and what the prompt bench shows of each trace besides.
 
     One row a trace, prior first: the columns of ``trace_frame`` and
 
@@ -189,30 +172,13 @@ def probe_question(
         coherence     T + 1 nats, see ``coherence``
         alternatives  of each token: {"prior": [(text, nats), ...], "posterior": [...]}
 
-    The same seed draws with the same random numbers, whatever the weights. ``tick`` is called with the
-    number of tokens decoded since the last call, or 0 between the parts of the scoring; what it raises ends
-    the probe. Raises ConfigError for an empty question or answer, or one too long for the model's context.
+    ``tick`` is also called, with 0, before each trace's coherence. Raises ConfigError as ``probe`` does, and for
+    an empty question or answer.
     """
-    if k < 1 or max_tokens < 1 or not 0 < temperature < math.inf:
-        raise ConfigError("k and max_tokens must be 1 or more, temperature a number above 0")
     example = Example("prompt bench", question, answer)
+    settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "tick": tick}
+    frame = probe(policy, prompter, [example], k, max_packed_tokens=max_packed_tokens, **settings)
     prompt = prompter(example)
-    prompter.check_length(prompt, max_tokens, policy.max_context, example.id)
-    batch = sample_traces(
-        policy,
-        _Watched(prompter, tick),
-        [prompt],
-        torch.tensor([True] * k + [False] * k),
-        max_tokens=max_tokens,
-        temperature=temperature,
-        generator=torch.Generator().manual_seed(seed),
-    ).to(policy.device)
-    parts = []
-    for rows in micro_batches([prompt], batch, True, max_packed_tokens):
-        tick(0)
-        own = own_prompts([prompt], batch, rows)
-        parts.append(trace_logprobs(policy, own, batch.rows(rows), temperature=temperature))
-    frame = trace_frame([example], batch, join(parts), prompter)
     reward = answer_logprob(frame)
     deviation = reward.std(ddof=0)
     frame["reward"] = reward

@@ -1,8 +1,8 @@
 """Prior, posterior and answer templates as token ids.
 
-Every piece between two seams is encoded once and pieces are joined as ids; a sampled trace keeps the
-very ids the model drew, under both prompts (method notes: re-encoding a decoded trace changes tokens).
-The answer is always scored after the *prior* context, else its reward would leak from the prompt.
+Each piece of text between two seams is encoded once, and pieces are joined as ids. A sampled trace keeps the ids
+that the model drew, under both prompts: a decoded trace that is encoded again may have other tokens. The answer is
+always scored after the *prior* context; after the posterior it would only be copied from the prompt.
 
 few_shot (base and small models)           chat (instruct models; ``<think>`` and ``<answer>`` tags)
 
@@ -32,12 +32,11 @@ INSTRUCTION = (
 
 @dataclass(frozen=True)
 class Style:
-    """Pieces of text around question, trace and answer; each is encoded on its own.
+    """The text around question x, trace z and answer y.
 
-    prior(x), posterior(x, y)  text from the end of the shared prefix to the start of the trace
-    demo_prior, demo_posterior (demonstration) the same with the trace and answer filled in, as pieces
-    seam, answer(y)            text between trace and answer; the answer with its terminator
-    trace_end, answer_end      text whose appearance ends a trace, an answer
+    prior(x), posterior(x, y)  pieces from the end of the shared prefix to the start of the trace
+    seam, answer(y)            between trace and answer; the answer with its terminator
+    trace_end, answer_end      text that ends a trace, an answer, as soon as it appears
     """
 
     name: str
@@ -58,7 +57,7 @@ FEW_SHOT = Style(
     trace_end="\n",
     answer_end="\n",
 )
-# The seam is cut inside the tag and the answer starts with "> ": no tokeniser we tried merges across it.
+# The seam is cut inside the tag, and the answer starts with "> ": no tokenizer we tried merges across that cut.
 CHAT = Style(
     name="chat",
     prior=lambda x: ["<think>\n"],
@@ -72,11 +71,10 @@ STYLES = {style.name: style for style in (FEW_SHOT, CHAT)}
 
 
 class Prompter:
-    """Turns examples into ``Prompt`` ids for one tokenizer, task and style.
+    """Turns examples into the ids of a ``Prompt``, for one tokenizer, task and style.
 
-    style: "few_shot", "chat" or "auto" (few-shot where there are demonstrations, else chat where the
-    tokenizer has a chat template, else few-shot without demonstrations).
-    Raises ``ConfigError`` for an answer that holds its own terminator, or "chat" without a template.
+    style: "few_shot", "chat" or "auto": few-shot where there are demonstrations, else chat where the tokenizer has
+    a chat template, else few-shot without demonstrations. Raises ConfigError for "chat" without a template.
     """
 
     def __init__(self, tokenizer: Any, demonstrations: Sequence[Demonstration] = (), style: str = "auto") -> None:
@@ -87,20 +85,16 @@ class Prompter:
             raise ConfigError("prompt_style='chat' needs a tokenizer with a chat template; use 'few_shot'")
         self.tokenizer, self.style = tokenizer, STYLES[style]
         self.demonstrations = tuple(demonstrations)
-        bos = [tokenizer.bos_token_id] if self._adds_bos() and style == "few_shot" else []
-        self._prior_root, self._posterior_root = list(bos), list(bos)
-        if style == "few_shot":
-            for d in self.demonstrations:  # on one line each: a newline ends a trace and an answer
-                question, trace, answer = (" ".join(text.split()) for text in (d.question, d.trace, d.answer))
-                tail = [f" {trace}\n", self.style.seam, self.style.answer(answer)]
-                self._prior_root += self._encode(*self.style.prior(question), *tail)
-                self._posterior_root += self._encode(*self.style.posterior(question, answer), *tail)
         self.seam = tuple(self._encode(self.style.seam))
-
-    def _adds_bos(self) -> bool:
-        """Whether this tokenizer starts plain text with its BOS token (Llama, Gemma: yes; Qwen: no)."""
-        ids = self.tokenizer("a")["input_ids"]
-        return len(ids) > 1 and ids[0] == self.tokenizer.bos_token_id
+        # What all few-shot prompts start with. Llama's and Gemma's tokenizers start a text with BOS, Qwen's do not.
+        first, *more = tokenizer("a")["input_ids"]
+        self._prior_root = [first] if more and first == tokenizer.bos_token_id else []
+        self._posterior_root = list(self._prior_root)
+        for d in self.demonstrations:  # on one line each: a newline ends a trace and an answer
+            question, trace, answer = (" ".join(text.split()) for text in (d.question, d.trace, d.answer))
+            tail = [f" {trace}\n", FEW_SHOT.seam, FEW_SHOT.answer(answer)]
+            self._prior_root += self._encode(*FEW_SHOT.prior(question), *tail)
+            self._posterior_root += self._encode(*FEW_SHOT.posterior(question, answer), *tail)
 
     def _encode(self, *pieces: str) -> list[int]:
         return [i for piece in pieces for i in self.tokenizer(piece, add_special_tokens=False)["input_ids"]]
@@ -115,7 +109,7 @@ class Prompter:
         return self._encode(text.rstrip().removesuffix("<think>") if text.rstrip().endswith("<think>") else text)
 
     def __call__(self, example: Example) -> Prompt:
-        """Return the ids of one example's contexts, seam and answer."""
+        """The ids of one example's contexts, seam and answer. ConfigError for an answer that holds its own end."""
         style, x, y = self.style, example.question, example.answer.strip()
         if style.answer_end in y:
             raise ConfigError(
@@ -124,7 +118,7 @@ class Prompter:
             )
         if style is FEW_SHOT:
             prior_root, posterior_root = self._prior_root, self._posterior_root
-            x = " ".join(x.split("\n"))
+            x = x.replace("\n", " ")
         else:
             prior_root = posterior_root = self._chat_root(x)
         answer = self._encode(style.answer(y))
@@ -146,12 +140,7 @@ class Prompter:
         return tuple(b > start and a < start + len(answer) for a, b in zip([0, *ends], ends, strict=False))
 
     def check_length(
-        self,
-        prompt: Prompt,
-        max_trace_tokens: int,
-        max_context: int,
-        example_id: str = "",
-        max_answer_tokens: int = 0,
+        self, prompt: Prompt, max_trace_tokens: int, max_context: int, example_id: str = "", max_answer_tokens: int = 0
     ) -> None:
         """Raise ``ConfigError`` if prompt, trace and answer do not fit the model's context (tokens)."""
         answer = len(prompt.seam) + max(len(prompt.answer), max_answer_tokens)
@@ -164,19 +153,17 @@ class Prompter:
             )
 
     # --- where traces and answers end
+
     def ends(self, ids: Sequence[int], end: str) -> bool:
         """Whether the last of ``ids`` completes the text ``end`` (looks at the tail only)."""
-        tail = self.tokenizer.decode(list(ids[-12:]), skip_special_tokens=False)
-        return end in tail
+        return end in self.tokenizer.decode(list(ids[-12:]))
 
     def trace_text(self, ids: Sequence[int]) -> str:
         """Decoded trace without its end marker."""
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=False)
-        return text.split(self.style.trace_end)[0].strip()
+        return self.tokenizer.decode(list(ids)).split(self.style.trace_end)[0].strip()
 
     def answer_text(self, ids: Sequence[int]) -> str:
         """Decoded answer without its wrapper."""
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=False)
-        text = text.split(self.style.answer_end)[0].strip()
+        text = self.tokenizer.decode(list(ids)).split(self.style.answer_end)[0].strip()
         # Only the chat answer starts with its tag's bracket; a few-shot answer may itself be ">".
         return text.removeprefix(">").strip() if self.style is CHAT else text

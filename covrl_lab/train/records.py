@@ -66,21 +66,22 @@ def step_record(
     old: LogProbs,
     credit: Credit,
     losses: Mapping[str, float],
-    *,
-    norm: float,
-    learning_rate: float,
-    accuracy: float | None,
-    seconds_sampling: float,
-    seconds_update: float,
+    **measured: float | None,
 ) -> StepRecord:
-    """The record of step ``step`` (from 1). ``old`` are the log-probabilities before its update."""
-    prior, posterior = batch.from_prior, ~batch.from_prior
+    """The record of step ``step`` (from 1). ``old`` are the log-probabilities before its update.
+
+    ``measured`` are the fields that the training loop knows: gradient_norm, learning_rate, accuracy,
+    seconds_sampling and seconds_update.
+    """
 
     def mean(values: Tensor, keep: Tensor | None = None) -> float | None:
         values = values.float() if keep is None else values[keep].float()
         return float(values.mean()) if values.numel() else None
 
-    lengths, answer = batch.mask.sum(1), old.answer.sum(1)
+    lengths, prior, by_source = batch.mask.sum(1), batch.from_prior, {}
+    traces = {"reward": credit.reward, "answer_logprob": old.answer.sum(1), "trace_tokens": lengths}
+    for name, values in traces.items():
+        by_source |= {f"{name}_prior": mean(values, prior), f"{name}_posterior": mean(values, ~prior)}
     weight = log_ratio(old, config).sum(1).double()
     weight = (weight - weight.max()).exp()
     rho = gap = None
@@ -95,30 +96,21 @@ def step_record(
         nll=losses["nll"] if config.nll_weight and (credit.answer_weight != 0).any() else None,
         kl=losses.get("kl"),
         reward=mean(credit.reward),
-        reward_prior=mean(credit.reward, prior),
-        reward_posterior=mean(credit.reward, posterior),
-        answer_logprob_prior=mean(answer, prior),
-        answer_logprob_posterior=mean(answer, posterior),
         prior_share=mean(prior),
         finished_share=mean(batch.finished),
         trace_tokens=mean(lengths),
-        trace_tokens_prior=mean(lengths, prior),
-        trace_tokens_posterior=mean(lengths, posterior),
         answer_term_share=mean(credit.answer_weight != 0),
         clipped_share=losses["clipped_share"],
         effective_sample_share=float(weight.sum() ** 2 / (len(batch) * (weight**2).sum())),
         responsibility_prior=None if rho is None else mean(rho, batch.mask & prior[:, None]),
-        responsibility_posterior=None if rho is None else mean(rho, batch.mask & posterior[:, None]),
+        responsibility_posterior=None if rho is None else mean(rho, batch.mask & ~prior[:, None]),
         log_ratio_extreme_share=0.0 if gap is None else mean(gap, batch.mask),
-        gradient_norm=norm,
-        learning_rate=learning_rate,
-        accuracy=accuracy,
-        seconds=seconds_sampling + seconds_update,
-        seconds_sampling=seconds_sampling,
-        seconds_update=seconds_update,
+        seconds=measured["seconds_sampling"] + measured["seconds_update"],
         packed_tokens=packed,
         padded_tokens=padded,
         peak_memory_gib=peak_memory_gib(batch.mask.device),
+        **by_source,
+        **measured,
     )
 
 

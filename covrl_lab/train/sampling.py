@@ -166,11 +166,7 @@ class PlainRows:
     def _forward(self, ids: Tensor) -> Tensor:
         position = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         output = self.policy.decoder(
-            input_ids=ids,
-            attention_mask=self.mask,
-            position_ids=position,
-            past_key_values=self.cache,
-            use_cache=True,
+            input_ids=ids, attention_mask=self.mask, position_ids=position, past_key_values=self.cache, use_cache=True
         )
         self.cache = output.past_key_values
         return output.last_hidden_state[self.place, -1]
@@ -201,7 +197,8 @@ def generate(
     do not depend on its neighbours; ``None`` decodes greedily. Returns ids, whether ``ended`` was met, and
     the tokens' log-probabilities under softmax(logits / temperature) without the top-p cut.
     """
-    stop_ids = _end_of_text(policy)
+    eos = policy.causal_lm.generation_config.eos_token_id
+    stop_ids = {*(eos if isinstance(eos, list) else [eos]), policy.tokenizer.eos_token_id}
     ids: list[list[int]] = [[] for _ in contexts]
     logprobs: list[list[float]] = [[] for _ in contexts]
     done = [False] * len(contexts)
@@ -225,12 +222,6 @@ def generate(
                 break
             hidden = rows.step(token[alive], alive)
     return ids, done, logprobs
-
-
-def _end_of_text(policy: Policy) -> set[int]:
-    eos = policy.causal_lm.generation_config.eos_token_id
-    eos = eos if isinstance(eos, list) else [eos]
-    return {i for i in [*eos, policy.tokenizer.eos_token_id] if i is not None}
 
 
 def _pick(logp: Tensor, uniform: Tensor | None, top_p: float) -> Tensor:
@@ -258,26 +249,25 @@ def sample_traces(
     temperature: float = 1.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    tick: Callable[[int], object] = lambda done: None,
 ) -> TraceBatch:
     """Draw one trace per entry of ``from_prior`` (N,); rollout i belongs to prompt i // (N / B).
 
     A trace counts as finished when its end marker came within ``max_tokens`` and it is not empty; an
-    end-of-text token before the marker leaves it unfinished.
+    end-of-text token before the marker leaves it unfinished. ``tick(1)`` is called at every decoded token;
+    what it raises ends the sampling.
     """
     group = len(from_prior) // len(prompts)
-    contexts = [
-        prompts[i // group].prior if prior else prompts[i // group].posterior
-        for i, prior in enumerate(from_prior.tolist())
-    ]
-    ids, done, logprobs = generate(
-        policy,
-        contexts,
-        max_tokens=max_tokens,
-        ended=lambda z: prompter.ends(z, prompter.style.trace_end),
-        temperature=temperature,
-        top_p=top_p,
-        uniforms=torch.rand(len(contexts), max_tokens, generator=generator, dtype=torch.float64),
-    )
+    own = [prompts[i // group] for i in range(len(from_prior))]
+    contexts = [p.prior if prior else p.posterior for p, prior in zip(own, from_prior.tolist(), strict=True)]
+
+    def ended(trace: Sequence[int]) -> bool:
+        tick(1)
+        return prompter.ends(trace, prompter.style.trace_end)
+
+    uniforms = torch.rand(len(contexts), max_tokens, generator=generator, dtype=torch.float64)
+    settings = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    ids, done, logprobs = generate(policy, contexts, ended=ended, uniforms=uniforms, **settings)
     finished = [d and bool(prompter.trace_text(z)) for d, z in zip(done, ids, strict=True)]
     padded = pad_sequence([torch.tensor(z) for z in ids], batch_first=True)
     lengths = torch.tensor([len(z) for z in ids])

@@ -3,16 +3,17 @@
 For each rollout up to three sequences are scored: trace after the prior prompt, the same trace ids after
 the posterior prompt, and seam + answer after prior prompt + trace. ``trace_logprobs`` packs all of
 them into one tree (see tree.py) and applies the output head only at scored positions, a chunk at a time.
-``packed=False`` is the plain reference: one padded row per sequence.
+A model that cannot run a tree gets one padded row a sequence; so do the tests, as a reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from ..types import LogProbs, Prompt, TraceBatch
@@ -30,13 +31,28 @@ class Segment:
     start: int
     temperature: float
 
+    @classmethod
+    def of(cls, context: Sequence[int], tokens: Sequence[int], temperature: float = 1.0) -> Segment:
+        """``tokens`` after ``context``."""
+        return cls([*context, *tokens], len(context), temperature)
+
+    @classmethod
+    def of_answer(cls, prompt: Prompt, trace: Sequence[int]) -> Segment:
+        """The answer after a trace. It is a likelihood of the model itself: always at temperature 1."""
+        return cls.of([*prompt.prior, *trace, *prompt.seam], prompt.answer)
+
+    @property
+    def read(self) -> list[int]:
+        """The ids a forward needs: all but the last, which predicts nothing."""
+        return self.ids[:-1]
+
 
 class _HeadLogprobs(torch.autograd.Function):
-    """log softmax(head(hidden) / temperature)[targets] and, in the same pass, each row's own gradient.
+    """log softmax(head(hidden) / temperature)[targets], (k,) float32, for hidden (k, size).
 
-    A row's log-probability depends on its own hidden state only, so d logp / d hidden is one vector a row:
-    W'(onehot - softmax) / temperature. Keeping it (k, size) spares the backward pass the (k, vocabulary)
-    logits and their recomputation.
+    The (k, vocabulary) logits never exist at once, but MAX_LOGITS_BYTES of them. A row's log-probability depends
+    on its own hidden state only, so d logp / d hidden is one vector a row, W'(onehot - softmax) / temperature. It
+    is computed in the same pass and kept, (k, size), so that the backward pass needs no logits.
     """
 
     @staticmethod
@@ -69,101 +85,52 @@ class _HeadLogprobs(torch.autograd.Function):
         return (grad[:, None] * slope).to(slope.dtype), None, None, None
 
 
-def token_logprobs(policy: Policy, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
-    """log softmax(head(hidden) / temperature)[targets], (k,) float32, for hidden (k, size).
-
-    The (k, vocabulary) logits never exist at once, but MAX_LOGITS_BYTES of them.
-    """
-    return _HeadLogprobs.apply(hidden, targets, temperature, policy)
-
-
-def score_segments(policy: Policy, segments: Sequence[Segment], packed: bool = True) -> list[Tensor]:
-    """Each segment's (scored tokens,) log-probabilities, all in one forward.
-
-    ``packed=False``, or a model that cannot run a tree: one padded row a segment.
-    """
-    return (_score_packed if packed and policy.packs else _score_rows)(policy, segments)
-
-
-def _read(segment: Segment) -> list[int]:
-    """The ids a forward needs: all but the last, which predicts nothing."""
-    return segment.ids[:-1]
-
-
-def _score_packed(policy: Policy, segments: Sequence[Segment]) -> list[Tensor]:
-    tree = build_tree([_read(s) for s in segments])
-    before = torch.cat([path[s.start - 1 :] for s, path in zip(segments, tree.paths, strict=True)])
-    return _scored(policy, segments, run_tree(policy, tree), before)
-
-
-def _score_rows(policy: Policy, segments: Sequence[Segment]) -> list[Tensor]:
-    """The same numbers from right-padded rows, as every trainer computes them; the tests' reference."""
+def score_segments(policy: Policy, segments: Sequence[Segment]) -> list[Tensor]:
+    """Each segment's (scored tokens,) log-probabilities, all in one forward."""
     device = policy.device
-    rows = [torch.tensor(s.ids) for s in segments]
-    ids = pad_sequence(rows, batch_first=True).to(device)
-    mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True).to(device)
-    hidden = policy.decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    width = ids.shape[1]
-    before = [i * width + torch.arange(s.start - 1, len(s.ids) - 1) for i, s in enumerate(segments)]
-    return _scored(policy, segments, hidden.flatten(0, 1), torch.cat(before))
-
-
-def _scored(policy: Policy, segments: Sequence[Segment], hidden: Tensor, before: Tensor) -> list[Tensor]:
-    """hidden (n, size); before (k,) is its row that predicts each of the segments' scored tokens."""
+    # ``before`` is the row of ``hidden`` (n, size) that predicts each of the k scored tokens.
+    if policy.packs:
+        tree = build_tree([s.read for s in segments])
+        hidden = run_tree(policy, tree)
+        before = [path[s.start - 1 :] for s, path in zip(segments, tree.paths, strict=True)]
+    else:  # rows padded on the right, as every trainer computes them
+        rows = [torch.tensor(s.ids) for s in segments]
+        ids = pad_sequence(rows, batch_first=True).to(device)
+        mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True).to(device)
+        hidden = policy.decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.flatten(0, 1)
+        before = [i * ids.shape[1] + torch.arange(s.start - 1, len(s.ids) - 1) for i, s in enumerate(segments)]
     lengths = [len(s.ids) - s.start for s in segments]
     targets = torch.tensor([t for s in segments for t in s.ids[s.start :]])
     temperature = torch.tensor([s.temperature for s in segments], dtype=torch.float64)
     temperature = temperature.repeat_interleave(torch.tensor(lengths))
     # Rollouts that agree so far ask for the same number: each (state, token, temperature) is computed once.
-    asked = torch.stack([before.double(), targets.double(), temperature])
-    (before, targets, temperature), place = asked.unique(dim=1, return_inverse=True)
-    logprobs = token_logprobs(
-        policy,
-        hidden[before.long().to(hidden.device)],
-        targets.long().to(hidden.device),
-        temperature.float().to(hidden.device),
-    )
-    return list(logprobs[place.to(hidden.device)].split(lengths))
+    asked = torch.stack([torch.cat(before).double(), targets.double(), temperature])
+    (states, targets, temperature), place = asked.unique(dim=1, return_inverse=True)
+    states, targets = hidden[states.long().to(device)], targets.long().to(device)
+    logprobs = _HeadLogprobs.apply(states, targets, temperature.float().to(device), policy)
+    return list(logprobs[place.to(device)].split(lengths))
+
+
+def own_prompts(prompts: Sequence[Prompt], batch: TraceBatch) -> list[Prompt]:
+    """The prompt of each of the N rollouts, of the prompts of their B questions."""
+    return [prompts[i // batch.group_size] for i in range(len(batch))]
 
 
 def _segments(
-    prompts: Sequence[Prompt],
-    batch: TraceBatch,
-    temperature: float,
-    posterior: bool,
-    answers: bool = True,
-    no_trace: bool = False,
+    prompts: Sequence[Prompt], batch: TraceBatch, temperature: float, posterior: bool
 ) -> dict[str, list[Segment]]:
-    out: dict[str, list[Segment]] = {"prior": []}
-    for i in range(len(batch)):
-        p, z = prompts[i // batch.group_size], batch.trace(i)
-        out["prior"].append(Segment([*p.prior, *z], len(p.prior), temperature))
-        if posterior:
-            out.setdefault("posterior", []).append(Segment([*p.posterior, *z], len(p.posterior), temperature))
-        if answers:
-            out.setdefault("answer", []).append(_answer_segment(p, z))
-        if no_trace:
-            out.setdefault("no_trace", []).append(_answer_segment(p, p.empty_trace))
-    return out
-
-
-def _answer_segment(prompt: Prompt, trace: Sequence[int]) -> Segment:
-    """The answer after a trace. It is a likelihood of the model itself: always at temperature 1."""
-    context = [*prompt.prior, *trace, *prompt.seam]
-    return Segment([*context, *prompt.answer], len(context), 1.0)
+    rollouts = [(p, batch.trace(i)) for i, p in enumerate(own_prompts(prompts, batch))]
+    segments = {"prior": [Segment.of(p.prior, z, temperature) for p, z in rollouts]}
+    if posterior:
+        segments["posterior"] = [Segment.of(p.posterior, z, temperature) for p, z in rollouts]
+    return segments | {"answer": [Segment.of_answer(p, z) for p, z in rollouts]}
 
 
 @torch.no_grad()
 def answer_logprobs(policy: Policy, prompts: Sequence[Prompt], traces: Sequence[Sequence[int]]) -> Tensor:
     """log p(y|x,z) in nats, (k,), of k prompts' answers after k traces (token ids)."""
-    segments = [_answer_segment(p, z) for p, z in zip(prompts, traces, strict=True)]
+    segments = [Segment.of_answer(p, z) for p, z in zip(prompts, traces, strict=True)]
     return torch.stack([values.sum() for values in score_segments(policy, segments)])
-
-
-def _pad(rows: list[Tensor], width: int) -> Tensor:
-    """Rows under each other, padded with zeros to ``width`` columns."""
-    padded = pad_sequence(rows, batch_first=True)
-    return torch.nn.functional.pad(padded, (0, width - padded.shape[1]))
 
 
 def trace_logprobs(
@@ -174,101 +141,98 @@ def trace_logprobs(
     temperature: float = 1.0,
     posterior: bool = True,
     no_trace: bool = False,
-    packed: bool = True,
 ) -> LogProbs:
     """Score B prompts' N traces and reference answers; differentiable where gradients are enabled.
 
     Trace log-probabilities are those of the sampling distribution softmax(logits / temperature) over the
     whole vocabulary; answers are scored at temperature 1. ``posterior=False`` leaves log q out,
     ``no_trace`` adds the answers after an empty trace, without gradient.
-    ``packed=False`` uses plain padded rows.
     """
-    groups = _segments(prompts, batch, temperature, posterior, no_trace=no_trace)
-    flat = [s for segments in groups.values() for s in segments]
-    scores = iter(score_segments(policy, flat, packed))
-    rows = {name: [next(scores) for _ in segments] for name, segments in groups.items()}
-    width = batch.mask.shape[1]
-    answer = pad_sequence(rows["answer"], batch_first=True)
-    lengths = torch.tensor([len(r) for r in rows["answer"]], device=answer.device)
-    core = [torch.tensor(prompts[i // batch.group_size].answer_core) for i in range(len(batch))]
+    own = own_prompts(prompts, batch)
+    segments = _segments(prompts, batch, temperature, posterior)
+    if no_trace:
+        segments["no_trace"] = [Segment.of_answer(p, p.empty_trace) for p in own]
+    scores = score_segments(policy, [s for part in segments.values() for s in part])
+    rows = {name: scores[i * len(own) : (i + 1) * len(own)] for i, name in enumerate(segments)}
+    width, device = batch.mask.shape[1], scores[0].device
+    answer_mask = pad_sequence([torch.ones(len(p.answer), dtype=torch.bool) for p in own], batch_first=True)
     return LogProbs(
-        prior=_pad(rows["prior"], width),
-        posterior=_pad(rows["posterior"], width) if posterior else None,
-        no_trace=pad_sequence(rows["no_trace"], batch_first=True).detach() if no_trace else None,
-        answer_core=pad_sequence(core, batch_first=True).to(answer.device),
-        answer=answer,
-        answer_mask=torch.arange(answer.shape[1], device=answer.device) < lengths[:, None],
+        prior=pad_rows(rows["prior"], width),
+        posterior=pad_rows(rows["posterior"], width) if posterior else None,
+        answer=pad_rows(rows["answer"]),
+        answer_mask=answer_mask.to(device),
+        no_trace=pad_rows(rows["no_trace"]).detach() if no_trace else None,
+        answer_core=pad_rows([torch.tensor(p.answer_core) for p in own]).to(device),
     )
 
 
 @torch.no_grad()
 def reference(
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    batch: TraceBatch,
-    needs: frozenset[str],
-    temperature: float = 1.0,
+    policy: Policy, prompts: Sequence[Prompt], batch: TraceBatch, needs: Set[str], temperature: float = 1.0
 ) -> dict[str, Tensor]:
     """Log-probabilities under the frozen base (adapter off), by name of the ``LogProbs`` field.
 
     "ref_prior" (N, T): the traces under the prior prompt. "bare_answer" (N, A): the answers right after the
-    prior prompt, without a trace.
+    prior prompt, without a trace. What else ``needs`` holds is left out.
     """
-    found = {}
+    found, own = {}, own_prompts(prompts, batch)
     with policy.base():
         if "ref_prior" in needs:
-            segments = _segments(prompts, batch, temperature, posterior=False, answers=False)["prior"]
-            found["ref_prior"] = _pad(score_segments(policy, segments), batch.mask.shape[1])
+            segments = [Segment.of(p.prior, batch.trace(i), temperature) for i, p in enumerate(own)]
+            found["ref_prior"] = pad_rows(score_segments(policy, segments), batch.mask.shape[1])
         if "bare_answer" in needs:
-            segments = [_answer_segment(p, p.empty_trace) for p in prompts]
-            rows = pad_sequence(score_segments(policy, segments), batch_first=True)
-            found["bare_answer"] = rows.repeat_interleave(batch.group_size, dim=0)
+            found["bare_answer"] = pad_rows(score_segments(policy, [Segment.of_answer(p, p.empty_trace) for p in own]))
     return found
 
 
 def packed_tokens(prompts: Sequence[Prompt], batch: TraceBatch, posterior: bool = True) -> tuple[int, int]:
     """(tokens a packed forward computes, tokens plain padded rows would compute)."""
-    flat = [s for g in _segments(prompts, batch, 1.0, posterior).values() for s in g]
-    return count_nodes([_read(s) for s in flat]), sum(len(s.ids) for s in flat)
+    segments = [s for part in _segments(prompts, batch, 1.0, posterior).values() for s in part]
+    return count_nodes([s.read for s in segments]), sum(len(s.ids) for s in segments)
 
 
 # --- micro-batches
 
 
-def own_prompts(prompts: Sequence[Prompt], batch: TraceBatch, rows: torch.Tensor) -> list[Prompt]:
-    """The prompt of each of the rollouts at ``rows``."""
-    return [prompts[i // batch.group_size] for i in rows.tolist()]
+@dataclass(frozen=True)
+class Part:
+    """Some rollouts of a step: their (n,) row numbers, their n prompts, and their traces as groups of one."""
+
+    index: Tensor
+    prompts: list[Prompt]
+    batch: TraceBatch
 
 
-def micro_batches(
-    prompts: Sequence[Prompt], batch: TraceBatch, posterior: bool, max_tokens: int
-) -> list[torch.Tensor]:
-    """Cut a step into parts whose packed trees have at most ``max_tokens`` nodes; each part's row numbers.
+def micro_batches(prompts: Sequence[Prompt], batch: TraceBatch, posterior: bool, max_tokens: int) -> list[Part]:
+    """Cut a step into parts whose packed trees have at most ``max_tokens`` nodes.
 
     Parts are halved between questions first, because rollouts of one question share its prompt. A single
     rollout is never cut.
     """
+    own = own_prompts(prompts, batch)
 
-    def cut(rows: torch.Tensor) -> list[torch.Tensor]:
-        own = own_prompts(prompts, batch, rows)
-        if len(rows) == 1 or packed_tokens(own, batch.rows(rows), posterior)[0] <= max_tokens:
-            return [rows]
-        half = len(rows) // 2
+    def cut(index: Tensor) -> list[Part]:
+        part = Part(index, [own[i] for i in index.tolist()], batch.rows(index))
+        if len(index) == 1 or packed_tokens(part.prompts, part.batch, posterior)[0] <= max_tokens:
+            return [part]
+        half = len(index) // 2
         if half > batch.group_size:
             half -= half % batch.group_size
-        return cut(rows[:half]) + cut(rows[half:])
+        return cut(index[:half]) + cut(index[half:])
 
     return cut(torch.arange(len(batch)))
 
 
 def join(parts: Sequence[LogProbs]) -> LogProbs:
     """The log-probabilities of micro-batches as those of the whole step, in row order."""
-    names = [f.name for f in fields(LogProbs)]
-    columns = {name: [getattr(part, name) for part in parts] for name in names}
-    return LogProbs(**{n: None if c[0] is None else pad_and_cat(c) for n, c in columns.items()})
+    found = {}
+    for name in (f.name for f in fields(LogProbs)):
+        columns = [getattr(part, name) for part in parts]
+        found[name] = None if columns[0] is None else pad_rows([row for column in columns for row in column])
+    return LogProbs(**found)
 
 
-def pad_and_cat(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Stack (rows, width) tensors of different widths, padded on the right with zeros (False)."""
-    width = max(p.shape[1] for p in parts)
-    return torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in parts])
+def pad_rows(rows: Sequence[Tensor], width: int = 0) -> Tensor:
+    """Rows under each other, padded on the right with zeros (False) to at least ``width`` columns."""
+    padded = pad_sequence(rows, batch_first=True)
+    return pad(padded, (0, max(0, width - padded.shape[1])))

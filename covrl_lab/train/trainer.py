@@ -18,31 +18,17 @@ from tqdm.auto import tqdm
 
 from ..config import RunConfig
 from ..runs.alarms import alarms
-from ..runs.folder import read_jsonl, step_file, write_parquet
+from ..runs.folder import step_file, write_parquet
 from ..types import ConfigError, Credit, Example, LogProbs, Prompt, TraceBatch
-from .checkpoints import (
-    append_line,
-    check_run_dir,
-    is_disk_full,
-    keep_lines,
-    load_checkpoint,
-    save_checkpoint,
-)
+from .checkpoints import append_line, check_run_dir, is_disk_full, keep_lines, load_checkpoint, save_checkpoint
 from .evaluation import evaluate, summarise
 from .methods import METHODS
 from .models import check_model, load_config
 from .opening import open_policy, open_task, task_settings
 from .policy import Policy
 from .records import StepRecord, step_record, trace_rows
-from .step import (
-    add_gradient,
-    check_prompts,
-    clip_gradient,
-    sample_step,
-    set_learning_rate,
-    step_generator,
-    verifier_rewards,
-)
+from .sampling import draw_sources, sample_traces
+from .step import add_gradient, clip_gradient, set_learning_rate, step_generator, verifier_rewards
 from .tasks import check_task
 from .tracking import Tracker, announce, bar_values
 
@@ -92,7 +78,7 @@ class Trainer:
         self.step, self.method_state = load_checkpoint(self.run_dir, self.policy, self.optimizer)
         self.saved_step, self._unrecorded = self.step, False
         self.records = keep_lines(self.run_dir / "metrics.jsonl", self.step)
-        keep_lines(self.run_dir / "evaluations.jsonl", self.step)
+        self._evaluations = keep_lines(self.run_dir / "evaluations.jsonl", self.step)
         self._tracker = Tracker(config, self.policy.device.type)
         return self
 
@@ -103,7 +89,7 @@ class Trainer:
         config = self.config
         bar = tqdm(total=config.steps, initial=self.step, desc=config.method, disable=not self.progress)
         try:
-            if self.step == 0 and not read_jsonl(self.run_dir / "evaluations.jsonl"):
+            if self.step == 0 and not self._evaluations:
                 self.evaluate()
             while self.step < config.steps and not (self.run_dir / "STOP").exists():
                 record = self._train_step()
@@ -114,9 +100,8 @@ class Trainer:
                     self.save_checkpoint()
                 self._tracker.log(record)
                 bar.update(1)
-                evaluations = read_jsonl(self.run_dir / "evaluations.jsonl")
-                bar.set_postfix(bar_values(record, evaluations))
-                announce(alarms(self.records, evaluations), self._alarms, self.step, bar)
+                bar.set_postfix(bar_values(record, self._evaluations))
+                announce(alarms(self.records, self._evaluations), self._alarms, self.step, bar)
                 yield record
         except (OSError, SafetensorError) as error:
             if not is_disk_full(error):
@@ -164,20 +149,9 @@ class Trainer:
         seconds_update, accuracy = time.perf_counter() - sampled, None
         if self.step == config.steps or (config.eval_every and self.step % config.eval_every == 0):
             accuracy = self.evaluate()["accuracy"]
-        return step_record(
-            config,
-            self.step,
-            prompts,
-            batch,
-            old,
-            credit,
-            losses,
-            norm=norm,
-            learning_rate=self.optimizer.param_groups[0]["lr"],
-            accuracy=accuracy,
-            seconds_sampling=sampled - started,
-            seconds_update=seconds_update,
-        )
+        measured = {"accuracy": accuracy, "seconds_sampling": sampled - started, "seconds_update": seconds_update}
+        measured |= {"gradient_norm": norm, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        return step_record(config, self.step, prompts, batch, old, credit, losses, **measured)
 
     # --- the parts of a step
 
@@ -186,7 +160,13 @@ class Trainer:
         return self.task.train(step * count, count, self.config.seed)
 
     def _prompts(self, examples: Sequence[Example]) -> list[Prompt]:
-        return check_prompts(self.config, self.prompter, examples, self.max_context)
+        """Their prompts. ConfigError where one does not fit the model's context."""
+        config, prompts = self.config, [self.prompter(example) for example in examples]
+        for prompt, example in zip(prompts, examples, strict=True):
+            self.prompter.check_length(
+                prompt, config.max_trace_tokens, self.max_context, example.id, config.max_answer_tokens
+            )
+        return prompts
 
     def sample(self, step: int, draw: int = 0) -> tuple[list[Example], list[Prompt], TraceBatch]:
         """The questions of a step (from 0) and traces drawn for them by the current policy.
@@ -198,7 +178,10 @@ class Trainer:
         prompts = self._prompts(examples)
         generator = step_generator(config.seed, f"rollouts-{draw}" if draw else "rollouts", step)
         alpha = self.method_state.get("alpha", config.alpha)
-        batch = sample_step(config, self.policy, self.prompter, prompts, generator, alpha)
+        sources = draw_sources(len(prompts), config.rollouts_per_question, alpha, config.source_split, generator)
+        limits = {"max_tokens": config.max_trace_tokens, "temperature": config.temperature, "top_p": config.top_p}
+        batch = sample_traces(self.policy, self.prompter, prompts, sources, generator=generator, **limits)
+        batch = batch.to(self.policy.device)
         if "verifier_reward" in self.method.needs:
             rewards = verifier_rewards(
                 self.policy, self.prompter, self.task, examples, prompts, batch, config.max_answer_tokens
@@ -207,11 +190,7 @@ class Trainer:
         return examples, prompts, batch
 
     def backward(
-        self,
-        prompts: Sequence[Prompt],
-        batch: TraceBatch,
-        old: LogProbs | None = None,
-        credit: Credit | None = None,
+        self, prompts: Sequence[Prompt], batch: TraceBatch, old: LogProbs | None = None, credit: Credit | None = None
     ) -> tuple[LogProbs, Credit, dict[str, float]]:
         """Leave the gradient of the method's loss in the adapter's ``grad``; the weights stay.
 
@@ -240,4 +219,5 @@ class Trainer:
         write_parquet(results, step_file(self.run_dir / "evaluations", self.step))
         summary = {"step": self.step, **summarise(results)}
         append_line(self.run_dir / "evaluations.jsonl", summary)
+        self._evaluations.append(summary)
         return summary

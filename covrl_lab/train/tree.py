@@ -65,12 +65,8 @@ def _shared(ordered: Sequence[Sequence[int]]) -> Iterator[int]:
     """How many tokens each of the sequences, in lexicographic order, has in common with the one before."""
     yield 0
     for before, sequence in pairwise(ordered):
-        shared = 0
-        for a, b in zip(before, sequence, strict=False):
-            if a != b:
-                break
-            shared += 1
-        yield shared
+        differ = (i for i, (a, b) in enumerate(zip(before, sequence, strict=False)) if a != b)
+        yield next(differ, min(len(before), len(sequence)))
 
 
 def build_tree(sequences: Sequence[Sequence[int]]) -> TokenTree:
@@ -248,10 +244,7 @@ def enable_packing(policy: Policy) -> bool:
     before, config = lm.config._attn_implementation, policy.decoder.config
     sequences = [[7, 8, 9, 10, 11], [7, 8, 9, 12, 11, 10], [7, 13], [14, 8, 9]]
     try:
-        if unknown := set(getattr(config, "layer_types", None) or ()) - {
-            "full_attention",
-            "sliding_attention",
-        }:
+        if unknown := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
             raise NotImplementedError(f"layers of type {min(unknown)!r}")
         rows = [
             policy.decoder(torch.tensor([s], device=policy.device), use_cache=False).last_hidden_state[0]

@@ -188,7 +188,7 @@ def _ours(channel, settings: dict[str, Any], fixed: bool) -> None:
 
         trainer.sample = sample
         clock = Clock(trainer, sampling="sample")
-        clock.watch(step_parts, scoring="logprobs_of")
+        clock.watch(step_parts, scoring="trace_logprobs")
         steps = iter(trainer)
         while channel.recv():
             clock.read(0)
@@ -549,8 +549,7 @@ def layout_part(results: Results) -> None:
 def _layout(settings: dict[str, Any], task: str, layout: str) -> dict[str, float]:
     import torch
 
-    from covrl_lab.train.scoring import packed_tokens
-    from covrl_lab.train.step import logprobs_of
+    from covrl_lab.train.scoring import packed_tokens, trace_logprobs
     from covrl_lab.train.trainer import Trainer
 
     torch.set_num_threads(settings["threads"])
@@ -563,8 +562,7 @@ def _layout(settings: dict[str, Any], task: str, layout: str) -> dict[str, float
         for step in range(settings["steps"]):
             _, prompts, batch = trainer.sample(step)
             with torch.no_grad():
-                rows = torch.arange(len(batch))
-                logprobs = logprobs_of(trainer.config, trainer.policy, prompts, batch, rows)
+                logprobs = trace_logprobs(trainer.policy, prompts, batch, temperature=trainer.config.temperature)
             answers.append(logprobs.answer.sum(1)[~batch.from_prior])
             finished.append(batch.finished[~batch.from_prior])
             packed.append(packed_tokens(prompts, batch)[0])
