@@ -13,7 +13,7 @@ import torch
 from helpers import CLOCK, TRAINED, adapter_change, lines, make_trainer, move_adapter, unpacked
 
 from covrl_lab.config import RunConfig
-from covrl_lab.runs.folder import load_run, read_jsonl, step_file, steps_in
+from covrl_lab.runs.folder import load_run, step_file, steps_in
 from covrl_lab.train import step as step_module
 from covrl_lab.train.models import load_policy
 from covrl_lab.train.policy import load_adapter
@@ -360,7 +360,8 @@ def test_unusable_questions_are_refused(tmp_path, no_model, rows, words):
     [("7\n8", "ends an answer"), ("7" * 9000, "context of 8192")],  # a few-shot answer is one line
     ids=["lines", "length"],
 )
-def test_a_row_that_turns_out_unusable_later_costs_no_step(tmp_path, answer, words):
+def test_every_row_is_checked_before_the_model_loads(tmp_path, no_model, answer, words):
+    """Not only those of the first steps: the row of the fifth question."""
     questions = [q for q in (f"Which number is {i}?" for i in range(60)) if not is_held_out(q)][:6]
     held_out = next(q for q in (f"Which number is {i}?" for i in range(60)) if is_held_out(q))
     rows = [{"question": q, "answer": "7"} for q in [*questions, held_out]]
@@ -370,9 +371,19 @@ def test_a_row_that_turns_out_unusable_later_costs_no_step(tmp_path, answer, wor
     rows[questions.index(fifth.question)]["answer"] = answer
     write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(ConfigError, match=words):
-        make_trainer(tmp_path / "run", task=task, prompt_style="few_shot", **settings).run()
-    assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 4
-    assert steps_in(tmp_path / "run" / "checkpoints")[-1] == 4  # not 3, where the last regular one was
+        make_trainer(tmp_path / "run", task=task, prompt_style="few_shot", **settings).setup()
+
+
+@pytest.mark.parametrize(("method", "held_out"), [("covrl", True), ("grpo", False)])
+def test_a_limit_that_cuts_reference_answers_is_refused(tmp_path, no_model, method, held_out):
+    """Held-out answers are decoded up to max_answer_tokens; a verifier decodes training answers, too."""
+    question = next(q for i in range(99) if is_held_out(q := f"What is {i}?") == held_out)
+    rows = [{"question": f"Say {i}?", "answer": "7"} for i in range(60)]
+    task = write_rows(tmp_path / "rows.jsonl", [*rows, {"question": question, "answer": "123456789"}])
+    count = sum(is_held_out(row["question"]) for row in rows) + held_out
+    shown = {"task": task, "difficulty": None, "prompt_style": "few_shot", "eval_questions": count}
+    with pytest.raises(ConfigError, match=r"max_answer_tokens=4 would .* set max_answer_tokens to 11 or more"):
+        make_trainer(tmp_path / "run", method=method, **shown).setup()
 
 
 def test_tensorboard_gets_every_step(tmp_path):

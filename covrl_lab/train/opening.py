@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 
 from ..config import RunConfig
+from ..types import ConfigError, Example
 from .models import load_policy, load_tokenizer
 from .policy import Policy
 from .prompts import Prompter
@@ -20,6 +22,31 @@ def open_task(config: RunConfig) -> tuple[Task, Prompter]:
     """Load the task and the tokenizer, but no weights. Raises ConfigError."""
     task = load_task(config.task, **vars(task_settings(config)))
     return task, Prompter(load_tokenizer(config.model), task.demonstrations, config.prompt_style)
+
+
+def check_examples(
+    config: RunConfig, task: Task, prompter: Prompter, evaluated: Sequence[Example], verified: bool, max_context: int
+) -> None:
+    """Raise ConfigError for an example that cannot be trained on or evaluated, before a model is loaded.
+
+    ``evaluated`` are held-out examples. Of a finite data set every row is looked at; one whose bytes fit the model's
+    context is not encoded, as a token holds at least a byte. ``verified``: training grades answers, too.
+    """
+    rows = task.rows()
+    for example in [*evaluated, *(rows if verified else ())]:
+        needed = len(prompter(example).answer)
+        if needed > config.max_answer_tokens:
+            raise ConfigError(
+                f"the answer of example {example.id!r} takes {needed} tokens with its end, and max_answer_tokens="
+                f"{config.max_answer_tokens} would cut it and count it wrong; set max_answer_tokens to {needed} or more"
+            )
+    limits = (config.max_trace_tokens, max_context)
+    wrapper = sum(map(len, vars(prompter(rows[0])).values())) if rows else 0  # more than any row's own
+    for example in rows:
+        prompter.check_answer(example)
+        size = len(example.question.encode()) + 2 * len(example.answer.encode())
+        if wrapper + size + config.max_trace_tokens + config.max_answer_tokens > max_context:
+            prompter.check_length(prompter(example), *limits, example.id, config.max_answer_tokens)
 
 
 def open_policy(config: RunConfig, *, adapter: bool = True) -> Policy:

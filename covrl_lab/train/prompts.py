@@ -108,14 +108,19 @@ class Prompter:
         # Reasoning models' templates may open the thinking themselves; ours opens it in both contexts.
         return self._encode(text.rstrip().removesuffix("<think>") if text.rstrip().endswith("<think>") else text)
 
-    def __call__(self, example: Example) -> Prompt:
-        """The ids of one example's contexts, seam and answer. ConfigError for an answer that holds its own end."""
-        style, x, y = self.style, example.question, example.answer.strip()
+    def check_answer(self, example: Example) -> None:
+        """Raise ``ConfigError`` for an answer that holds its own end."""
+        style, y = self.style, example.answer.strip()
         if style.answer_end in y:
             raise ConfigError(
                 f"the answer of example {example.id!r} contains {style.answer_end!r}, which ends an answer "
                 f"in prompt_style={style.name!r}; " + ("use 'chat'" if style is FEW_SHOT else "rewrite that answer")
             )
+
+    def __call__(self, example: Example) -> Prompt:
+        """The ids of one example's contexts, seam and answer. Raises as ``check_answer`` does."""
+        self.check_answer(example)
+        style, x, y = self.style, example.question, example.answer.strip()
         if style is FEW_SHOT:
             prior_root, posterior_root = self._prior_root, self._posterior_root
             x = x.replace("\n", " ")

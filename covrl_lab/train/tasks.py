@@ -11,7 +11,7 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -149,6 +149,11 @@ class Task:
     def held_out(self, count: int) -> list[Example]:
         """The first ``count`` held-out examples, all different. ConfigError if there are fewer."""
         return self._source.held_out(count)
+
+    def rows(self) -> Sequence[Example]:
+        """Every example of a finite data set; none of a generator, which has no end."""
+        source = self._source
+        return source.train_examples + source.held_out_examples if isinstance(source, _Rows) else ()
 
     def score(self, prediction: str, example: Example) -> float:
         """How right a predicted answer is, 0..1; 1.0 is right."""

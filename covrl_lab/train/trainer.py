@@ -24,7 +24,7 @@ from .checkpoints import append_line, check_run_dir, is_disk_full, keep_lines, l
 from .evaluation import evaluate, summarise
 from .methods import METHODS
 from .models import check_model, load_config
-from .opening import open_policy, open_task, task_settings
+from .opening import check_examples, open_policy, open_task, task_settings
 from .policy import Policy
 from .records import StepRecord, step_record, trace_rows
 from .sampling import draw_sources, sample_traces
@@ -67,6 +67,8 @@ class Trainer:
         self.held_out = self.task.held_out(config.eval_questions)
         self.max_context = load_config(config.model).get_text_config().max_position_embeddings
         self._prompts([*self.held_out, *self._questions(0), *self._questions(1)])
+        verified = "verifier_reward" in self.method.needs
+        check_examples(config, self.task, self.prompter, self.held_out, verified, self.max_context)
         self.policy = open_policy(config)
         self.optimizer = torch.optim.AdamW(
             [p for _, p in self.policy.trainable()], lr=config.learning_rate, weight_decay=config.weight_decay
