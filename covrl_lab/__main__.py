@@ -7,6 +7,7 @@ Imports stand inside the commands, so that help and reports start without torch.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -54,9 +55,6 @@ def sweep(settings: dict[str, Any], options: argparse.Namespace) -> int:
         runs.retry()
     try:
         table = runs.run(workers=options.workers)
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes the sweep", file=sys.stderr)
-        return 130
     except RuntimeError as error:
         raise ConfigError(str(error)) from error
     print(table.to_string(index=False))
@@ -130,8 +128,16 @@ def _parser() -> _Parser:
     return parser
 
 
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt(number)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the arguments and run the command; a ConfigError is one line on stderr and exit status 2."""
+    """Parse the arguments and run the command; a ConfigError is one line on stderr and exit status 2.
+
+    Ctrl-C, SIGTERM and SIGHUP (what Slurm and a closing terminal send) end it alike: the trainer drops the step in
+    hand and saves, and the exit status is 130, 143 or 129.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     if arguments and arguments[0].startswith("--") and arguments[0] != "--help":
@@ -144,9 +150,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name = unknown[0].lstrip("-").split("=")[0]
             valid = [flag.dest for flag in options.parser._actions if flag.option_strings and flag.dest != "help"]
             raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, valid)}")
+        for name in ("SIGTERM", "SIGHUP"):
+            if signal.getsignal(getattr(signal, name, signal.SIGINT)) is signal.SIG_DFL:  # nohup ignores SIGHUP
+                signal.signal(getattr(signal, name), _interrupt)
         status = options.run(settings, options) or 0
     except ConfigError as error:
         options.parser.error(str(error))
+    except KeyboardInterrupt as error:
+        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
+        resume = "; the same command resumes it" if options.command in ("train", "sweep") else ""
+        print(f"{options.parser.prog}: ended by {number.name}{resume}", file=sys.stderr)
+        status = 128 + number
     sys.exit(status)
 
 

@@ -115,8 +115,9 @@ def numbers(run_dir):
 
 
 def contents(folder):
-    """name -> bytes of all files below a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """name -> bytes of all files below a folder, but for the mark of who trains it now."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "owner.lock"]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def make_trainer(run_dir, base=TRAINED, **settings):

@@ -23,7 +23,7 @@ from ..runs.folder import read_jsonl, step_file, steps_in
 from ..types import ConfigError
 from .policy import Policy, load_adapter, save_adapter
 
-ALLOWED_SUFFIXES = {".ipynb", ".ipynb_checkpoints", ".html", ".log", ".tmp", ".yaml"}
+ALLOWED_SUFFIXES = {".ipynb", ".ipynb_checkpoints", ".html", ".log", ".tmp", ".yaml", ".lock"}
 MIN_FREE_BYTES = 200 * 2**20  # a run folder of the embedded model with its checkpoints stays below this
 METHOD_STATE = "memory.json"
 KEPT_CHECKPOINTS = 2

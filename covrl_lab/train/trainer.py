@@ -17,8 +17,9 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from ..config import RunConfig
+from ..files import Owner
 from ..runs.alarms import alarms
-from ..runs.folder import step_file, write_parquet
+from ..runs.folder import read_jsonl, step_file, write_parquet
 from ..types import ConfigError, Credit, Example, LogProbs, Prompt, TraceBatch
 from .checkpoints import append_line, check_run_dir, is_disk_full, keep_lines, load_checkpoint, save_checkpoint
 from .evaluation import evaluate, summarise
@@ -42,7 +43,7 @@ class Trainer:
     the run after the current step.
 
     Raises ConfigError: a setting, task or model that cannot work, a prompt longer than the model's context,
-    a run folder that holds another configuration, or too little disk space.
+    a run folder that holds another configuration or that another process trains, or too little disk space.
     """
 
     def __init__(self, config: RunConfig, progress: bool = True) -> None:
@@ -57,37 +58,51 @@ class Trainer:
         self._tracker: Tracker | None = None
         self._unrecorded = False  # whether the weights have been updated since the last whole record
         self._alarms: set[str] = set()  # kinds that have been said
+        self._owner = Owner(self.run_dir)
 
     def setup(self) -> Trainer:
         """Load task, tokenizer and model, check prompt lengths, and resume; iterating does it, too."""
         if self.policy is not None:
             return self
         config = self.config
+        if (self.run_dir / Owner.NAME).exists():
+            with self._owner:  # refused before anything is loaded
+                pass
         self.task, self.prompter = open_task(config)
         self.held_out = self.task.held_out(config.eval_questions)
         self.max_context = load_config(config.model).get_text_config().max_position_embeddings
         self._prompts([*self.held_out, *self._questions(0), *self._questions(1)])
         verified = "verifier_reward" in self.method.needs
         check_examples(config, self.task, self.prompter, self.held_out, verified, self.max_context)
-        self.policy = open_policy(config)
+        policy = open_policy(config)
         self.optimizer = torch.optim.AdamW(
-            [p for _, p in self.policy.trainable()], lr=config.learning_rate, weight_decay=config.weight_decay
+            [p for _, p in policy.trainable()], lr=config.learning_rate, weight_decay=config.weight_decay
         )
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        if not (self.run_dir / "config.json").exists():
-            config.save(self.run_dir / "config.json")
-        # What was written after the last whole checkpoint is dropped and written again.
-        self.step, self.method_state = load_checkpoint(self.run_dir, self.policy, self.optimizer)
-        self.saved_step, self._unrecorded = self.step, False
-        self.records = keep_lines(self.run_dir / "metrics.jsonl", self.step)
-        self._evaluations = keep_lines(self.run_dir / "evaluations.jsonl", self.step)
-        self._tracker = Tracker(config, self.policy.device.type)
+        with self._owner:
+            check_run_dir(config)  # again: loading took a while
+            if not (self.run_dir / "config.json").exists():
+                config.save(self.run_dir / "config.json")
+            # What was written after the last whole checkpoint is dropped and written again.
+            self.step, self.method_state = load_checkpoint(self.run_dir, policy, self.optimizer)
+            self.saved_step, self._unrecorded = self.step, False
+            self.records = keep_lines(self.run_dir / "metrics.jsonl", self.step)
+            self._evaluations = keep_lines(self.run_dir / "evaluations.jsonl", self.step)
+        self._tracker = Tracker(config, policy.device.type)
+        self.policy = policy
         return self
 
     # --- the loop
 
     def __iter__(self) -> Iterator[StepRecord]:
         self.setup()
+        with self._owner:
+            if len(read_jsonl(self.run_dir / "metrics.jsonl")) != self.step:  # another process has trained meanwhile
+                self.policy = None
+                self.setup()
+            yield from self._steps()
+
+    def _steps(self) -> Iterator[StepRecord]:
         config = self.config
         bar = tqdm(total=config.steps, initial=self.step, desc=config.method, disable=not self.progress)
         try:
@@ -165,9 +180,8 @@ class Trainer:
         """Their prompts. ConfigError where one does not fit the model's context."""
         config, prompts = self.config, [self.prompter(example) for example in examples]
         for prompt, example in zip(prompts, examples, strict=True):
-            self.prompter.check_length(
-                prompt, config.max_trace_tokens, self.max_context, example.id, config.max_answer_tokens
-            )
+            limits = config.max_trace_tokens, self.max_context
+            self.prompter.check_length(prompt, *limits, example.id, config.max_answer_tokens)
         return prompts
 
     def sample(self, step: int, draw: int = 0) -> tuple[list[Example], list[Prompt], TraceBatch]:
@@ -203,18 +217,14 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the current policy on the held-out questions; store and return the summary."""
-        config = self.config
+        config, names = self.config, ("max_trace_tokens", "max_answer_tokens", "temperature", "top_p", "seed")
         results = evaluate(
             self.policy,
             self.prompter,
             self.task,
             self.held_out,
-            max_trace_tokens=config.max_trace_tokens,
-            max_answer_tokens=config.max_answer_tokens,
+            **{name: getattr(config, name) for name in names},
             samples=config.eval_samples,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            seed=config.seed,
             posterior=config.alpha < 1,
             progress=self.progress,
         )

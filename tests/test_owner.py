@@ -1,0 +1,79 @@
+"""A run folder has one owner, and the signals that end a process cost it nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from helpers import TRAINED, checkout_environment, flags, lines, make_trainer, numbers, until
+
+from covrl_lab.runs.folder import read_jsonl, steps_in
+from covrl_lab.types import ConfigError
+
+BASE = TRAINED | {"eval_samples": 0, "checkpoint_every": 100, "eval_every": 0}
+
+
+def train(run_dir, **settings):
+    command = [sys.executable, "-m", "covrl_lab", "train", *flags(BASE | settings | {"run_dir": run_dir})]
+    return subprocess.Popen(command, env=checkout_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def steps(run_dir):
+    return len(read_jsonl(run_dir / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_run_resumes_to_the_same_numbers(reference_numbers, tmp_path, number, status):
+    run = tmp_path / "run"
+    process = train(run)
+    until(lambda: steps(run) >= 2 or process.poll() is not None, "two steps")
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == status
+    last = said.decode().replace("\r", "\n").strip().splitlines()[-1]
+    assert last == f"covrl-lab train: ended by {number.name}; the same command resumes it" and b"Traceback" not in said
+    done = len(lines(run / "metrics.jsonl"))
+    assert 2 <= done < 8 and (steps_in(run / "checkpoints") in ([done], []))  # [] where a step was in hand
+    make_trainer(run, BASE).run()
+    assert numbers(run) == reference_numbers
+
+
+@pytest.fixture(scope="module")
+def reference_numbers(tmp_path_factory):
+    return numbers(make_trainer(tmp_path_factory.mktemp("whole") / "run", BASE).run().run_dir)
+
+
+def test_a_second_process_is_refused_with_the_name_of_the_first(tmp_path):
+    run = tmp_path / "run"
+    first = train(run, steps=500)
+    try:
+        until(lambda: steps(run) >= 1 or first.poll() is not None, "a step")
+        _, said = train(run, steps=500).communicate(timeout=120)
+        assert f"is being trained by process {first.pid} on " in said.decode() and b"Traceback" not in said
+        with pytest.raises(ConfigError, match=f"process {first.pid} on"):
+            make_trainer(run, BASE, steps=500).setup()
+        assert [record["step"] for record in read_jsonl(run / "metrics.jsonl")] == list(range(1, steps(run) + 1))
+    finally:
+        first.kill()  # the lock is the system's: a killed owner holds nothing
+        first.communicate()
+    done = steps(run)
+    for record in make_trainer(run, BASE, steps=500):
+        assert record.step == 1 and done >= 1  # no checkpoint yet
+        break
+
+
+def test_a_folder_trained_by_another_process_meanwhile_is_read_again(tmp_path):
+    mine = make_trainer(tmp_path / "run", BASE).setup()
+    make_trainer(tmp_path / "run", BASE).run()
+    assert list(mine) == [] and mine.step == 8 and len(lines(tmp_path / "run" / "metrics.jsonl")) == 8
+
+
+def test_two_trainers_of_one_process_take_turns(tmp_path):
+    first, second = (make_trainer(tmp_path / "run", BASE) for _ in range(2))
+    for record in first:
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} on"):
+            second.setup()
+        if record.step == 3:
+            break
+    assert next(record.step for record in second) == 4
