@@ -22,7 +22,7 @@ _NAMES = {
     "runs.folder": "load_run",
     "runs.stats": "bootstrap_interval",
     "runs.sweep": "Sweep",
-    "runs.trace_use": "value_by_use",
+    "runs.trace_use": "guessing_world value_by_use",
     "runs.worker": "limit_cells",
     "theory.views": "EstimatorPanel plot_gradient_quality plot_kl_estimators plot_ratio_range plot_responsibility",
     "theory.world": "World",

@@ -29,3 +29,18 @@ def value_by_use(traces: pd.DataFrame, shares: np.ndarray, evidence_floor: float
     if not group:
         raise ValueError("no traces to take the bounds of")
     return pd.DataFrame({"share": shares, "published": np.mean(published, 0), "group": np.mean(group, 0)})
+
+
+def guessing_world(right: float = 0.25, group_size: int = 4) -> pd.DataFrame:
+    """Every group of traces in a world of guesses, in equal numbers: rows for ``value_by_use``.
+
+    Without a trace the answer has e^-5; a share ``right`` of the traces leaves it at 0.95, and the others, which are
+    wrong and which the model trusts, at e^-12.
+    """
+    kinds = [np.log(0.95)] * round(right * group_size) + [-12.0] * round((1 - right) * group_size)
+    rows = [
+        {"step": 1, "example_id": number, "answer_logp": [log], "reward": np.exp(log), "no_trace_logp": -5.0}
+        for number, group in enumerate(product(kinds, repeat=group_size))
+        for log in group
+    ]
+    return pd.DataFrame(rows)
