@@ -14,7 +14,7 @@ export GOMP_SPINCOUNT ?= 2000
 demo: .venv/.installed
 	mkdir -p $(DEMO)
 	PLOTLY_RENDERER=plotly_mimetype+notebook .venv/bin/papermill notebooks/01_quickstart.ipynb \
-		$(DEMO)/01_quickstart.ipynb --kernel python3 --execution-timeout 900 -p run_dir $(DEMO)/run $(DEMO_ARGS)
+		$(DEMO)/01_quickstart.ipynb --kernel python3 --execution-timeout 3600 -p run_dir $(DEMO)/run $(DEMO_ARGS)
 	.venv/bin/jupyter nbconvert --to html $(DEMO)/01_quickstart.ipynb
 	@echo "Open $(CURDIR)/$(DEMO)/01_quickstart.html"
 

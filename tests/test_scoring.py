@@ -17,8 +17,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
@@ -35,7 +39,7 @@ from covrl_lab.train.prompts import Prompter
 from covrl_lab.train.sampling import generate
 from covrl_lab.train.scoring import packed_tokens, trace_logprobs
 from covrl_lab.train.tree import BLOCK, TreeAttention, build_tree, count_nodes, run_tree
-from covrl_lab.types import Demonstration, Example, TraceBatch
+from covrl_lab.types import ConfigError, Demonstration, Example, TraceBatch
 
 LOGPROB_TOLERANCE = 1e-4  # nats a token
 GRADIENT_TOLERANCE = 1e-4  # of a parameter's gradient norm
@@ -64,6 +68,8 @@ FAMILIES = {
     ),
     "phi3": (Phi3ForCausalLM, Phi3Config, {"sliding_window": None}),
     "phi3-window": (Phi3ForCausalLM, Phi3Config, {"sliding_window": 8}),
+    "granite": (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 8.0}),
+    "cohere": (CohereForCausalLM, CohereConfig, {"logit_scale": 0.0625}),
     "mistral-window": (MistralForCausalLM, MistralConfig, {"sliding_window": 8}),
 }
 
@@ -453,3 +459,18 @@ def test_a_branch_sees_its_own_path_and_nothing_else(policies, name):
                 ids[node] = (ids[node] + 50) % (VOCABULARY - 3) + 3
                 changed = run_tree(policy, dataclasses.replace(tree, ids=ids))
                 assert float((changed[path[-1]] - clean[path[-1]]).abs().max()) > 1e-3
+
+
+def test_a_model_that_does_more_to_its_logits_is_refused(policies, monkeypatch):
+    """As a layer between hidden states and head would: log-probabilities of something that is not the model."""
+    policy = policies("granite")
+    monkeypatch.setattr(policy.causal_lm.config, "logits_scaling", 1.0)  # forgets the model's own factor of 8
+    scaled = policy.causal_lm.forward
+    monkeypatch.setattr(policy.causal_lm, "forward", lambda *a, **k: _divided(scaled(*a, **k), 8.0))
+    with pytest.raises(ConfigError, match="'granite' changes its logits in a way that covrl_lab does not know"):
+        tree_module.check_logits(policy)
+
+
+def _divided(output, factor):
+    output.logits = output.logits / factor
+    return output

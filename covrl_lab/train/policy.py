@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..types import ConfigError
 from .lora import LoraGroup
-from .tree import enable_packing
+from .tree import check_logits, enable_packing
 
 
 @dataclass
@@ -29,6 +29,7 @@ class Policy:
     lora: list[LoraGroup] = field(init=False, default_factory=list)  # the adapter's layers
 
     def __post_init__(self) -> None:
+        check_logits(self)
         self.packs = enable_packing(self)
 
     @property

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..types import LogProbs, Prompt, TraceBatch
 from .policy import Policy
-from .tree import build_tree, count_nodes, final_logits, logit_cap, run_tree
+from .tree import build_tree, count_nodes, final_logits, logit_cap, logit_scale, run_tree
 
 MAX_LOGITS_BYTES = 32 * 2**20  # float32 logits that exist at once
 
@@ -58,7 +58,7 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, targets: Tensor, temperature: Tensor, policy: Policy) -> Tensor:
         weight, needed = policy.head.weight, ctx.needs_input_grad[0]
-        cap = logit_cap(policy)
+        cap, scale = logit_cap(policy), logit_scale(policy)
         logprobs = torch.empty(len(hidden), device=hidden.device)
         slope = torch.empty_like(hidden) if needed else None
         rows = max(1, MAX_LOGITS_BYTES // (4 * len(weight)))
@@ -74,7 +74,7 @@ class _HeadLogprobs(torch.autograd.Function):
                 logits.scatter_add_(1, target, -total)  # now -total x (onehot - softmax)
                 if bent is not None:
                     logits *= bent
-                slope[part] = (logits.to(weight.dtype) @ weight) / (-total * temperature[part, None])
+                slope[part] = (logits.to(weight.dtype) @ weight) * (scale / (-total * temperature[part, None]))
         if needed:
             ctx.save_for_backward(slope)
         return logprobs

@@ -26,6 +26,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..types import ConfigError
+
 if TYPE_CHECKING:
     from .policy import Policy
 
@@ -228,10 +230,29 @@ def logit_cap(policy: Policy) -> float | None:
     return getattr(policy.causal_lm.config, "final_logit_softcapping", None)
 
 
+def logit_scale(policy: Policy) -> float:
+    """The factor on the output head's logits: Cohere's ``logit_scale``, one over Granite's ``logits_scaling``."""
+    config = policy.causal_lm.config
+    return (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+
+
 def final_logits(policy: Policy, hidden: Tensor) -> Tensor:
-    """The output head on hidden states (k, hidden): float32 logits (k, vocabulary), soft-capped for Gemma."""
-    logits, cap = policy.head(hidden).float(), logit_cap(policy)
+    """The output head on hidden states (k, hidden): float32 logits (k, vocabulary), as the model gives them."""
+    logits, cap = policy.head(hidden).float() * logit_scale(policy), logit_cap(policy)
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+@torch.no_grad()
+def check_logits(policy: Policy) -> None:
+    """ConfigError where ``final_logits`` are not the model's own: it does something to them that is not known here."""
+    ids = torch.tensor([[7, 8, 9, 10, 11]], device=policy.device)
+    theirs = policy.causal_lm(ids, use_cache=False).logits[0].float()
+    ours = final_logits(policy, policy.decoder(ids, use_cache=False).last_hidden_state[0])
+    if not (gap := float((ours - theirs).abs().max())) <= 0.02 * float(theirs.abs().max()):  # bfloat16 has 8 bits
+        raise ConfigError(
+            f"{policy.name!r} changes its logits in a way that covrl_lab does not know: they differ by {gap:.2g}, so "
+            "that log-probabilities would be wrong; choose another model"
+        )
 
 
 @torch.no_grad()
