@@ -37,10 +37,17 @@ class Plot(anywidget.AnyWidget):
     _esm = static_text("plot.js")
     figure = traitlets.Unicode().tag(sync=True)
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, on_click: Callable[[dict[str, Any]], None] | None = None, **kwargs: Any):
+        """on_click: called with x, y and curve of a point that a reader clicks."""
         super().__init__(**kwargs)
-        # For a page without a plotly of its own, which asks.
-        self.on_msg(lambda *message: self.send({"source": get_plotlyjs()}))
+
+        def receive(plot: Plot, content: dict[str, Any], buffers: Any) -> None:
+            if "wanted" in content:  # by a page without a plotly of its own
+                self.send({"source": get_plotlyjs()})
+            elif on_click is not None:
+                on_click(content["clicked"])
+
+        self.on_msg(receive)
 
     def draw(self, figure: go.Figure) -> None:
         """Put ``figure`` in place of what is shown."""
