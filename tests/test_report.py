@@ -166,6 +166,11 @@ def test_command_line_and_errors(tmp_path):
     assert covrl_lab.report is report
     with pytest.raises(ConfigError, match="not a run folder"):
         report(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(ConfigError, match="not a run of covrl_lab"):
+        report(tmp_path / "model")
+    assert not (tmp_path / "model" / "report.html").exists()
     with pytest.raises(ConfigError, match="does not exist"):
         report(EXAMPLE_RUN, tmp_path / "nowhere" / "report.html")
     command = [sys.executable, "-m", "covrl_lab", "report"]

@@ -90,6 +90,16 @@ class Run:
         return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
 
     @property
+    def foreign(self) -> str:
+        """Why ``config.json`` is not one of ours, in a sentence; empty where it is."""
+        config = self.config
+        known = isinstance(config, dict) and {"method", "model", "steps"} <= set(config)
+        where = str(self.path.absolute())
+        return (
+            "" if known else f"{where!r} is not a run of covrl_lab: its config.json names no method, model and steps"
+        )
+
+    @property
     def metrics(self) -> pd.DataFrame:
         """One row a finished step; see ``trainer.StepRecord`` for the columns."""
         return pd.DataFrame(read_jsonl(self.path / "metrics.jsonl"))

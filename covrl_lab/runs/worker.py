@@ -84,6 +84,19 @@ def _locked(folder: Path) -> bool:
     return False
 
 
+def hold(folder: Path) -> TextIO:
+    """Hold a run's lock, where nobody else does, until the file is closed or this process dies."""
+    file = open(folder / "lock", "a", encoding="utf-8")  # noqa: SIM115
+    if fcntl is not None and not _locked(folder):
+        _lock(file)
+    return file
+
+
+def abandoned(folder: Path) -> bool:
+    """Whether the process that worked on a run has gone; False where nobody can know."""
+    return fcntl is not None and (folder / "lock").exists() and not _locked(folder)
+
+
 def status(folder: str | Path) -> tuple[str, str]:
     """("queued" | "running" | "done" | "cancelled" | "failed", reason in one sentence) of a run folder."""
     folder = Path(folder)

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from ..config import RunConfig
 from ..runs.alarms import alarms
 from ..runs.folder import read_jsonl, step_file, write_parquet
+from ..runs.worker import hold
 from ..types import ConfigError, Credit, Example, LogProbs, Prompt, TraceBatch
 from .checkpoints import (
     append_line,
@@ -31,7 +32,7 @@ from .checkpoints import (
 from .evaluation import evaluate, summarise
 from .methods import METHODS
 from .models import check_model, load_config
-from .opening import open_policy, open_task, task_settings
+from .opening import open_policy, open_task
 from .policy import Policy
 from .records import StepRecord, step_record, trace_rows
 from .step import (
@@ -43,7 +44,7 @@ from .step import (
     step_generator,
     verifier_rewards,
 )
-from .tasks import check_task
+from .tasks import TaskSettings, check_task
 from .tracking import Tracker, announce, bar_values
 
 
@@ -63,7 +64,7 @@ class Trainer:
         self.config, self.progress = config, progress
         self.run_dir = Path(config.run_dir)
         check_model(config.model)
-        check_task(config.task, task_settings(config))
+        check_task(config.task, TaskSettings.of(config))
         check_run_dir(config)
         self.records: list[dict[str, Any]] = []  # one dictionary a finished step, those on disk too
         self.method = METHODS[config.method]
@@ -100,7 +101,7 @@ class Trainer:
 
     def __iter__(self) -> Iterator[StepRecord]:
         self.setup()
-        config = self.config
+        config, lock = self.config, hold(self.run_dir)  # so that the monitor sees a process that died
         bar = tqdm(total=config.steps, initial=self.step, desc=config.method, disable=not self.progress)
         try:
             if self.step == 0 and not read_jsonl(self.run_dir / "evaluations.jsonl"):
@@ -134,6 +135,7 @@ class Trainer:
                 self.save_checkpoint()
             if self.step == config.steps:
                 self._tracker.end()
+            lock.close()
 
     def run(self) -> Trainer:
         """Run to the end."""

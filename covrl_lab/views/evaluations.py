@@ -45,7 +45,7 @@ def plot_questions(rows: pd.DataFrame, chosen: str = "") -> go.Figure:
         f"reference answer {figure_text(r.answer, 40, 2)}{'' if r.finished else '<br>trace unfinished'}"
         for r in rows.itertuples()
     ]
-    height = int(min(900, max(220, 90 + 14 * len(order))))
+    height = int(min(700, max(220, 90 + 14 * len(order))))
     figure = go.Figure(layout={"template": TEMPLATE, "height": height, "margin": {"t": 40, "r": 40, "b": 45}})
     figure.add_heatmap(
         z=table(rows["score"]),
@@ -57,7 +57,7 @@ def plot_questions(rows: pd.DataFrame, chosen: str = "") -> go.Figure:
         colorscale=[[0, "rgba(213, 94, 0, 0.28)"], [1, BOTH]],
         showscale=False,
         xgap=2,
-        ygap=1 if height < 90 + 8 * len(order) else 2,
+        ygap=1,
         hovertemplate="step %{x}: %{text}<extra></extra>",
     )
     ids = list(order["example_id"])
@@ -75,7 +75,7 @@ def plot_questions(rows: pd.DataFrame, chosen: str = "") -> go.Figure:
         showgrid=False,
         zeroline=False,
     )
-    return figure.update_layout(title_text="Green: right, pale: wrong; a row is a question")
+    return figure.update_layout(title_text="Green: right, orange: wrong; a row is a question")
 
 
 def change_html(rows: pd.DataFrame, before: int, after: int) -> str:
@@ -151,17 +151,16 @@ class EvaluationBrowser(Panel):
         self.kind = field(widgets.Dropdown, "list", "all", "190px", "40px", options=["all", *_KINDS])
         self.again = widgets.Button(description="Refresh", icon="refresh", layout={"width": "auto"})
         self.change, self.question = widgets.HTML(), widgets.HTML()
-        self.plot = Plot(self._click, layout={"flex": "3 1 420px", "min_width": "0"})
         self.questions = Table(label="held-out questions", columns=_COLUMNS)
-        self.questions.layout = {"flex": "2 1 420px", "min_width": "0"}
         for control in (self.before, self.after, self.kind):
             control.observe(self._list, names="value")
         self.questions.observe(self._list, names="sort")
         self.questions.observe(lambda change: self._open(), names="picked")
         self.again.on_click(lambda button: self.refresh())
-        controls = row(self.before, self.after, self.kind, self.again)
-        parts = [controls, self.change, row(self.plot, self.questions), self.question]
-        self.widget = widgets.VBox(parts)
+        controls, half = row(self.before, self.after, self.kind, self.again), {"flex": "1 1 420px", "min_width": "0"}
+        self.plot = Plot(self._click, layout=half)
+        beside = row(self.plot, widgets.VBox([self.questions, self.question], layout=half))
+        self.widget = widgets.VBox([controls, self.change, beside])
         self.widget.add_class("covrl-evaluations")
         self._list()
         self.questions.picked = self.order["example_id"].iloc[0]

@@ -40,6 +40,8 @@ def report(run: Run | str | Path, path: str | Path | None = None) -> Path:
     of it plotly.js. Raises ConfigError for a folder that is not a run.
     """
     run = run if isinstance(run, Run) else load_run(run)
+    if run.foreign:
+        raise ConfigError(run.foreign)
     path = run.path / "report.html" if path is None else Path(path)
     if not path.parent.is_dir():
         raise ConfigError(f"the folder {str(path.parent)!r} does not exist; make it or choose another file")
