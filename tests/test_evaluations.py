@@ -11,7 +11,7 @@ import pytest
 from helpers import EXAMPLE_RUN, HOSTILE
 
 from covrl_lab import EvaluationBrowser, load_run
-from covrl_lab.runs.questions import by_learning, history, outcomes
+from covrl_lab.runs.questions import between, by_learning, history
 from covrl_lab.runs.stats import mcnemar, paired_interval
 from covrl_lab.types import ConfigError
 from covrl_lab.views.evaluations import plot_questions
@@ -91,7 +91,8 @@ def test_gained_and_lost_are_those_of_the_files(browser, before, after):
     pairs = {i: (found[before][i]["score"] == 1, found[after][i]["score"] == 1) for i in found[0]}
     names = {(False, True): "gained", (True, False): "lost", (True, True): "right at both"}
     expected = {i: names.get(pair, "wrong at both") for i, pair in pairs.items()}
-    assert outcomes(browser.history, before, after).to_dict() == expected
+    listed = between(browser.history, before, after)
+    assert dict(zip(listed["example_id"], listed["outcome"], strict=True)) == expected
     counts = {
         kind: list(expected.values()).count(kind) for kind in ("gained", "lost", "right at both", "wrong at both")
     }
@@ -111,7 +112,7 @@ def test_gained_and_lost_are_those_of_the_files(browser, before, after):
 def test_the_heat_map_holds_every_score_and_answer(browser):
     figure = plot_questions(browser.history)
     (heat,) = figure.data
-    found, order = answers(), list(browser.order["example_id"])
+    found, order = answers(), list(browser.listed["id"])
     assert heat.x == ("0", "10", "20", "30") and len(heat.y) == len(order) == 200
     for i, example in enumerate(order):
         rows = [found[step][example] for step in STEPS]
@@ -119,11 +120,11 @@ def test_the_heat_map_holds_every_score_and_answer(browser):
         for text, row in zip(heat.text[i], rows, strict=True):
             assert row["question"] in text and f"it said {row['prediction']}, reference" in text
     labels = dict(label.rsplit(": ", 1) for label in figure.layout.yaxis.ticktext)
-    assert labels.items() <= {k: str(v) for k, v in browser.order["learned"].value_counts().items()}.items()
+    assert labels.items() <= {k: str(v) for k, v in browser.listed["learned"].value_counts().items()}.items()
 
 
 def test_a_click_or_the_list_opens_the_question_at_every_step(browser):
-    found, example = answers(), browser.order["example_id"].iloc[70]
+    found, example = answers(), browser.listed["id"].iloc[70]
     browser.plot._handle_custom_msg({"clicked": {"x": "10", "y": 70, "curve": 0}}, [])
     assert browser.questions.picked == example and browser.questions.marked == [example]
     page = browser.question.value
@@ -159,8 +160,15 @@ def test_a_growing_run_is_read_again_and_steps_without_evaluations_are_refused(t
     growing = EvaluationBrowser(run)
     growing.questions.picked = chosen = growing.questions.rows[9]["id"]
     assert growing.after.value == 20 and growing.before.options == (0, 10, 20)
-    later.rename(last)
+    frame = pd.read_parquet(later)
+    frame.iloc[1:].to_parquet(last)  # a question that is no longer asked
+    missing = frame["example_id"][0]
     growing.again.click()
+    growing.after.value = 30
+    listed = growing.listed.set_index("id")
+    assert listed["outcome"].isna().sum() == 1 and listed.loc[missing, "after"] == ""
+    assert "199 questions" in growing.change.value
+    growing.after.value = 20
     assert growing.after.value == 20 and growing.before.options == STEPS and growing.questions.picked == chosen
     assert 'data-step="30"' in growing.question.value
     with pytest.raises(ConfigError, match="no evaluation of step 7"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,28 +55,16 @@ def _read(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
     return pq.ParquetFile(file, pre_buffer=False).read(columns, use_threads=False).replace_schema_metadata()
 
 
-def _concatenated(tables: Sequence[pa.Table]) -> pa.Table:
-    """The rows of all tables; a column that one lacks, or holds nothing in, is empty there."""
-    return pa.concat_tables(tables, promote_options="permissive")
-
-
-def _read_cache(path: Path, columns: Sequence[str]) -> tuple[list[list[Any]], pa.Table | None]:
-    """([name, time, size, rows] of each file, their rows) that ``_write_cache`` wrote for these columns."""
+def _cached(path: Path, about: dict[str, Any]) -> tuple[list[pa.Table], int]:
+    """([rows], of how many files they are) that ``trace_columns`` kept; nothing where one has changed since."""
     try:
         table = pq.ParquetFile(path).read()
-        about = json.loads(table.schema.metadata[b"covrl_lab"])
+        known = json.loads(table.schema.metadata[b"covrl_lab"])
+        count = len(known["files"])
     except (OSError, ValueError, KeyError, TypeError):  # none, or not ours
-        return [], None
-    return (about["files"], table.replace_schema_metadata()) if about["columns"] == list(columns) else ([], None)
-
-
-def _write_cache(path: Path, table: pa.Table, columns: Sequence[str], files: list[list[Any]]) -> None:
-    sink, about = pa.BufferOutputStream(), json.dumps({"columns": list(columns), "files": files})
-    pq.write_table(table.replace_schema_metadata({"covrl_lab": about}), sink)
-    try:
-        write_whole(path, sink.getvalue().to_pybytes())
-    except OSError:  # somebody else's folder
-        pass
+        return [], 0
+    same = known == about | {"files": about["files"][:count]}
+    return ([table.replace_schema_metadata()], count) if same else ([], 0)
 
 
 @dataclass(frozen=True)
@@ -135,26 +124,26 @@ class Run:
             raise ConfigError(f"{self.path} has no traces of step {missing[0]}; it has {self.steps}")
         if not files:
             return pd.DataFrame(columns=TRACE_COLUMNS)
-        return _concatenated([_read(file) for file in files]).to_pandas()
+        return pa.concat_tables(map(_read, files), promote_options="permissive").to_pandas()
 
     def trace_columns(self, columns: Sequence[str]) -> pd.DataFrame:
         """Some columns of ``traces()``, all steps; empty where a step's file lacks one.
 
-        A run of many files keeps what was read in one more, ``CACHE``. Files that have changed are read again.
+        A run of many files keeps what was read in one more, ``CACHE``, and reads only later files again.
         """
         files = [step_file(self.path / "traces", step) for step in self.steps]
-        state = [[file.name, (found := file.stat()).st_mtime_ns, found.st_size] for file in files]
+        about = {"columns": list(columns), "files": [[file.name, file.stat().st_mtime_ns] for file in files]}
         many, cache = len(files) >= CACHE_FROM, self.path / CACHE
-        known, kept = _read_cache(cache, columns) if many else ([], None)
-        pairs = zip(state, known, strict=False)
-        same = next((i for i, (now, then) in enumerate(pairs) if now != then[:3]), min(len(state), len(known)))
-        tables = [] if kept is None else [kept.slice(0, sum(entry[3] for entry in known[:same]))]
-        tables += (new := [_read(file, columns) for file in files[same:]])
-        table = _concatenated(tables) if tables else pa.table({})
-        if many and len(new) > 0.02 * len(files):  # a growing run does not write it anew each time
-            rows = [entry[3] for entry in known[:same]] + [part.num_rows for part in new]
-            about = [[*entry, count] for entry, count in zip(state, rows, strict=True)]
-            _write_cache(cache, table, columns, about)
+        tables, count = _cached(cache, about) if many else ([], 0)
+        tables += [_read(file, columns) for file in files[count:]]
+        if not tables:
+            return pd.DataFrame(columns=columns)
+        table = pa.concat_tables(tables, promote_options="permissive")
+        if many and count < 0.98 * len(files):  # a growing run does not write it anew each time
+            sink = pa.BufferOutputStream()
+            pq.write_table(table.replace_schema_metadata({"covrl_lab": json.dumps(about)}), sink)
+            with suppress(OSError):  # somebody else's folder
+                write_whole(cache, sink.getvalue().to_pybytes())
         return table.to_pandas().reindex(columns=columns)
 
     def predictions(self, step: int) -> pd.DataFrame:

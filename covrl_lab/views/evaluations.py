@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from IPython.display import HTML
 
 from ..runs.folder import Run, load_run
-from ..runs.questions import by_learning, history, outcomes
+from ..runs.questions import OUTCOMES, between, by_learning, history
 from ..runs.stats import mcnemar, paired_interval
 from ..types import ConfigError
 from .html import figure_text, html_number, html_table, html_text
@@ -25,33 +25,30 @@ _COLUMNS = [
     table_column("after", "said after", "text", "the model's own answer at the second of the two steps"),
     table_column("learned", "learned", "text", "from when on every answer was right"),
 ]
-_KINDS = ("gained", "lost", "right at both", "wrong at both")
 _MOST_ROWS = 500  # of the list; the heat map holds all
 _LISTED = 20  # questions of each list where nothing can be scrolled
 
 
 def plot_questions(rows: pd.DataFrame, chosen: str = "") -> go.Figure:
-    """Right and wrong answers, a row a question (the soonest learned on top), a column an evaluation.
+    """Scores of all answers, a row a question (the soonest learned on top), a column an evaluation.
 
     rows: ``questions.history``. The question with the id ``chosen`` is framed.
     """
-    order, steps = by_learning(rows), sorted(rows["step"].unique())
-
-    def table(values: pd.Series) -> pd.DataFrame:
-        return rows.assign(v=values).pivot(index="example_id", columns="step", values="v").loc[order["example_id"]]
-
+    order = by_learning(rows)
     said = [
         f"{figure_text(r.question, 60, 3)}<br>it said {figure_text(r.prediction, 40, 2)}, "
         f"reference answer {figure_text(r.answer, 40, 2)}{'' if r.finished else '<br>trace unfinished'}"
         for r in rows.itertuples()
     ]
-    height = int(min(700, max(220, 90 + 14 * len(order))))
-    figure = go.Figure(layout={"template": TEMPLATE, "height": height, "margin": {"t": 40, "r": 40, "b": 45}})
+    table = rows.assign(said=said).pivot(index="example_id", columns="step", values=["score", "said"])
+    table, count = table.loc[order["example_id"]], len(order)
+    height = int(min(700, max(220, 90 + 14 * count)))
+    figure = go.Figure(layout={"template": TEMPLATE, "height": height, "margin": {"t": 40, "b": 45}})
     figure.add_heatmap(
-        z=table(rows["score"]),
-        x=[str(step) for step in steps],
-        y=list(range(len(order))),
-        text=table(pd.Series(said, rows.index)),
+        z=table["score"].astype(float),
+        x=[str(step) for step in table["score"]],
+        y=list(range(count)),
+        text=table["said"],
         zmin=0,
         zmax=1,
         colorscale=[[0, "rgba(213, 94, 0, 0.28)"], [1, BOTH]],
@@ -60,70 +57,53 @@ def plot_questions(rows: pd.DataFrame, chosen: str = "") -> go.Figure:
         ygap=1,
         hovertemplate="step %{x}: %{text}<extra></extra>",
     )
-    ids = list(order["example_id"])
-    if chosen in ids:
-        place = {"xref": "paper", "x0": 0, "x1": 1, "y0": ids.index(chosen) - 0.5, "y1": ids.index(chosen) + 0.5}
-        figure.add_shape(type="rect", line={"color": POSTERIOR, "width": 2}, **place)
-    sizes = order["learned"].value_counts(sort=False)
-    ends = sizes.cumsum()
-    large = sizes[sizes * (height - 90) >= 14 * len(order)]  # a label needs the height of its text
+    for place in order.index[order["example_id"] == chosen]:
+        ends = {"x0": 0, "x1": 1, "y0": place - 0.5, "y1": place + 0.5}
+        figure.add_shape(type="rect", xref="paper", line={"color": POSTERIOR, "width": 2}, **ends)
+    groups = order.reset_index().groupby("learned", sort=False)["index"].agg(["mean", "size"])
+    groups = groups[groups["size"] * (height - 90) >= 14 * count]  # a label needs the height of its text
     figure.update_xaxes(title_text="after step", type="category", showgrid=False)
-    figure.update_yaxes(
-        tickvals=[ends[name] - count / 2 - 0.5 for name, count in large.items()],
-        ticktext=[f"{name}: {count}" for name, count in large.items()],
-        range=[len(order) - 0.5, -0.5],
-        showgrid=False,
-        zeroline=False,
-    )
+    labels = [f"{name}: {size}" for name, size in groups["size"].items()]
+    look = {"range": [count - 0.5, -0.5], "showgrid": False, "zeroline": False}
+    figure.update_yaxes(tickvals=groups["mean"], ticktext=labels, **look)
     return figure.update_layout(title_text="Green: right, orange: wrong; a row is a question")
 
 
-def change_html(rows: pd.DataFrame, before: int, after: int) -> str:
-    """What was gained and lost between two steps: counts, the paired change with its interval, McNemar's p."""
-    counts = outcomes(rows, before, after).value_counts()
-    numbers = {kind: int(counts.get(kind, 0)) for kind in _KINDS}
-    gained, lost, count = numbers["gained"], numbers["lost"], sum(numbers.values())
+def change_html(listed: pd.DataFrame, before: int, after: int, lists: bool = False) -> str:
+    """Counts, paired change, McNemar's p of ``questions.between``; with ``lists`` the first gained and lost."""
+    counts = {kind: int((listed["outcome"] == kind).sum()) for kind in OUTCOMES.values()}
+    gained, lost, count = counts["gained"], counts["lost"], sum(counts.values())
     change, low, high = (html_number(100 * value, "+.1f") for value in paired_interval(gained, lost, count))
-    cells = [f'<b data-outcome="{kind}">{number}</b>' for kind, number in numbers.items()]
+    cells = [f'<b data-outcome="{kind}">{number}</b>' for kind, number in counts.items()]
     cells += [f"<b>{change}</b> ({low} to {high})", f"{mcnemar(gained, lost):.2g}"]
-    header = [*_KINDS, "change in points of accuracy (95%)", "McNemar's exact p"]
-    return f"<p>From step {before} to step {after}, {count} questions:</p>{html_table(header, [cells])}"
-
-
-def lists_html(rows: pd.DataFrame, before: int, after: int) -> str:
-    """The first questions gained and lost, with what the model said at both steps."""
-    order, found, parts = by_learning(rows), outcomes(rows, before, after), []
-    said = rows.set_index(["example_id", "step"])["prediction"]
-    for kind in ("gained", "lost"):
-        own = order[order["example_id"].map(found) == kind]
-        lines = [
-            [html_text(text) for text in (r.question, r.answer, said[r.example_id, before], said[r.example_id, after])]
-            for r in own.head(_LISTED).itertuples()
-        ]
-        left = f", the first {_LISTED}" if len(own) > _LISTED else ""
+    table = html_table([*counts, "change in points of accuracy (95%)", "McNemar's exact p"], [cells])
+    parts = [f"<p>From step {before} to step {after}, {count} questions:</p>{table}"]
+    for kind in ("gained", "lost") if lists else ():
+        first = listed[listed["outcome"] == kind].head(_LISTED)
+        lines = [map(html_text, line) for line in first[["question", "answer", "before", "after"]].to_numpy()]
+        left = f", the first {_LISTED}" if counts[kind] > _LISTED else ""
         table = html_table(["question", "y", f"said at step {before}", f"said at step {after}"], lines)
-        parts.append(f"<details><summary>{kind}: {len(own)}{left}</summary>{table}</details>")
+        parts.append(f"<details><summary>{kind}: {counts[kind]}{left}</summary>{table}</details>")
     return "".join(parts)
 
 
 def question_html(rows: pd.DataFrame) -> str:
     """One question's answers side by side; ``rows`` are those of the question in ``questions.history``."""
-    first, cards = rows.iloc[0], []
-    for r in rows.sort_values("step").to_dict("records"):
+    cards = []
+    for r in rows.to_dict("records"):
         colour, verdict = (BOTH, "✓ right") if r["right"] else (POSTERIOR, "✗ wrong")
         score = "" if r["score"] in (0, 1) else f", score {r['score']:.2g}"
         nats, ended = r.get("answer_logp"), "" if r["finished"] else ", unfinished"
         likely = "" if nats is None or nats != nats else f", log p(y|x,z) {html_number(nats, '.1f')} nats"
         trace = "<br>".join(map(html_text, r["trace"].split("\n")))
         cards.append(
-            f'<div data-step="{r["step"]}" style="flex: 1 1 210px; max-width: 420px; border-top: 3px solid {colour}; '
-            'padding: 2px 8px 6px 0; overflow-wrap: anywhere">'
-            f'<b>step {r["step"]}</b> <span style="color: {colour}">{verdict}</span>{score}<br>'
-            f'it said <b class="covrl-said">{html_text(r["prediction"])}</b>{likely}'
+            f'<div data-step="{r["step"]}" style="flex: 1 1 180px; max-width: 420px; border-top: 3px solid {colour}; '
+            f'overflow-wrap: anywhere"><b>step {r["step"]}</b> <span style="color: {colour}">{verdict}</span>{score}'
+            f'<br>it said <b class="covrl-said">{html_text(r["prediction"])}</b>{likely}'
             f'<div style="color: {GREY}">trace, {r["trace_tokens"]} tokens{ended}</div>'
             f'<code class="covrl-trace-text" style="background: none; padding: 0">{trace}</code></div>'
         )
-    question, answer = (f"<code>{html_text(first[name])}</code>" for name in ("question", "answer"))
+    question, answer = (f"<code>{html_text(rows[name].iloc[0])}</code>" for name in ("question", "answer"))
     return (
         '<div class="covrl-question" style="line-height: 1.5">'
         f"<p><b>{question}</b> reference answer <b>{answer}</b></p>"
@@ -142,64 +122,55 @@ class EvaluationBrowser(Panel):
     def __init__(self, run: Run | str | Path, before: int | None = None, after: int | None = None):
         self.run = run if isinstance(run, Run) else load_run(run)
         self.history = history(self.run)
-        steps = self.steps()
+        steps = self.history["step"].unique().tolist()
         before, after = steps[0] if before is None else before, steps[-1] if after is None else after
         if missing := {before, after} - set(steps):
             raise ConfigError(f"{self.run.path} has no evaluation of step {min(missing)}; it has {steps}")
         self.before = field(widgets.Dropdown, "from step", before, "150px", "70px", options=steps)
         self.after = field(widgets.Dropdown, "to step", after, "150px", "70px", options=steps)
-        self.kind = field(widgets.Dropdown, "list", "all", "190px", "40px", options=["all", *_KINDS])
+        kinds = ["all", *OUTCOMES.values()]
+        self.kind = field(widgets.Dropdown, "list", "all", "190px", "40px", options=kinds)
         self.again = widgets.Button(description="Refresh", icon="refresh", layout={"width": "auto"})
         self.change, self.question = widgets.HTML(), widgets.HTML()
         self.questions = Table(label="held-out questions", columns=_COLUMNS)
+        half = {"flex": "1 1 420px", "min_width": "0"}
+        self.plot = Plot(self._click, layout=half)
         for control in (self.before, self.after, self.kind):
             control.observe(self._list, names="value")
         self.questions.observe(self._list, names="sort")
-        self.questions.observe(lambda change: self._open(), names="picked")
+        self.questions.observe(self._open, names="picked")
         self.again.on_click(lambda button: self.refresh())
-        controls, half = row(self.before, self.after, self.kind, self.again), {"flex": "1 1 420px", "min_width": "0"}
-        self.plot = Plot(self._click, layout=half)
         beside = row(self.plot, widgets.VBox([self.questions, self.question], layout=half))
+        controls = row(self.before, self.after, self.kind, self.again)
         self.widget = widgets.VBox([controls, self.change, beside])
         self.widget.add_class("covrl-evaluations")
         self._list()
-        self.questions.picked = self.order["example_id"].iloc[0]
-
-    def steps(self) -> list[int]:
-        return self.history["step"].unique().tolist()
+        self.questions.picked = self.listed["id"].iloc[0]
 
     def refresh(self) -> None:
         """Read the evaluations again; steps, list and question stay."""
         self.history = history(self.run)
         for choice in (self.before, self.after):
-            offer(choice, self.steps(), choice.value, self._list)
+            offer(choice, self.history["step"].unique().tolist(), choice.value, self._list)
         self._list()
         self._open()
 
     def _list(self, change: Any = None) -> None:
         pair = self.before.value, self.after.value
-        self.order = by_learning(self.history)
-        said = self.history.pivot(index="example_id", columns="step", values="prediction").fillna("")
-        ids = self.order["example_id"]
-        listed = self.order.assign(id=ids, before=ids.map(said[pair[0]]), after=ids.map(said[pair[1]]))
-        found = ids.map(outcomes(self.history, *pair))
-        listed = listed if self.kind.value == "all" else listed[found == self.kind.value]
-        self.questions.fill(listed, _MOST_ROWS, [self.questions.picked])
-        self.change.value = change_html(self.history, *pair)
+        self.listed = listed = between(self.history, *pair).rename(columns={"example_id": "id"})
+        kept = listed if self.kind.value == "all" else listed[listed["outcome"] == self.kind.value]
+        self.questions.fill(kept, _MOST_ROWS, [self.questions.picked])
+        self.change.value = change_html(listed, *pair)
 
     def _click(self, point: dict[str, Any]) -> None:
-        self.questions.picked = self.order["example_id"].iloc[int(point["y"])]
+        self.questions.picked = self.listed["id"].iloc[int(point["y"])]
 
-    def _chosen(self) -> pd.DataFrame:
-        return self.history[self.history["example_id"] == self.questions.picked]
-
-    def _open(self) -> None:
+    def _open(self, change: Any = None) -> None:
         self.questions.marked = [self.questions.picked]
-        self.question.value = question_html(self._chosen())
+        self.question.value = question_html(self.history[self.history["example_id"] == self.questions.picked])
         self.plot.draw(plot_questions(self.history, self.questions.picked))
 
     def static(self) -> list[Any]:
         """Heat map, what was gained and lost, and the chosen question, as a plotly figure and HTML."""
-        pair = self.before.value, self.after.value
-        page = change_html(self.history, *pair) + lists_html(self.history, *pair) + question_html(self._chosen())
-        return [plot_questions(self.history), HTML(page)]
+        change = change_html(self.listed, self.before.value, self.after.value, lists=True)
+        return [plot_questions(self.history), HTML(change + self.question.value)]
