@@ -8,12 +8,8 @@ import pandas as pd
 from ..types import ConfigError
 from .folder import Run, steps_in
 
-OUTCOMES = {
-    (False, True): "gained",
-    (True, False): "lost",
-    (True, True): "right at both",
-    (False, False): "wrong at both",
-}
+# right before, right after
+OUTCOMES = {(0, 1): "gained", (1, 0): "lost", (1, 1): "right at both", (0, 0): "wrong at both"}
 
 
 def history(run: Run) -> pd.DataFrame:

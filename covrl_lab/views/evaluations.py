@@ -44,19 +44,10 @@ def plot_questions(rows: pd.DataFrame, chosen: str = "") -> go.Figure:
     table, count = table.loc[order["example_id"]], len(order)
     height = int(min(700, max(220, 90 + 14 * count)))
     figure = go.Figure(layout={"template": TEMPLATE, "height": height, "margin": {"t": 40, "b": 45}})
-    figure.add_heatmap(
-        z=table["score"].astype(float),
-        x=[str(step) for step in table["score"]],
-        y=list(range(count)),
-        text=table["said"],
-        zmin=0,
-        zmax=1,
-        colorscale=[[0, "rgba(213, 94, 0, 0.28)"], [1, BOTH]],
-        showscale=False,
-        xgap=2,
-        ygap=1,
-        hovertemplate="step %{x}: %{text}<extra></extra>",
-    )
+    z, steps, places = table["score"].astype(float), [str(step) for step in table["score"]], list(range(count))
+    look = {"colorscale": [[0, "rgba(213, 94, 0, 0.28)"], [1, BOTH]], "showscale": False, "xgap": 2, "ygap": 1}
+    look["hovertemplate"] = "step %{x}: %{text}<extra></extra>"
+    figure.add_heatmap(x=steps, y=places, z=z, zmin=0, zmax=1, text=table["said"], **look)
     for place in order.index[order["example_id"] == chosen]:
         ends = {"x0": 0, "x1": 1, "y0": place - 0.5, "y1": place + 0.5}
         figure.add_shape(type="rect", xref="paper", line={"color": POSTERIOR, "width": 2}, **ends)
@@ -69,8 +60,8 @@ def plot_questions(rows: pd.DataFrame, chosen: str = "") -> go.Figure:
     return figure.update_layout(title_text="Green: right, orange: wrong; a row is a question")
 
 
-def change_html(listed: pd.DataFrame, before: int, after: int, lists: bool = False) -> str:
-    """Counts, paired change, McNemar's p of ``questions.between``; with ``lists`` the first gained and lost."""
+def change_html(listed: pd.DataFrame, before: int, after: int) -> str:
+    """Counts, paired change, McNemar's p and, folded, the first gained and lost of ``questions.between``."""
     counts = {kind: int((listed["outcome"] == kind).sum()) for kind in OUTCOMES.values()}
     gained, lost, count = counts["gained"], counts["lost"], sum(counts.values())
     change, low, high = (html_number(100 * value, "+.1f") for value in paired_interval(gained, lost, count))
@@ -78,7 +69,7 @@ def change_html(listed: pd.DataFrame, before: int, after: int, lists: bool = Fal
     cells += [f"<b>{change}</b> ({low} to {high})", f"{mcnemar(gained, lost):.2g}"]
     table = html_table([*counts, "change in points of accuracy (95%)", "McNemar's exact p"], [cells])
     parts = [f"<p>From step {before} to step {after}, {count} questions:</p>{table}"]
-    for kind in ("gained", "lost") if lists else ():
+    for kind in ("gained", "lost"):
         first = listed[listed["outcome"] == kind].head(_LISTED)
         lines = [map(html_text, line) for line in first[["question", "answer", "before", "after"]].to_numpy()]
         left = f", the first {_LISTED}" if counts[kind] > _LISTED else ""
@@ -172,5 +163,4 @@ class EvaluationBrowser(Panel):
 
     def static(self) -> list[Any]:
         """Heat map, what was gained and lost, and the chosen question, as a plotly figure and HTML."""
-        change = change_html(self.listed, self.before.value, self.after.value, lists=True)
-        return [plot_questions(self.history), HTML(change + self.question.value)]
+        return [plot_questions(self.history), HTML(self.change.value + self.question.value)]

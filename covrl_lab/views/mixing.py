@@ -47,10 +47,8 @@ class _Side:
 
     def __str__(self) -> str:
         s = self.settings
-        if s.whole_traces:
-            return f"α {s.alpha:g}"
         clip = "no clip" if s.clip == "none" else f"{s.clip} clip ±{s.clip_range:g}"
-        return f"α {s.alpha:g}, w {s.composite_weight:g}, {clip}"
+        return f"α {s.alpha:g}" + ("" if s.whole_traces else f", w {s.composite_weight:g}, {clip}")
 
 
 class MixingRatio(Panel):

@@ -64,7 +64,7 @@ def page(run: Run) -> str:
         parts += ["<h2>Held-out accuracy</h2>", f'<div class="wide">{accuracy_table(evaluations)}</div>']
     if len(asked := steps_in(run.path / "evaluations")) > 1:
         rows, pair = history(run), (asked[0], asked[-1])
-        change = change_html(between(rows, *pair), *pair, lists=True)
+        change = change_html(between(rows, *pair), *pair)
         parts += ["<h2>Held-out questions</h2>", f'<div class="wide">{change}</div>', _figure(plot_questions(rows))]
     for step, frame in traces.items():
         parts += [f"<h2>Traces of step {step}</h2>", *_traces(frame, settings)]

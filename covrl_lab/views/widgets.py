@@ -40,14 +40,9 @@ class Plot(anywidget.AnyWidget):
     def __init__(self, on_click: Callable[[dict[str, Any]], None] | None = None, **kwargs: Any):
         """on_click: called with x, y and curve of a point that a reader clicks."""
         super().__init__(**kwargs)
-
-        def receive(plot: Plot, content: dict[str, Any], buffers: Any) -> None:
-            if "wanted" in content:  # by a page without a plotly of its own
-                self.send({"source": get_plotlyjs()})
-            elif on_click is not None:
-                on_click(content["clicked"])
-
-        self.on_msg(receive)
+        # A page without a plotly of its own asks for it; else it tells of a click.
+        answers = {"wanted": lambda _: self.send({"source": get_plotlyjs()}), "clicked": on_click or (lambda _: None)}
+        self.on_msg(lambda _, told, buffers: [answers[name](value) for name, value in told.items()])
 
     def draw(self, figure: go.Figure) -> None:
         """Put ``figure`` in place of what is shown."""
