@@ -33,6 +33,7 @@ def test_the_run_folder_is_complete(reference):
         "config.json",
         "evaluations",
         "evaluations.jsonl",
+        "lock",
         "metrics.jsonl",
         "traces",
     ]
@@ -43,13 +44,13 @@ def test_the_run_folder_is_complete(reference):
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    unsafe = {p.suffix for p in run.rglob("*") if p.is_file()} - {
+    unsafe = {p.suffix for p in run.rglob("*") if p.is_file() and p.name != "lock"} - {
         ".json",
         ".jsonl",
         ".parquet",
         ".safetensors",
     }
-    assert not unsafe
+    assert not unsafe and (run / "lock").read_bytes() == b""
 
 
 def test_metrics_are_the_step_records(reference):
