@@ -36,6 +36,7 @@ _NAMES = {
     "views.ablation": "Ablation sweep_curves sweep_results",
     "views.bench": "PromptBench",
     "views.comparison": "export plot_against_alpha plot_intervals plot_value_by_use readable",
+    "views.evaluations": "EvaluationBrowser",
     "views.explorer": "TraceExplorer",
     "views.figures": "plot_answer_logprobs plot_evaluation_curve plot_training_curves",
     "views.html": "accuracy_table trace_table",

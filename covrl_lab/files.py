@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from pathlib import Path
+from typing import TextIO
 
 from .types import ConfigError
 
@@ -29,11 +31,42 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def lock(file: TextIO) -> bool:
+    """Try to hold the system's lock on an open file until it is closed; False where others hold it.
+
+    Processes that inherit the file share the lock; it is free when all of them have closed it or died. Where the file
+    system has no locks (or on Windows) it always is.
+    """
+    for _ in range(20):  # a process that only looks holds the lock for an instant
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError:  # a file system without locks
+            return True
+    return False
+
+
+def locked(path: Path) -> bool:
+    """Whether some process holds the lock on a file now; no process does where there are no locks, or no file."""
+    if fcntl is None or not path.exists():
+        return False
+    try:
+        with open(path, encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 class Owner:
     """Owns a run folder inside ``with``, which may be nested; also against machines that share the folder.
 
-    The lock is the system's, so that it is free when its owner has died. ConfigError, with the owner's process and
-    host, where it is held. Where the file system has no locks (or on Windows) nothing is refused.
+    ConfigError, with the owner's process and host, where another one owns it.
     """
 
     NAME = "owner.lock"
@@ -44,18 +77,13 @@ class Owner:
     def __enter__(self) -> None:
         if not self._depth:
             self._file = open(self.folder / self.NAME, "a+", encoding="utf-8")
-            try:
-                if fcntl is not None:
-                    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not lock(self._file):
                 self._file.seek(0)
                 owner = self._file.read() or "another process"
                 self._file.close()
                 raise ConfigError(
                     f"{str(self.folder)!r} is being trained by {owner}; wait for it, or stop it by a file STOP there"
-                ) from None
-            except OSError:  # a file system without locks
-                pass
+                )
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
             self._file.flush()
@@ -66,3 +94,8 @@ class Owner:
         if not self._depth:
             self._file.truncate(0)
             self._file.close()
+
+    @classmethod
+    def gone(cls, folder: Path) -> bool:
+        """Whether the process that owned a run has gone; False where nobody can know."""
+        return fcntl is not None and (folder / cls.NAME).exists() and not locked(folder / cls.NAME)

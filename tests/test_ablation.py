@@ -60,7 +60,23 @@ def test_a_grid_without_steps_takes_the_plots_away(tmp_path):
     step = {"step": 1, "seconds": 1.0, "reward_prior": -2.0, "reward_posterior": -1.0, "accuracy": None}
     (path / "metrics.jsonl").write_text(json.dumps(step) + "\n")
     panel.refresh()
+    assert panel.cost.value.startswith("1 run, 1 to do with 1 steps")
+    assert json.loads(panel.alpha_plot.figure)["layout"]["yaxis"]["range"] == [0, 1], "no accuracy: not up to 400%"
+    assert json.loads(panel.learning_plot.figure)["layout"]["yaxis"]["range"] == [0, 1]
     lines = json.loads(panel.alpha_plot.figure)["data"]
     assert {line.get("name") for line in lines} >= {"covrl, prior traces", "covrl, posterior traces"}
     panel.fields["alphas"].value = "0.25"
     assert panel.alpha_plot.figure == panel.learning_plot.figure == ""
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("task", "arithmetics"), ("task", "nothing.jsonl"), ("model", "smol")])
+def test_a_task_or_model_that_does_not_exist_is_refused_at_once(tmp_path, name, wrong):
+    panel = ablation.Ablation(tmp_path, alphas="0.5", seeds="0", steps=2, model="tiny")
+    right = panel.fields[name].value
+    assert not panel.launch_button.disabled
+    panel.fields[name].value = wrong
+    assert f"{wrong!r}" in panel.cost.value.replace("&#x27;", "'") and "minutes" not in panel.cost.value
+    assert panel.launch_button.disabled and panel.rows.children == () and panel.sweep is None
+    panel.fields[name].value = right
+    assert not panel.launch_button.disabled and len(panel.rows.children) == 1
+    assert not list(tmp_path.iterdir())

@@ -58,9 +58,9 @@ def row_of(lab, question, source, place=0):
 
 
 def test_copies_step_aside_for_live_panels(traces):
-    assert traces.locator(".covrl-table:visible").count() == 2
+    assert traces.locator(".covrl-table:visible").count() == 3
     plots = traces.locator(".js-plotly-plot:visible")
-    wait_until(traces, lambda: plots.count() == 3)  # the explorer's and the two settings'
+    wait_until(traces, lambda: plots.count() == 4)  # the explorer's, the two settings' and the held-out questions'
 
 
 def test_choosing_a_question_and_clicking_a_token_shows_its_numbers(lab, traces):

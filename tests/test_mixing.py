@@ -1,12 +1,13 @@
 """The mixing panel without a browser: its numbers at any setting."""
 
+import json
 import time
 
 import numpy as np
 import pytest
-from helpers import EXAMPLE_RUN, random_frame
+from helpers import EXAMPLE_RUN, made_up_run, random_frame
 
-from covrl_lab import MixingRatio, load_run, reweight
+from covrl_lab import MixingRatio, RunConfig, load_run, reweight
 from covrl_lab.views.token_figures import plot_mixing
 
 
@@ -72,3 +73,38 @@ def test_a_slider_move_is_quick(capsys):
     with capsys.disabled():
         shown = f"median {np.median(times):.0f} ms, most {max(times):.0f} ms"
         print(f"\nslider move, kernel's side, 64 traces of 256 tokens: {shown}")
+
+
+def shown(panel):
+    """The widgets of the panel that take part in the page, by kind."""
+    found, left = [], [panel.widget]
+    while left:
+        widget = left.pop()
+        if widget.layout is None or widget.layout.display != "none":
+            found.append(type(widget).__name__)
+            left += getattr(widget, "children", ())
+    return found
+
+
+def test_without_a_posterior_the_sentence_stands_alone(tmp_path):
+    mixing = MixingRatio(made_up_run(tmp_path / "run", source="prior", logq=None))
+    assert not {"FloatSlider", "Plot"} & set(shown(mixing)) and "Dropdown" in shown(mixing)
+    (page,) = mixing.static()
+    assert "nothing to mix" in page.data and "<table" not in page.data
+    assert shown(MixingRatio(made_up_run(tmp_path / "other"))).count("FloatSlider") == 6
+
+
+def test_a_group_bound_run_offers_alpha_alone_and_keeps_its_whole_traces(tmp_path):
+    run = made_up_run(tmp_path / "run", posterior_advantage=0.25)
+    settings = RunConfig(method="covrl", model="tiny").to_dict()
+    (run.path / "config.json").write_text(json.dumps(settings))
+    mixing = MixingRatio(run)
+    assert shown(mixing).count("FloatSlider") == 2, "alpha of A and of B"
+    frame = run.traces(2)
+    assert mixing.sides[0].settings == reweight.Settings(0.5, 1.0, "ppo", 0.2, None, True)
+    # On every token of a trace its two advantages, whatever w and the clip say.
+    for moved, column in (("prior", "advantage"), ("posterior", "posterior_advantage")):
+        expected = frame[column].abs().mean()
+        assert mixing.summary["A"][f"gradient_weight_{moved}"] == pytest.approx(expected)
+    assert "clip" not in mixing.html().split("</thead>")[0] and "α 0.25" in mixing.html()
+    assert not json.loads(mixing.sides[0].plot.figure)["layout"].get("shapes")

@@ -12,6 +12,7 @@ import pytest
 from helpers import TINY_RUN, lines, start_training, until
 
 from covrl_lab import RunConfig
+from covrl_lab.files import Owner
 from covrl_lab.views.monitor import (
     RunMonitor,
     numbers_html,
@@ -232,3 +233,46 @@ def test_threads_end_with_their_widget(folder):
     for _ in range(3):
         RunMonitor(folder, every=0.01).close()
     until(lambda: threading.active_count() <= before)
+
+
+def test_a_run_whose_process_has_died_is_not_running(folder):
+    held = Owner(folder)
+    held.__enter__()
+    assert snapshot(folder).status == "running"
+    (folder / "STOP").touch()
+    assert snapshot(folder).status == "stopping"
+    held.__exit__()  # as the system does for a process that dies
+    assert snapshot(folder).status == "stopped"
+    monitor = RunMonitor(folder, every=0.02)
+    monitor.button.click()  # allow it to resume
+    assert not (folder / "STOP").exists() and monitor.snapshot.status == "stopped"
+    assert "process has ended" in monitor.status.value and "left" not in monitor.status.value
+    held.__enter__()
+    until(lambda: monitor.snapshot.status == "running")
+    held.__exit__()
+    monitor.close()
+
+
+def test_a_killed_training_is_seen_at_once(tmp_path):
+    run = tmp_path / "run"
+    process = start_training(SMALL | {"run_dir": run})
+    try:
+        until(lambda: snapshot(run).step >= 2)
+        assert snapshot(run).status == "running"
+    finally:
+        process.kill()
+    process.wait(60)
+    shot = snapshot(run)
+    assert shot.status == "stopped" and f"after step {shot.step} of 2000" in shot.message
+
+
+def test_a_folder_of_somebody_else_and_a_wrong_path_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shot = snapshot("runs/typo")
+    assert shot.status == "waiting" and str(tmp_path / "runs" / "typo") in shot.message
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    monitor = RunMonitor(tmp_path, every=0.02)
+    assert monitor.snapshot.status == "waiting" and monitor.button.disabled
+    assert f"{str(tmp_path)!r} is not a run" in monitor.snapshot.message
+    assert len(monitor.static()) == 2
+    monitor.close()

@@ -53,6 +53,12 @@ def hostile(tmp_path):
             frame[name] = HOSTILE
         frame["tokens"] = [[text] * len(row) for text, row in zip(HOSTILE, frame["tokens"], strict=True)]
         frame.to_parquet(path)
+    for path in (run / "evaluations").iterdir():
+        frame = pd.read_parquet(path).head(len(HOSTILE))
+        for k, name in enumerate(("question", "answer", "trace", "prediction")):
+            frame[name] = HOSTILE[k:] + HOSTILE[:k]
+        frame["score"] = [float((i + (path.stem > "step_00020")) % 2) for i in range(len(frame))]  # all change
+        frame.to_parquet(path)
     config = json.loads((run / "config.json").read_text())
     config |= {"model": HOSTILE[0], "task": HOSTILE[1], "method": HOSTILE[3], HOSTILE[2]: HOSTILE[4]}
     (run / "config.json").write_text(json.dumps(config))
@@ -79,9 +85,10 @@ def test_the_report_opens_offline_and_draws(tmp_path):
         for scheme, ground in (("light", "rgb(255, 255, 255)"), ("dark", "rgb(21, 24, 28)")):
             page, errors, requests = opened(chrome, path, scheme)
             places = page.locator(".figure")
-            assert places.count() == 3
-            for place in places.all():
-                assert place.locator(".main-svg").count() and place.locator(".point").count() > 5
+            assert places.count() == 4
+            for k, place in enumerate(places.all()):
+                drawn = place.locator(".heatmaplayer image" if k == 1 else ".point").count()
+                assert place.locator(".main-svg").count() and drawn > (0 if k == 1 else 5)
             assert page.evaluate("getComputedStyle(document.body).backgroundColor") == ground
             curve = page.evaluate("document.querySelector('.figure').data[0]")
             metrics = load_run(EXAMPLE_RUN).metrics
@@ -124,6 +131,9 @@ def test_the_numbers_are_those_of_the_files(tmp_path):
     last, first = run.evaluations.iloc[-1], run.evaluations.iloc[0]
     assert f"<b>{last.accuracy:.1%}</b> after step 30" in text
     assert f"{last.accuracy_low:.1%} to {last.accuracy_high:.1%}" in text and f"{first.accuracy:.1%}" in text
+    scores = {step: run.predictions(step).set_index("example_id")["score"] for step in (0, 30)}
+    for kind, count in (("gained", (scores[30] > scores[0]).sum()), ("lost", (scores[30] < scores[0]).sum())):
+        assert f'data-outcome="{kind}">{count}<' in text and f"<summary>{kind}: {count}" in text
     for name, value in run.config.items():
         assert f"{name} = <b>{value}</b>" in text, name
     frame = run.traces(30)
@@ -166,6 +176,11 @@ def test_command_line_and_errors(tmp_path):
     assert covrl_lab.report is report
     with pytest.raises(ConfigError, match="not a run folder"):
         report(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(ConfigError, match="not a run of covrl_lab"):
+        report(tmp_path / "model")
+    assert not (tmp_path / "model" / "report.html").exists()
     with pytest.raises(ConfigError, match="does not exist"):
         report(EXAMPLE_RUN, tmp_path / "nowhere" / "report.html")
     command = [sys.executable, "-m", "covrl_lab", "report"]

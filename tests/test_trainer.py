@@ -34,6 +34,7 @@ def test_the_run_folder_is_complete(reference):
         "evaluations",
         "evaluations.jsonl",
         "metrics.jsonl",
+        "owner.lock",
         "traces",
     ]
     assert RunConfig.load(run / "config.json") == reference.config
@@ -43,13 +44,13 @@ def test_the_run_folder_is_complete(reference):
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    unsafe = {p.suffix for p in run.rglob("*") if p.is_file()} - {
+    unsafe = {p.suffix for p in run.rglob("*") if p.is_file() and p.name != "owner.lock"} - {
         ".json",
         ".jsonl",
         ".parquet",
         ".safetensors",
     }
-    assert not unsafe
+    assert not unsafe and (run / "owner.lock").read_bytes() == b""
 
 
 def test_metrics_are_the_step_records(reference):

@@ -43,3 +43,23 @@ def bootstrap_interval(
     draws = np.random.default_rng(seed).integers(0, len(scores), (resamples, len(scores)))
     low, high = np.quantile(per_question[draws].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(per_question.mean()), float(low), float(high)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact two-sided p of McNemar's test: how often a fair coin parts these questions at least as unevenly."""
+    count = gained + lost
+    tail = sum(math.comb(count, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2**count)
+
+
+def paired_interval(gained: int, lost: int, count: int, confidence: float = 0.95) -> tuple[float, float, float]:
+    """(change, low, high) of the share of right answers when the same ``count`` questions are asked twice.
+
+    Bonett and Price 2012: Wald's interval with one gain and one loss added, so that it is never a point.
+    """
+    if count < 1:
+        raise ValueError("no answers to count")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    up, down = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
+    half = z * math.sqrt((up + down - (up - down) ** 2) / (count + 2))
+    return (gained - lost) / count, max(-1.0, up - down - half), min(1.0, up - down + half)

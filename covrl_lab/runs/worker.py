@@ -25,14 +25,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..config import RunConfig
-from ..files import write_whole
+from ..files import fcntl, lock, locked, write_whole
 from ..types import ConfigError
 from .folder import read_jsonl
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 ENDS = ("done", "cancelled", "failed")  # markers a run folder can hold, the first one present counts
 POLL_SECONDS = 0.3
@@ -58,32 +53,6 @@ def write_end(folder: Path, how: str, reason: str = "", **more: Any) -> None:
     write_whole(folder / f"{how}.json", json.dumps({"reason": first_line(reason), **more}) + "\n")
 
 
-def _lock(file: TextIO) -> bool:
-    """Try to hold the run whose lock is open here; False where others hold it.
-
-    Processes that inherit the file share the lock; it is free when all of them have closed it or died.
-    """
-    for _ in range(20):  # a process that only looks holds the lock for an instant
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError:
-            time.sleep(0.05)
-    return False
-
-
-def _locked(folder: Path) -> bool:
-    """Whether some process executes the run now; no process does where there are no locks."""
-    if fcntl is None or not (folder / "lock").exists():
-        return False
-    try:
-        with open(folder / "lock", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    return False
-
-
 def status(folder: str | Path) -> tuple[str, str]:
     """("queued" | "running" | "done" | "cancelled" | "failed", reason in one sentence) of a run folder."""
     folder = Path(folder)
@@ -92,7 +61,7 @@ def status(folder: str | Path) -> tuple[str, str]:
             return how, json.loads((folder / f"{how}.json").read_text(encoding="utf-8"))["reason"]
         except FileNotFoundError:
             continue
-    return ("running" if _locked(folder) else "queued"), ""
+    return ("running" if locked(folder / "lock") else "queued"), ""
 
 
 def steps_done(folder: Path) -> int:
@@ -177,17 +146,17 @@ def supervise(
     """
     check_platform()
     path = Path(folder)
-    with open(path / "lock", "a", encoding="utf-8") as lock:
-        ours = _lock(lock) and status(path)[0] not in ENDS
+    with open(path / "lock", "a", encoding="utf-8") as held:
+        ours = lock(held) and status(path)[0] not in ENDS
         if ours:
             # Made here, as the process that executes the run may be killed.
             with tempfile.TemporaryDirectory(prefix="covrl", ignore_cleanup_errors=True) as sockets:
-                child = _start(path, notebook, threads, gpu, lock, sockets)
+                child = _start(path, notebook, threads, gpu, held, sockets)
                 why = _watch(path, child, timeout_minutes, stop)
             if why is not None and status(path)[0] not in ENDS:
                 write_end(path, "failed", why)
     for _ in range(100 if ours else 0):  # a killed process's kernel holds the run for an instant longer
-        if not _locked(path):
+        if not locked(path / "lock"):
             break
         time.sleep(0.05)
     return status(path)[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 from ..config import RunConfig
 from ..types import ConfigError, Example
@@ -13,14 +12,9 @@ from .prompts import Prompter
 from .tasks import Task, TaskSettings, load_task
 
 
-def task_settings(config: RunConfig) -> TaskSettings:
-    """What a configuration says about its task."""
-    return TaskSettings(**{field.name: getattr(config, field.name) for field in fields(TaskSettings)})
-
-
 def open_task(config: RunConfig) -> tuple[Task, Prompter]:
     """Load the task and the tokenizer, but no weights. Raises ConfigError."""
-    task = load_task(config.task, **vars(task_settings(config)))
+    task = load_task(config.task, **vars(TaskSettings.of(config)))
     return task, Prompter(load_tokenizer(config.model), task.demonstrations, config.prompt_style)
 
 

@@ -12,12 +12,13 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from ..config import RunConfig
 from ..types import ConfigError, Demonstration, Example, did_you_mean
 from .answers import gym_scorer, match_answer
 from .builtin_tasks import RANGES, TASKS
@@ -291,6 +292,11 @@ class TaskSettings:
     trace_column: str | None = None
     dataset_config: str | None = None
     dataset_split: str | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig) -> TaskSettings:
+        """What a configuration says about its task."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
 def check_task(name: str, settings: TaskSettings) -> None:

@@ -25,12 +25,12 @@ from .checkpoints import append_line, check_run_dir, is_disk_full, keep_lines, l
 from .evaluation import evaluate, summarise
 from .methods import METHODS
 from .models import check_model, load_config
-from .opening import check_examples, open_policy, open_task, task_settings
+from .opening import check_examples, open_policy, open_task
 from .policy import Policy
 from .records import StepRecord, step_record, trace_rows
 from .sampling import draw_sources, sample_traces
 from .step import add_gradient, clip_gradient, set_learning_rate, step_generator, verifier_rewards
-from .tasks import check_task
+from .tasks import TaskSettings, check_task
 from .tracking import Tracker, announce, bar_values
 
 
@@ -50,7 +50,7 @@ class Trainer:
         self.config, self.progress = config, progress
         self.run_dir = Path(config.run_dir)
         check_model(config.model)
-        check_task(config.task, task_settings(config))
+        check_task(config.task, TaskSettings.of(config))
         check_run_dir(config)
         self.records: list[dict[str, Any]] = []  # one dictionary a finished step, those on disk too
         self.method = METHODS[config.method]

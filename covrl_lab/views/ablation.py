@@ -32,6 +32,7 @@ from .widgets import Panel, Plot, aside, field, row, static_text
 SIGNS = {"queued": "◦", "running": "▸", "done": "✓", "cancelled": "⊘", "failed": "✗"}
 HEADER = ["run", "method", "α", "seed", "status", "accuracy", "seconds"]
 REFRESH_SECONDS = 1.0
+MODELS = ("smollm2-135m", "tiny")  # offered by name
 
 
 # --- frames
@@ -137,11 +138,22 @@ def _fields(
         "alphas": text(widgets.Text, "α", _listed(alphas)),
         "seeds": text(widgets.Text, "seeds", _listed(seeds)),
         "steps": count("steps", steps, 10**6),
-        "model": text(widgets.Combobox, "model", model, options=("smollm2-135m", "tiny")),
+        "model": text(widgets.Combobox, "model", model, options=MODELS),
         "task": text(widgets.Combobox, "task", task, options=tuple(TASKS)),
         "workers": count("at once", workers, 256),
         "methods": field(widgets.SelectMultiple, "methods", chosen, "240px", options=known, rows=7),
     }
+
+
+def _check(config: RunConfig) -> None:
+    """ConfigError for a task or a model that does not exist, before anything is launched."""
+    from ..train.tasks import TaskSettings, check_task
+
+    check_task(config.task, TaskSettings.of(config))
+    if config.model not in MODELS:
+        from ..train.models import check_model  # imports torch
+
+        check_model(config.model)
 
 
 class Ablation(Panel):
@@ -208,6 +220,7 @@ class Ablation(Panel):
         grid = {"method": values["methods"], "alpha": values["alphas"], "seed": values["seeds"]}
         try:
             self.sweep = Sweep(self.folder, base, grid, notebook=self.notebook)
+            _check(next(iter(self.sweep.runs.values())))
         except ConfigError as error:
             self.sweep = None
             self._warn(error)

@@ -142,7 +142,9 @@ def plot_against_alpha(frame: pd.DataFrame) -> go.Figure:
         _means(figure, 2, own, "reward_prior", f"{method}, prior traces", colour, halves[k][0])
         _means(figure, 2, own, "reward_posterior", f"{method}, posterior traces", colour, halves[k][1])
     figure.update_xaxes(title_text="mixing ratio α: share of traces from the prior", range=[-0.06, 1.06])
-    figure.update_yaxes(title_text="share of questions", tickformat=".0%", rangemode="tozero", col=1)
+    unknown = frame["accuracy"].isna().all()
+    share = {"tickformat": ".0%", "rangemode": "tozero", "range": [0, 1] if unknown else None}
+    figure.update_yaxes(title_text="no evaluation yet" if unknown else "share of questions", **share, col=1)
     figure.update_yaxes(title_text="the method's reward", col=2)
     return figure.update_layout(template=TEMPLATE, height=380, legend={"y": 1.12}, margin={"t": 90})
 

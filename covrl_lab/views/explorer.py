@@ -10,11 +10,9 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-import pyarrow as pa
-import pyarrow.parquet as pq
 from IPython.display import HTML
 
-from ..runs.folder import Run, step_file
+from ..runs.folder import Run
 from ..runs.reweight import Settings, answer_logprob
 from .html import html_number, html_table, html_text
 from .token_figures import plot_token_lines
@@ -49,8 +47,7 @@ def trace_index(run: Run) -> pd.DataFrame:
 
     Columns: step, rollout, example_id, question, answer, source, trace, and total, log p(y|x,z) in nats.
     """
-    tables = [pq.read_table(step_file(run.path / "traces", step), columns=_LIGHT) for step in run.steps]
-    frame = pa.concat_tables(tables).to_pandas() if tables else pd.DataFrame(columns=_LIGHT)
+    frame = run.trace_columns(_LIGHT)
     return frame.drop(columns="answer_logp").assign(total=answer_logprob(frame))
 
 

@@ -185,6 +185,8 @@ def plot_evaluation_curve(runs: Mapping[str, pd.DataFrame], value: str = "accura
         )
         hover = f"%{{y:.3f}} ({band}: %{{customdata[0]:.3f}} to %{{customdata[1]:.3f}})"
         add_line(figure, mean.index, mean, label, colour, 3, customdata=bounds, hovertemplate=hover)
+    if not figure.data:  # else the axes would go to 400%
+        figure.update_layout(title_text="no evaluation yet", yaxis_range=[0, 1])
     figure.update_xaxes(title_text="training step", hoverformat="d")
     figure.update_yaxes(title_text="held-out accuracy (share of questions)", tickformat=".0%", rangemode="tozero")
     return figure.update_layout(height=420, hovermode="x unified")

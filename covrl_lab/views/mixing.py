@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class _Side:
             high = max(1.0, value)
             return field(widgets.FloatSlider, label, value, width, min=low, max=high, step=0.01)
 
-        self.name = name
+        self.name, self.own = name, own
         self.alpha = slider("α", own.alpha, 0.0)
         self.composite_weight = slider("w", own.composite_weight, 0.0)
         self.clip_range = slider("clip ±", own.clip_range, 0.01, "220px")
@@ -35,19 +36,19 @@ class _Side:
         self.controls = [self.alpha, self.composite_weight, self.clip_range, self.clip]
         self.plot = Plot(layout={"min_height": "570px"})
         clip = widgets.HBox([self.clip_range, self.clip], layout={"width": "95%"})
-        self.widget = widgets.VBox(
-            [widgets.HTML(f"<b>setting {name}</b>"), self.alpha, self.composite_weight, clip, self.plot],
-            layout={"flex": "1 1 380px", "min_width": "0"},
-        )
+        read = [] if own.whole_traces else [self.composite_weight, clip]  # the group bound reads alpha alone
+        parts = [widgets.HTML(f"<b>setting {name}</b>"), self.alpha, *read, self.plot]
+        self.widget = widgets.VBox(parts, layout={"flex": "1 1 380px", "min_width": "0"})
 
     @property
     def settings(self) -> reweight.Settings:
-        return reweight.Settings(self.alpha.value, self.composite_weight.value, self.clip.value, self.clip_range.value)
+        numbers = self.alpha.value, self.composite_weight.value, self.clip.value, self.clip_range.value
+        return reweight.Settings(*numbers, whole_traces=self.own.whole_traces)
 
     def __str__(self) -> str:
         s = self.settings
         clip = "no clip" if s.clip == "none" else f"{s.clip} clip ±{s.clip_range:g}"
-        return f"α {s.alpha:g}, w {s.composite_weight:g}, {clip}"
+        return f"α {s.alpha:g}" + ("" if s.whole_traces else f", w {s.composite_weight:g}, {clip}")
 
 
 class MixingRatio(Panel):
@@ -62,7 +63,7 @@ class MixingRatio(Panel):
     def __init__(self, run: Run | str | Path, step: int | None = None):
         self.run, step = open_run(run, step)
         own = reweight.Settings.of(self.run.config)
-        other = reweight.Settings(0.25 if own.alpha >= 0.5 else 0.75, own.composite_weight, own.clip, own.clip_range)
+        other = replace(own, alpha=0.25 if own.alpha >= 0.5 else 0.75)
         self.sides = [_Side("A", own), _Side("B", other)]
         steps = [(f"step {s}", s) for s in self.run.steps]
         self.step = widgets.Dropdown(options=steps, value=step, layout={"width": "120px"})
@@ -73,7 +74,8 @@ class MixingRatio(Panel):
         for side in self.sides:
             for control in side.controls:
                 control.observe(lambda change, side=side: self._update([side]), names="value")
-        self.widget = widgets.VBox([row(self.step, self.note), self.table, row(*(side.widget for side in self.sides))])
+        self.mixed = widgets.VBox([self.table, row(*(side.widget for side in self.sides))])
+        self.widget = widgets.VBox([row(self.step, self.note), self.mixed])
         self._load()
 
     def _load(self, change: Any = None) -> None:
@@ -83,6 +85,7 @@ class MixingRatio(Panel):
         drawn = f"{len(frame)} traces, {self.traces.mask.sum():,} tokens, {share:.0%} drawn from the prior"
         if self.traces.logq is None:
             drawn += "; <b>not scored under the posterior prompt, so there is nothing to mix</b>"
+        self.mixed.layout.display = "none" if self.traces.logq is None else ""
         self.note.value = drawn
         self._update(self.sides)
 
@@ -92,7 +95,7 @@ class MixingRatio(Panel):
             values = reweight.quantities(self.traces, settings)
             self.summary[side.name] = reweight.summarise_traces(self.traces, settings, values)
             densities = reweight.densities(self.traces, settings, values)
-            bounds = None if settings.clip == "none" else settings.clip_bounds
+            bounds = None if settings.clip == "none" or settings.whole_traces else settings.clip_bounds
             self._parts[side.name] = (densities, bounds, reweight.gradient_weights(self.traces, settings, values))
             side.plot.draw(self._figure([side]))
         self.table.value = self.html()
@@ -109,4 +112,5 @@ class MixingRatio(Panel):
 
     def static(self) -> list[Any]:
         """Numbers and plots of both settings, as HTML and a plotly figure."""
-        return [HTML(f"<p>step {self.step.value}: {self.note.value}</p>{self.html()}"), self._figure(self.sides)]
+        note = f"<p>step {self.step.value}: {self.note.value}</p>"
+        return [HTML(note)] if self.traces.logq is None else [HTML(note + self.html()), self._figure(self.sides)]

@@ -19,6 +19,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from IPython.display import HTML
 
+from ..files import Owner
 from ..runs.folder import Run, step_file, steps_in
 from .figures import plot_training_curves
 from .html import alarms_html, html_number, html_table, html_text, trace_table
@@ -72,7 +73,9 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
     """Read a run folder as it stands; ``now`` is the time in seconds since the epoch, for tests."""
     run, now = Run(Path(run_dir)), time.time() if now is None else now
     if not (run.path / "config.json").is_file():
-        return Snapshot(run, "waiting", f"waiting for a run in {str(run_dir)!r}")
+        return Snapshot(run, "waiting", f"waiting for a run in {str(run.path.absolute())!r}")
+    if run.foreign:
+        return Snapshot(run, "waiting", run.foreign)
     config, metrics, evaluations = run.config, run.metrics, run.evaluations
     step, steps, left, median = 0, int(config["steps"]), None, 0.0
     # Nothing is written while an evaluation runs, and before the first step a model is loaded as well.
@@ -88,7 +91,7 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
         left = median * (steps - step) + (evaluation or 0.0) * to_evaluate
     names = ("config.json", "metrics.jsonl", "evaluations.jsonl", "traces", "checkpoints")
     newest = max(_written(run.path / name) for name in names)
-    silent = now - newest > patience
+    silent = Owner.gone(run.path) or now - newest > patience
     if step >= steps and (step or len(evaluations)):
         status, message = "finished", f"finished: {step} of {steps} steps"
     elif (run.path / "STOP").exists():
@@ -101,6 +104,9 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
         else:
             status = "stopping"
             message = f"asked to stop: it ends and saves a checkpoint after step {step + 1}"
+    elif Owner.gone(run.path):
+        status = "stopped"
+        message = f"its process has ended, after step {step} of {steps}; start it again as before, and it resumes"
     elif silent:
         status = "stalled"
         message = (

@@ -19,9 +19,11 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from .. import __version__
-from ..runs.folder import Run, load_run
+from ..runs.folder import Run, load_run, steps_in
+from ..runs.questions import between, history
 from ..runs.reweight import Settings, Traces, answer_logprob, summarise_traces
 from ..types import ConfigError
+from .evaluations import change_html, plot_questions
 from .figures import plot_answer_logprobs, plot_training_curves
 from .html import accuracy_table, alarms_html, html_text, summary_table, trace_table
 from .token_view import token_html
@@ -35,11 +37,13 @@ _STYLE, _DRAW = static_text("report.css"), static_text("report.js")
 def report(run: Run | str | Path, path: str | Path | None = None) -> Path:
     """Write the report of a run, finished or not, and return where it is (default: in the run folder).
 
-    Configuration, training curves, held-out accuracy with 95% intervals, traces of the first and the last
-    stored step, what mixing the two sources comes to, and the versions that drew it. About 5 MB, nearly all
-    of it plotly.js. Raises ConfigError for a folder that is not a run.
+    Configuration, training curves, held-out accuracy with 95% intervals, questions gained and lost, traces of
+    the first and the last stored step, what mixing the two sources comes to, and the versions that drew it. About
+    5 MB, nearly all of it plotly.js. Raises ConfigError for a folder that is not a run.
     """
     run = run if isinstance(run, Run) else load_run(run)
+    if run.foreign:
+        raise ConfigError(run.foreign)
     path = run.path / "report.html" if path is None else Path(path)
     if not path.parent.is_dir():
         raise ConfigError(f"the folder {str(path.parent)!r} does not exist; make it or choose another file")
@@ -58,6 +62,10 @@ def page(run: Run) -> str:
     parts = [_head(run, config, metrics, evaluations), "<h2>Training</h2>", curves]
     if len(evaluations):
         parts += ["<h2>Held-out accuracy</h2>", f'<div class="wide">{accuracy_table(evaluations)}</div>']
+    if len(asked := steps_in(run.path / "evaluations")) > 1:
+        rows, pair = history(run), (asked[0], asked[-1])
+        change = change_html(between(rows, *pair), *pair)
+        parts += ["<h2>Held-out questions</h2>", f'<div class="wide">{change}</div>', _figure(plot_questions(rows))]
     for step, frame in traces.items():
         parts += [f"<h2>Traces of step {step}</h2>", *_traces(frame, settings)]
     if traces:

@@ -48,7 +48,7 @@ def describe_cost(sweep: Sweep, workers: int, step_seconds: float | None = None)
     frame = sweep.table()
     left = frame[~frame["status"].isin(ENDS)]
     steps, at_once = int((left["steps"] - left["step"]).sum()), min(workers, len(left))
-    text = f"{len(frame)} runs, {len(left)} to do with {steps} steps in all"
+    text = f"{len(frame)} run{'s' * (len(frame) != 1)}, {len(left)} to do with {steps} steps in all"
     if left.empty:
         return text
     if seen := measured(sweep):

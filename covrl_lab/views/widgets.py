@@ -37,10 +37,12 @@ class Plot(anywidget.AnyWidget):
     _esm = static_text("plot.js")
     figure = traitlets.Unicode().tag(sync=True)
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, on_click: Callable[[dict[str, Any]], None] | None = None, **kwargs: Any):
+        """on_click: called with x, y and curve of a point that a reader clicks."""
         super().__init__(**kwargs)
-        # For a page without a plotly of its own, which asks.
-        self.on_msg(lambda *message: self.send({"source": get_plotlyjs()}))
+        # A page without a plotly of its own asks for it; else it tells of a click.
+        answers = {"wanted": lambda _: self.send({"source": get_plotlyjs()}), "clicked": on_click or (lambda _: None)}
+        self.on_msg(lambda _, told, buffers: [answers[name](value) for name, value in told.items()])
 
     def draw(self, figure: go.Figure) -> None:
         """Put ``figure`` in place of what is shown."""

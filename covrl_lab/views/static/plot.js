@@ -35,6 +35,9 @@ async function render({ model, el }) {
     if (!model.get("figure")) return plotly.purge(plot);
     const { data, layout } = JSON.parse(model.get("figure"));
     plotly.react(plot, data, { ...layout, autosize: true });
+    plot.removeAllListeners("plotly_click");
+    plot.on("plotly_click", ({ points: [point] }) =>
+      model.send({ clicked: { x: point.x, y: point.y, curve: point.curveNumber } }));
   };
   model.on("change:figure", draw);
   draw();

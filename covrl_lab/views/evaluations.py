@@ -1,0 +1,166 @@
+"""Held-out questions through training: which the model learned, gained and lost, and what it wrote each time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+import pandas as pd
+import plotly.graph_objects as go
+from IPython.display import HTML
+
+from ..runs.folder import Run, load_run
+from ..runs.questions import OUTCOMES, between, by_learning, history
+from ..runs.stats import mcnemar, paired_interval
+from ..types import ConfigError
+from .html import figure_text, html_number, html_table, html_text
+from .style import BOTH, GREY, POSTERIOR, TEMPLATE
+from .widgets import Panel, Plot, Table, field, offer, row, table_column
+
+_COLUMNS = [
+    table_column("question", "question", "text"),
+    table_column("answer", "y", "text", "reference answer y"),
+    table_column("before", "said before", "text", "the model's own answer at the first of the two steps"),
+    table_column("after", "said after", "text", "the model's own answer at the second of the two steps"),
+    table_column("learned", "learned", "text", "from when on every answer was right"),
+]
+_MOST_ROWS = 500  # of the list; the heat map holds all
+_LISTED = 20  # questions of each list where nothing can be scrolled
+
+
+def plot_questions(rows: pd.DataFrame, chosen: str = "") -> go.Figure:
+    """Scores of all answers, a row a question (the soonest learned on top), a column an evaluation.
+
+    rows: ``questions.history``. The question with the id ``chosen`` is framed.
+    """
+    order = by_learning(rows)
+    said = [
+        f"{figure_text(r.question, 60, 3)}<br>it said {figure_text(r.prediction, 40, 2)}, "
+        f"reference answer {figure_text(r.answer, 40, 2)}{'' if r.finished else '<br>trace unfinished'}"
+        for r in rows.itertuples()
+    ]
+    table = rows.assign(said=said).pivot(index="example_id", columns="step", values=["score", "said"])
+    table, count = table.loc[order["example_id"]], len(order)
+    height = int(min(700, max(220, 90 + 14 * count)))
+    figure = go.Figure(layout={"template": TEMPLATE, "height": height, "margin": {"t": 40, "b": 45}})
+    z, steps, places = table["score"].astype(float), [str(step) for step in table["score"]], list(range(count))
+    look = {"colorscale": [[0, "rgba(213, 94, 0, 0.28)"], [1, BOTH]], "showscale": False, "xgap": 2, "ygap": 1}
+    look["hovertemplate"] = "step %{x}: %{text}<extra></extra>"
+    figure.add_heatmap(x=steps, y=places, z=z, zmin=0, zmax=1, text=table["said"], **look)
+    for place in order.index[order["example_id"] == chosen]:
+        ends = {"x0": 0, "x1": 1, "y0": place - 0.5, "y1": place + 0.5}
+        figure.add_shape(type="rect", xref="paper", line={"color": POSTERIOR, "width": 2}, **ends)
+    groups = order.reset_index().groupby("learned", sort=False)["index"].agg(["mean", "size"])
+    groups = groups[groups["size"] * (height - 90) >= 14 * count]  # a label needs the height of its text
+    figure.update_xaxes(title_text="after step", type="category", showgrid=False)
+    labels = [f"{name}: {size}" for name, size in groups["size"].items()]
+    look = {"range": [count - 0.5, -0.5], "showgrid": False, "zeroline": False}
+    figure.update_yaxes(tickvals=groups["mean"], ticktext=labels, **look)
+    return figure.update_layout(title_text="Green: right, orange: wrong; a row is a question")
+
+
+def change_html(listed: pd.DataFrame, before: int, after: int) -> str:
+    """Counts, paired change, McNemar's p and, folded, the first gained and lost of ``questions.between``."""
+    counts = {kind: int((listed["outcome"] == kind).sum()) for kind in OUTCOMES.values()}
+    gained, lost, count = counts["gained"], counts["lost"], sum(counts.values())
+    change, low, high = (html_number(100 * value, "+.1f") for value in paired_interval(gained, lost, count))
+    cells = [f'<b data-outcome="{kind}">{number}</b>' for kind, number in counts.items()]
+    cells += [f"<b>{change}</b> ({low} to {high})", f"{mcnemar(gained, lost):.2g}"]
+    table = html_table([*counts, "change in points of accuracy (95%)", "McNemar's exact p"], [cells])
+    parts = [f"<p>From step {before} to step {after}, {count} questions:</p>{table}"]
+    for kind in ("gained", "lost"):
+        first = listed[listed["outcome"] == kind].head(_LISTED)
+        lines = [map(html_text, line) for line in first[["question", "answer", "before", "after"]].to_numpy()]
+        left = f", the first {_LISTED}" if counts[kind] > _LISTED else ""
+        table = html_table(["question", "y", f"said at step {before}", f"said at step {after}"], lines)
+        parts.append(f"<details><summary>{kind}: {counts[kind]}{left}</summary>{table}</details>")
+    return "".join(parts)
+
+
+def question_html(rows: pd.DataFrame) -> str:
+    """One question's answers side by side; ``rows`` are those of the question in ``questions.history``."""
+    cards = []
+    for r in rows.to_dict("records"):
+        colour, verdict = (BOTH, "✓ right") if r["right"] else (POSTERIOR, "✗ wrong")
+        score = "" if r["score"] in (0, 1) else f", score {r['score']:.2g}"
+        nats, ended = r.get("answer_logp"), "" if r["finished"] else ", unfinished"
+        likely = "" if nats is None or nats != nats else f", log p(y|x,z) {html_number(nats, '.1f')} nats"
+        trace = "<br>".join(map(html_text, r["trace"].split("\n")))
+        cards.append(
+            f'<div data-step="{r["step"]}" style="flex: 1 1 180px; max-width: 420px; border-top: 3px solid {colour}; '
+            f'overflow-wrap: anywhere"><b>step {r["step"]}</b> <span style="color: {colour}">{verdict}</span>{score}'
+            f'<br>it said <b class="covrl-said">{html_text(r["prediction"])}</b>{likely}'
+            f'<div style="color: {GREY}">trace, {r["trace_tokens"]} tokens{ended}</div>'
+            f'<code class="covrl-trace-text" style="background: none; padding: 0">{trace}</code></div>'
+        )
+    question, answer = (f"<code>{html_text(rows[name].iloc[0])}</code>" for name in ("question", "answer"))
+    return (
+        '<div class="covrl-question" style="line-height: 1.5">'
+        f"<p><b>{question}</b> reference answer <b>{answer}</b></p>"
+        f'<div style="display: flex; flex-wrap: wrap; gap: 10px">{"".join(cards)}</div></div>'
+    )
+
+
+class EvaluationBrowser(Panel):
+    """Held-out questions through a run's evaluations, from its files alone.
+
+    run: a ``Run`` or its folder; before, after: the steps to compare (default: the first and the last). A click on
+    the heat map, or the list with the arrow keys, opens a question: trace, answer and score at every step.
+    ConfigError where the run has no evaluation of a step.
+    """
+
+    def __init__(self, run: Run | str | Path, before: int | None = None, after: int | None = None):
+        self.run = run if isinstance(run, Run) else load_run(run)
+        self.history = history(self.run)
+        steps = self.history["step"].unique().tolist()
+        before, after = steps[0] if before is None else before, steps[-1] if after is None else after
+        if missing := {before, after} - set(steps):
+            raise ConfigError(f"{self.run.path} has no evaluation of step {min(missing)}; it has {steps}")
+        self.before = field(widgets.Dropdown, "from step", before, "150px", "70px", options=steps)
+        self.after = field(widgets.Dropdown, "to step", after, "150px", "70px", options=steps)
+        kinds = ["all", *OUTCOMES.values()]
+        self.kind = field(widgets.Dropdown, "list", "all", "190px", "40px", options=kinds)
+        self.again = widgets.Button(description="Refresh", icon="refresh", layout={"width": "auto"})
+        self.change, self.question = widgets.HTML(), widgets.HTML()
+        self.questions = Table(label="held-out questions", columns=_COLUMNS)
+        half = {"flex": "1 1 420px", "min_width": "0"}
+        self.plot = Plot(self._click, layout=half)
+        for control in (self.before, self.after, self.kind):
+            control.observe(self._list, names="value")
+        self.questions.observe(self._list, names="sort")
+        self.questions.observe(self._open, names="picked")
+        self.again.on_click(lambda button: self.refresh())
+        beside = row(self.plot, widgets.VBox([self.questions, self.question], layout=half))
+        controls = row(self.before, self.after, self.kind, self.again)
+        self.widget = widgets.VBox([controls, self.change, beside])
+        self.widget.add_class("covrl-evaluations")
+        self._list()
+        self.questions.picked = self.listed["id"].iloc[0]
+
+    def refresh(self) -> None:
+        """Read the evaluations again; steps, list and question stay."""
+        self.history = history(self.run)
+        for choice in (self.before, self.after):
+            offer(choice, self.history["step"].unique().tolist(), choice.value, self._list)
+        self._list()
+        self._open()
+
+    def _list(self, change: Any = None) -> None:
+        pair = self.before.value, self.after.value
+        self.listed = listed = between(self.history, *pair).rename(columns={"example_id": "id"})
+        kept = listed if self.kind.value == "all" else listed[listed["outcome"] == self.kind.value]
+        self.questions.fill(kept, _MOST_ROWS, [self.questions.picked])
+        self.change.value = change_html(listed, *pair)
+
+    def _click(self, point: dict[str, Any]) -> None:
+        self.questions.picked = self.listed["id"].iloc[int(point["y"])]
+
+    def _open(self, change: Any = None) -> None:
+        self.questions.marked = [self.questions.picked]
+        self.question.value = question_html(self.history[self.history["example_id"] == self.questions.picked])
+        self.plot.draw(plot_questions(self.history, self.questions.picked))
+
+    def static(self) -> list[Any]:
+        """Heat map, what was gained and lost, and the chosen question, as a plotly figure and HTML."""
+        return [plot_questions(self.history), HTML(self.change.value + self.question.value)]
