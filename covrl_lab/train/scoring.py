@@ -74,7 +74,7 @@ class _HeadLogprobs(torch.autograd.Function):
                 logits.scatter_add_(1, target, -total)  # now -total x (onehot - softmax)
                 if bent is not None:
                     logits *= bent
-                slope[part] = (logits.to(weight.dtype) @ weight) * (scale / (-total * temperature[part, None]))
+                slope[part] = (logits.to(weight.dtype) @ weight) / (-total * temperature[part, None] / scale)
         if needed:
             ctx.save_for_backward(slope)
         return logprobs
