@@ -50,6 +50,11 @@ def test_one_method_stands_at_its_alpha(measured):
     np.testing.assert_array_equal(accuracy.x, ALPHAS)
 
 
+def test_the_panel_s_own_grid_can_be_launched(tmp_path):
+    panel = ablation.Ablation(tmp_path)
+    assert not panel.launch_button.disabled and panel.cost.value.startswith("12 runs, 12 to do")
+
+
 def test_a_grid_without_steps_takes_the_plots_away(tmp_path):
     panel = ablation.Ablation(tmp_path, alphas="0.5", seeds="0", steps=2, model="tiny")
     assert panel.alpha_plot.figure == ""

@@ -81,12 +81,9 @@ class Run:
     @property
     def foreign(self) -> str:
         """Why ``config.json`` is not one of ours, in a sentence; empty where it is."""
-        config = self.config
-        known = isinstance(config, dict) and {"method", "model", "steps"} <= set(config)
-        where = str(self.path.absolute())
-        return (
-            "" if known else f"{where!r} is not a run of covrl_lab: its config.json names no method, model and steps"
-        )
+        config, where = self.config, str(self.path.absolute())
+        known = isinstance(config, dict) and {"method", "steps"} <= set(config)
+        return "" if known else f"{where!r} is not a run of covrl_lab: its config.json has no method or no steps"
 
     @property
     def metrics(self) -> pd.DataFrame:

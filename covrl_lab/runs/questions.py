@@ -8,8 +8,7 @@ import pandas as pd
 from ..types import ConfigError
 from .folder import Run, steps_in
 
-# right before, right after
-OUTCOMES = {(0, 1): "gained", (1, 0): "lost", (1, 1): "right at both", (0, 0): "wrong at both"}
+OUTCOMES = {(0, 1): "gained", (1, 0): "lost", (1, 1): "right at both", (0, 0): "wrong at both"}  # right at each
 
 
 def history(run: Run) -> pd.DataFrame:

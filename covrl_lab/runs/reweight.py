@@ -118,8 +118,7 @@ def answer_logprob(frame: pd.DataFrame) -> pd.Series:
     """log p(y|x,z) of every trace in nats: the sum over the reference answer's tokens."""
     rows = frame["answer_logp"].to_numpy()
     owner = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    tokens = np.concatenate([[], *rows]) if len(rows) else np.zeros(0)
-    return pd.Series(np.bincount(owner, tokens, len(rows)), frame.index)
+    return pd.Series(np.bincount(owner, np.concatenate([[], *rows]), len(rows)), frame.index)
 
 
 def log_ratio_to_prior(d: np.ndarray, weight: float) -> np.ndarray:

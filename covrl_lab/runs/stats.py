@@ -48,8 +48,7 @@ def bootstrap_interval(
 def mcnemar(gained: int, lost: int) -> float:
     """Exact two-sided p of McNemar's test: how often a fair coin parts these questions at least as unevenly."""
     count = gained + lost
-    tail = sum(math.comb(count, k) for k in range(min(gained, lost) + 1))
-    return min(1.0, 2 * tail / 2**count)
+    return min(1.0, 2 * sum(math.comb(count, k) for k in range(min(gained, lost) + 1)) / 2**count)
 
 
 def paired_interval(gained: int, lost: int, count: int, confidence: float = 0.95) -> tuple[float, float, float]:

@@ -170,7 +170,7 @@ class Ablation(Panel):
         self,
         folder: str | Path,
         *,
-        alphas: Any = "0, 0.25, 0.5, 0.75, 1",
+        alphas: Any = "0.25, 0.5, 0.75, 1",
         methods: Any = "covrl",
         seeds: Any = "0, 1, 2",
         steps: int = 40,

@@ -55,8 +55,7 @@ def plot_questions(rows: pd.DataFrame, chosen: str = "") -> go.Figure:
     groups = groups[groups["size"] * (height - 90) >= 14 * count]  # a label needs the height of its text
     figure.update_xaxes(title_text="after step", type="category", showgrid=False)
     labels = [f"{name}: {size}" for name, size in groups["size"].items()]
-    look = {"range": [count - 0.5, -0.5], "showgrid": False, "zeroline": False}
-    figure.update_yaxes(tickvals=groups["mean"], ticktext=labels, **look)
+    figure.update_yaxes(tickvals=groups["mean"], ticktext=labels, autorange="reversed", showgrid=False, zeroline=False)
     return figure.update_layout(title_text="Green: right, orange: wrong; a row is a question")
 
 
@@ -95,11 +94,9 @@ def question_html(rows: pd.DataFrame) -> str:
             f'<code class="covrl-trace-text" style="background: none; padding: 0">{trace}</code></div>'
         )
     question, answer = (f"<code>{html_text(rows[name].iloc[0])}</code>" for name in ("question", "answer"))
-    return (
-        '<div class="covrl-question" style="line-height: 1.5">'
-        f"<p><b>{question}</b> reference answer <b>{answer}</b></p>"
-        f'<div style="display: flex; flex-wrap: wrap; gap: 10px">{"".join(cards)}</div></div>'
-    )
+    head = f"<p><b>{question}</b> reference answer <b>{answer}</b></p>"
+    side_by_side = f'<div style="display: flex; flex-wrap: wrap; gap: 10px">{"".join(cards)}</div>'
+    return f'<div class="covrl-question" style="line-height: 1.5">{head}{side_by_side}</div>'
 
 
 class EvaluationBrowser(Panel):
@@ -119,21 +116,19 @@ class EvaluationBrowser(Panel):
             raise ConfigError(f"{self.run.path} has no evaluation of step {min(missing)}; it has {steps}")
         self.before = field(widgets.Dropdown, "from step", before, "150px", "70px", options=steps)
         self.after = field(widgets.Dropdown, "to step", after, "150px", "70px", options=steps)
-        kinds = ["all", *OUTCOMES.values()]
-        self.kind = field(widgets.Dropdown, "list", "all", "190px", "40px", options=kinds)
+        self.kind = field(widgets.Dropdown, "list", "all", "190px", "40px", options=["all", *OUTCOMES.values()])
         self.again = widgets.Button(description="Refresh", icon="refresh", layout={"width": "auto"})
         self.change, self.question = widgets.HTML(), widgets.HTML()
         self.questions = Table(label="held-out questions", columns=_COLUMNS)
         half = {"flex": "1 1 420px", "min_width": "0"}
-        self.plot = Plot(self._click, layout=half)
+        self.plot = Plot(lambda at: self.questions.set_trait("picked", self.listed["id"][at["y"]]), layout=half)
         for control in (self.before, self.after, self.kind):
             control.observe(self._list, names="value")
         self.questions.observe(self._list, names="sort")
         self.questions.observe(self._open, names="picked")
         self.again.on_click(lambda button: self.refresh())
         beside = row(self.plot, widgets.VBox([self.questions, self.question], layout=half))
-        controls = row(self.before, self.after, self.kind, self.again)
-        self.widget = widgets.VBox([controls, self.change, beside])
+        self.widget = widgets.VBox([row(self.before, self.after, self.kind, self.again), self.change, beside])
         self.widget.add_class("covrl-evaluations")
         self._list()
         self.questions.picked = self.listed["id"].iloc[0]
@@ -152,9 +147,6 @@ class EvaluationBrowser(Panel):
         kept = listed if self.kind.value == "all" else listed[listed["outcome"] == self.kind.value]
         self.questions.fill(kept, _MOST_ROWS, [self.questions.picked])
         self.change.value = change_html(listed, *pair)
-
-    def _click(self, point: dict[str, Any]) -> None:
-        self.questions.picked = self.listed["id"].iloc[int(point["y"])]
 
     def _open(self, change: Any = None) -> None:
         self.questions.marked = [self.questions.picked]
