@@ -14,6 +14,7 @@ FORBIDDEN = {"train": {"views"}, "views": {"train", "theory"}, "runs": {"train",
 EXCEPTIONS = {
     ("views/ablation", "train/plan"): "Estimate runs a short measurement of a step",
     ("views/ablation", "train/builtin_tasks"): "the task field offers the names of all tasks",
+    ("views/explorer", "train/opening"): "Show prompt rebuilds the prompts of a trace",
     ("views/bench", "train/policy"): "the prompt bench loads the adapter of a checkpoint",
     ("views/bench", "train/probe"): "the prompt bench asks a live model",
 }

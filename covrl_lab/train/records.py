@@ -146,6 +146,8 @@ def trace_rows(
     columns["no_trace_logp"] = None if old.no_trace is None else old.no_trace.sum(1)
     for name, values in columns.items():
         frame[name] = float("nan") if values is None else values.tolist()
+    if batch.predictions is not None:
+        frame["prediction"], frame["right"] = batch.predictions, (batch.verifier_reward >= 1).tolist()
     return frame
 
 

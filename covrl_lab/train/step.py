@@ -68,13 +68,13 @@ def verifier_rewards(
     prompts: Sequence[Prompt],
     batch: TraceBatch,
     max_tokens: int,
-) -> Tensor:
-    """(N,) the task's score of the policy's own greedy answer after each trace."""
+) -> tuple[tuple[str, ...], Tensor]:
+    """The policy's own greedy answer after each of the N traces, and (N,) the task's score of it."""
     own = [i // batch.group_size for i in range(len(batch))]
     contexts = [[*prompts[q].prior, *batch.trace(i), *prompts[q].seam] for i, q in enumerate(own)]
     answers = predict_answers(policy, prompter, contexts, max_tokens)
     scores = [task.score(answer, examples[q]) for answer, q in zip(answers, own, strict=True)]
-    return torch.tensor(scores, device=batch.mask.device)
+    return tuple(answers), torch.tensor(scores, device=batch.mask.device)
 
 
 def logprobs_of(

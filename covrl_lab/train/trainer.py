@@ -200,10 +200,10 @@ class Trainer:
         alpha = self.method_state.get("alpha", config.alpha)
         batch = sample_step(config, self.policy, self.prompter, prompts, generator, alpha)
         if "verifier_reward" in self.method.needs:
-            rewards = verifier_rewards(
+            answers, rewards = verifier_rewards(
                 self.policy, self.prompter, self.task, examples, prompts, batch, config.max_answer_tokens
             )
-            batch = dataclasses.replace(batch, verifier_reward=rewards)
+            batch = dataclasses.replace(batch, verifier_reward=rewards, predictions=answers)
         return examples, prompts, batch
 
     def backward(

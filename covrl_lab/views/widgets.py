@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,24 @@ def static_text(name: str) -> str:
 
 
 class Plot(anywidget.AnyWidget):
-    """A plotly figure that is redrawn in place; ``figure`` is its JSON, nothing where it is empty."""
+    """A plotly figure that is redrawn in place; ``figure`` is its JSON, nothing where it is empty.
+
+    clicked: called with the x of each point that is clicked.
+    """
 
     _esm = static_text("plot.js")
     figure = traitlets.Unicode().tag(sync=True)
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, clicked: Callable[[Any], Any] = lambda x: None, **kwargs: Any):
         super().__init__(**kwargs)
-        # For a page without a plotly of its own, which asks.
-        self.on_msg(lambda *message: self.send({"source": get_plotlyjs()}))
+        self._clicked = clicked
+        self.on_msg(self._answer)
+
+    def _answer(self, widget: Any, message: dict[str, Any], buffers: Any) -> None:
+        if "clicked" in message:
+            self._clicked(message["clicked"])
+        else:  # a page without a plotly of its own
+            self.send({"source": get_plotlyjs()})
 
     def draw(self, figure: go.Figure) -> None:
         """Put ``figure`` in place of what is shown."""
@@ -50,7 +59,8 @@ class Plot(anywidget.AnyWidget):
 class Table(anywidget.AnyWidget):
     """Rows to sort and to pick from, by mouse or arrow keys.
 
-    columns: dictionaries with name, label, kind ("number", "text", "source" or "flag"), digits and about.
+    columns: dictionaries with name, label, kind ("number", "text", "source", "flag" or "mark": right or wrong),
+    digits (decimals; below 0: significant digits) and about.
     rows: dictionaries by column name, and "id" (text). The widget sets ``picked`` (an id) and ``sort``
     (column name, descending?); whoever fills the rows sorts them. ``marked``: ids shown as chosen.
     """
@@ -75,11 +85,30 @@ class Table(anywidget.AnyWidget):
         text = {c["name"] for c in self.columns if c["kind"] == "text"}
         known = shown[["id", *names]].replace([math.inf, -math.inf], math.nan).astype(object)
         rows = known.where(known.notna(), None).to_dict("records")
-        rows = [record | {name: visible(record[name]) for name in text} for record in rows]
+        rows = [record | {name: visible(record[name] or "") for name in text} for record in rows]
         with self.hold_sync():
             self.rows, self.marked = rows, list(marked)
             left = len(frame) - len(shown)
             self.note = f"{len(shown):,} of {len(frame):,} shown; search to narrow" if left else ""
+
+
+class Take(anywidget.AnyWidget):
+    """Buttons that save or copy a text; ``make``: label -> function that makes (file name, text) at a click.
+
+    Without a file name the text is copied.
+    """
+
+    _esm = static_text("take.js")
+    labels = traitlets.List().tag(sync=True)
+
+    def __init__(self, make: Mapping[str, Callable[[], tuple[str, str]]]):
+        super().__init__(labels=list(make))
+
+        def answer(widget: Any, message: dict[str, Any], buffers: Any) -> None:
+            name, text = make[message["wanted"]]()
+            self.send({"name": name, "text": text})
+
+        self.on_msg(answer)
 
 
 def table_column(name: str, label: str, kind: str, about: str = "", digits: int = 0) -> dict[str, Any]:

@@ -35,6 +35,8 @@ async function render({ model, el }) {
     if (!model.get("figure")) return plotly.purge(plot);
     const { data, layout } = JSON.parse(model.get("figure"));
     plotly.react(plot, data, { ...layout, autosize: true });
+    plot.removeAllListeners("plotly_click");
+    plot.on("plotly_click", ({ points }) => model.send({ clicked: points[0].x }));
   };
   model.on("change:figure", draw);
   draw();
