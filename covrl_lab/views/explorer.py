@@ -21,7 +21,7 @@ from ..config import RunConfig
 from ..runs.folder import Run, step_file
 from ..runs.reweight import Settings, Traces, answer_logprob, quantities
 from ..types import ConfigError, Example, did_you_mean
-from .html import html_mark, html_number, html_passage, html_table, html_text, reward_unit
+from .html import html_mark, html_number, html_passage, html_table, html_text
 from .token_figures import plot_token_lines
 from .token_view import SCALES, TokenView, colours, spelled, token_html
 from .widgets import Panel, Plot, Table, Take, field, offer, open_run, row, table_column
@@ -41,7 +41,7 @@ _ROLLOUT_COLUMNS = [
     table_column("right", "right", "mark", "whether the model's own answer after the trace is right"),
     table_column("prediction", "its answer", "text", "the model's own greedy answer after the trace"),
     table_column("total", "log p(y|x,z)", "number", "log p of the reference answer after the trace, nats", 1),
-    table_column("reward", "reward", "number", "what the method made of it, {unit}", -3),
+    table_column("reward", "reward", "number", "what the method made of it", -3),
     table_column("advantage", "A", "number", "advantage: reward against its group's", 2),
     table_column("answer_weight", "c_y", "number", "factor of the answer's log-likelihood in the loss", -3),
     table_column("length", "tokens", "number", "trace length"),
@@ -113,6 +113,12 @@ def prompts_html(run: Run, rows: pd.DataFrame) -> str:
     return f'<div style="display: flex; flex-wrap: wrap; gap: 10px">{"".join(boxes)}</div>'
 
 
+def _gained(index: pd.DataFrame) -> Any:
+    """Which traces are of a question whose prior traces are all wrong, and one of the posterior's is right."""
+    best = index.pivot_table("right", _GROUP, "source", "max").query("prior == 0 and posterior == 1")
+    return pd.MultiIndex.from_frame(index[_GROUP]).isin(best.index)
+
+
 def _clipped(run: Run, settings: Settings, frame: pd.DataFrame, held: dict[int, set[int]]) -> pd.DataFrame:
     """The rows whose traces hold a token that the clip holds back; ``held`` keeps what was read of each step."""
     for step in set(frame["step"]) - set(held):
@@ -125,20 +131,12 @@ def _clipped(run: Run, settings: Settings, frame: pd.DataFrame, held: dict[int, 
 class TraceExplorer(Panel):
     """Prior against posterior traces of one question, token by token.
 
-    run: a ``Run`` or its folder; step: where to start (default: the last with traces). question: the
-    ``example_id`` to start with, rollouts: the traces of it to show, colour: what colours tokens, a name of
-    ``reweight.LABELS``. The search box looks in questions, reference answers and traces. Of the traces one step's
-    at a time are in memory. ``refresh``, or its button, shows what a run has written since.
+    run: a ``Run`` or its folder; step, question, colour: where to start (default: the last step with traces, its
+    first ``example_id``, log q - log p). The search box looks in questions, reference answers and traces. Of the
+    traces one step's at a time are in memory. ``refresh``, or its button, shows what a run has written since.
     """
 
-    def __init__(
-        self,
-        run: Run | str | Path,
-        step: int | None = None,
-        question: str = "",
-        rollouts: Sequence[int] = (),
-        colour: str = "",
-    ):
+    def __init__(self, run: Run | str | Path, step: int | None = None, question: str = "", colour: str = ""):
         self.run, step = open_run(run, step)
         self.config = self.run.config
         self.settings = Settings.of(self.config)
@@ -161,13 +159,12 @@ class TraceExplorer(Panel):
         colour = colour or ("log_gap" if "posterior" in set(self.index["source"]) else "logp")
         self.view = TokenView(colour=colour)
         self.colour = field(widgets.Dropdown, "colour", colour, "290px", "50px", options=colours())
-        about = "Colours span what the two traces hold, not a fixed range"
-        self.fitted = field(widgets.Checkbox, "fitted range", False, "110px", indent=False, tooltip=about)
+        self.fitted = field(widgets.Checkbox, "fitted range", False, "110px", indent=False)
+        self.fitted.tooltip = "Colours span what the two traces hold, not a fixed range"
         self.prompts = widgets.ToggleButton(description="Show prompts", layout={"width": "auto"})
         self.seen = widgets.HTML()
-        self.plot = Plot(self._point, layout={"min_height": "250px"})
-        makers = {"Rows as CSV": _csv, "Tokens as JSON": _json, "Copy this view": _line}
-        self.take = Take({label: functools.partial(make, self) for label, make in makers.items()})
+        self.plot = Plot(lambda x: self.view.select(int(x) - 1), layout={"min_height": "250px"})
+        self.take = Take({label: functools.partial(make, self) for label, make in _TAKEN.items()})
 
         for control in (self.step, self.search, self.source, self.show):
             control.observe(self._list_questions, names="value")
@@ -176,17 +173,16 @@ class TraceExplorer(Panel):
         self.questions.observe(lambda change: self.choose(change.new), names="picked")
         self.rollouts.observe(self._list_rollouts, names="sort")
         self.rollouts.observe(lambda change: self._pick(int(change.new)), names="picked")
-        self.colour.observe(self._recolour, names="value")
+        widgets.dlink((self.colour, "value"), (self.view, "colour"))
         widgets.dlink((self.fitted, "value"), (self.view, "fitted"))
-        self.view.observe(self._draw_lines, names="selected")
+        self.view.observe(self._draw_lines, names=["selected", "colour"])
         self.prompts.observe(self._show_prompts, names="value")
 
         filters = row(self.step, self.search, self.source, self.show, self.again, self.found)
         self.questions.layout = {"flex": "2 1 330px", "min_width": "0"}
         self.rollouts.layout = {"flex": "3 1 480px", "min_width": "0"}
         tables, looks = row(self.questions, self.rollouts), row(self.colour, self.fitted, self.prompts, self.take)
-        parts = [filters, tables, self.heading, looks, self.view, self.seen, self.plot]
-        self.widget = widgets.VBox(parts)
+        self.widget = widgets.VBox([filters, tables, self.heading, looks, self.view, self.seen, self.plot])
         self.widget.add_class("covrl-explorer")
         self._list_questions()
         if question:
@@ -194,8 +190,6 @@ class TraceExplorer(Panel):
             if question not in names:
                 raise ConfigError(f"step {step} has no question {question!r}{did_you_mean(question, names)}")
             self.questions.picked = f"{step}/{question}"
-        for rollout in rollouts:
-            self._pick(rollout)
 
     # --- what is there
 
@@ -231,14 +225,14 @@ class TraceExplorer(Panel):
             keep &= self._haystack.str.contains(sought, regex=False)
         if show in _SHOWS:
             keep &= self.index.eval(_SHOWS[show])
-        if show == _GAINED:  # no prior trace of the question is right, and one from the posterior is
-            best = self.index.pivot_table("right", _GROUP, "source", "max").query("prior == 0 and posterior == 1")
-            keep &= pd.MultiIndex.from_frame(self.index[_GROUP]).isin(best.index)
+        if show == _GAINED:
+            keep &= _gained(self.index)
         frame = self.index[keep]
         return _clipped(self.run, self.settings, frame, self._held) if show == _CLIPPED else frame
 
     def _list_questions(self, change: Any = None) -> None:
-        frame, total, steps = self.filtered(), len(self.index), self.index["step"].nunique()
+        frame = self._left = self.filtered()
+        total, steps = len(self.index), self.index["step"].nunique()
         left = "" if len(frame) == total else f", {len(frame):,} in the list"
         self.found.value = f"{steps:,} step{'s' * (steps != 1)}, {total:,} traces{left}"
         listed = frame.drop_duplicates(_GROUP)[[*_GROUP, "question", "answer"]].merge(self._means, on=_GROUP)
@@ -246,37 +240,34 @@ class TraceExplorer(Panel):
         self.questions.fill(listed, _MOST_QUESTIONS, [self.questions.picked])
         if listed.empty:
             self.questions.note = "no trace fits; clear the search, or choose other filters"
-        self._fit = set(zip(*(frame[name] for name in (*_GROUP, "rollout")), strict=True))
         if self.questions.picked not in set(listed["id"]):
             self.questions.picked = self.questions.rows[0]["id"] if len(listed) else ""
         elif change is None or change["name"] == "value":
-            before, self._shown = self._shown, self._likeliest(self._shown)
+            before, self._shown = self._shown, self._likeliest()
             self._list_rollouts() if before == self._shown else self._show()
 
     def choose(self, question: str) -> None:
         """Show a question, named "step/example_id", with the likeliest trace of each source; "" shows none."""
-        step, _, example = question.partition("/")
+        step, _, self._example = question.partition("/")
         if step and int(step) != self._step:
             self._step, self._all = int(step), _with_right(self.run.traces(int(step)), self.config)
-        frame = self._all[self._all["example_id"] == example].reset_index(drop=True)
+        frame = self._all[self._all["example_id"] == self._example].reset_index(drop=True)
         frame = frame.assign(total=answer_logprob(frame), length=frame["tokens"].map(len))
         frame["id"] = frame["rollout"].astype(str)
         self._frame, self._shown = frame, {}
-        self._shown = self._likeliest({})
+        self._shown = self._likeliest()
         self.questions.marked = [question]
-        unit = reward_unit(self.config)
-        columns = [c | {"about": c["about"].format(unit=unit)} for c in _ROLLOUT_COLUMNS if c["name"] in frame]
-        self.rollouts.columns = columns
+        self.rollouts.columns = [c for c in _ROLLOUT_COLUMNS if c["name"] in frame]
         self._show()
 
     def _fits(self) -> pd.Series:
         """Which rollouts of the question the filters leave."""
-        triples = zip(*(self._frame[name] for name in (*_GROUP, "rollout")), strict=True)
-        return pd.Series([triple in self._fit for triple in triples], self._frame.index, bool)
+        own = self._left[(self._left["step"] == self._step) & (self._left["example_id"] == self._example)]
+        return self._frame["rollout"].isin(own["rollout"])
 
-    def _likeliest(self, kept: dict[str, int]) -> dict[str, int]:
-        """source -> the trace to show: the one in ``kept`` or the likeliest, one that fits before one that does not."""
-        frame = self._frame.assign(fits=self._fits(), kept=self._frame["rollout"].isin(kept.values()))
+    def _likeliest(self) -> dict[str, int]:
+        """source -> the trace to show: what fits the filters first, then what is shown, then the likeliest."""
+        frame = self._frame.assign(fits=self._fits(), kept=self._frame["rollout"].isin(self._shown.values()))
         best = frame.sort_values(["fits", "kept", "total"], ascending=False).drop_duplicates("source")
         return {trace.source: int(trace.rollout) for trace in best.itertuples()}
 
@@ -285,11 +276,6 @@ class TraceExplorer(Panel):
         if len(found):
             self._shown[found["source"].iloc[0]] = rollout
             self._show()
-
-    def _point(self, x: float) -> None:
-        """Select the token that was clicked in the lines, counted from 1."""
-        if self.view.selected:
-            self.view.selected = [self.view.selected[0], int(x) - 1]
 
     def pair(self) -> pd.DataFrame:
         """The rows that are shown token by token, the prior's first."""
@@ -315,18 +301,13 @@ class TraceExplorer(Panel):
         self._draw_lines()
         self._show_prompts()
 
-    def _recolour(self, change: Any) -> None:
-        self.view.colour = change.new
-        self._draw_lines()
-
     def lines(self) -> go.Figure:
         """The selected token's trace as lines; an empty figure where no trace is shown."""
         if not self.view.traces:
             return go.Figure()
         side, at = self.view.selected or [0, None]
         trace, name = self.view.traces[side], self.view.colour
-        selected = None if at is None else at + 1
-        figure = plot_token_lines(trace["tokens"], trace["values"], name, SCALES[name]["title"], selected)
+        figure = plot_token_lines(trace["tokens"], trace["values"], name, SCALES[name]["title"], at)
         prompts = "both prompts" if "logq" in trace["values"] else "the prior prompt"
         return figure.update_layout(title_text=f"The {trace['title']} under {prompts}", margin={"t": 60})
 
@@ -342,10 +323,14 @@ class TraceExplorer(Panel):
     def static(self) -> list[Any]:
         """The chosen question's rollouts, the two traces and the lines, as HTML and a plotly figure."""
         columns = [c for c in self.rollouts.columns if c["kind"] != "text"]
-        rows = [[_cell(line, c) for c in columns] for line in self.rollouts.rows]
+        rows = [[_cell(line[c["name"]], c) for c in columns] for line in self.rollouts.rows]
         table = html_table([html.escape(c["label"]) for c in columns], rows)
-        tokens = token_html(self.pair(), self.settings, self.view.colour, self.view.fitted)
+        tokens = token_html(self.pair(), self.settings, self.view.colour)
         return [HTML(self.heading.value + table + tokens + self.seen.value), self.lines()]
+
+
+def _cell(value: Any, column: dict[str, Any]) -> str:
+    return html_mark(value) if column["kind"] == "mark" else html_number(value, column["form"])
 
 
 def _csv(explorer: TraceExplorer) -> tuple[str, str]:
@@ -356,27 +341,21 @@ def _csv(explorer: TraceExplorer) -> tuple[str, str]:
 def _json(explorer: TraceExplorer) -> tuple[str, str]:
     """File name and text: the traces that are shown, with what every token was worth."""
     pair = explorer.pair()
-    rows = json.loads(
-        pair[[name for name in (*_STORED, "tokens", "token_ids") if name in pair]].to_json(orient="records")
+    names = [name for name in (*_STORED, "tokens", "token_ids") if name in pair]
+    rows = zip(json.loads(pair[names].to_json(orient="records")), explorer.view.traces, strict=True)
+    return f"{explorer.run.path.name}-tokens.json", json.dumps(
+        [r | {"values": t["values"]} for r, t in rows], indent=1
     )
-    rows = [record | {"values": t["values"]} for record, t in zip(rows, explorer.view.traces, strict=True)]
-    named = [explorer.run.path.name, *(f"{r['step']}-{r['rollout']}" for r in rows)]
-    return "-".join(named) + ".json", json.dumps(rows, indent=1)
 
 
 def _line(explorer: TraceExplorer) -> tuple[str, str]:
-    """The code that opens the explorer as it stands, without its filters."""
+    """The code that opens the explorer at the same question, without its filters."""
     step, _, question = explorer.questions.picked.partition("/")
-    given = f"{explorer.run.path.as_posix()!r}, {step or None}, question={question!r}"
-    return "", f"TraceExplorer({given}, rollouts={[*explorer._shown.values()]}, colour={explorer.view.colour!r})"
+    place = f"{explorer.run.path.as_posix()!r}, {step or None}, {question!r}"
+    return "", f"TraceExplorer({place}, colour={explorer.view.colour!r})"
 
 
-def _cell(line: dict[str, Any], column: dict[str, Any]) -> str:
-    """A cell of a table as HTML, in the format of its column."""
-    value, digits = line[column["name"]], column["digits"]
-    if column["kind"] == "mark":
-        return html_mark(value, line.get("prediction"))
-    return html_number(value, f".{digits}f" if digits >= 0 else f".{-digits}g")
+_TAKEN = {"Rows as CSV": _csv, "Tokens as JSON": _json, "Copy this view": _line}
 
 
 def _heading(run: Run, settings: Settings, frame: pd.DataFrame) -> str:

@@ -60,9 +60,8 @@ def html_passage(text: str) -> str:
     whole = f'<code dir="auto" style="display: block; {look}">{shown}</code>'
     if len(text) <= LONG and len(lines) <= 8:
         return whole
-    size = f"{len(text):,} characters, {len(lines)} line{'s' * (len(lines) > 1)}"
-    start = f'<code style="{look}"><bdi>{html_text(text[:80])}</bdi></code>'
-    return f'<details><summary>{start} … <span style="opacity: 0.75">({size})</span></summary>{whole}</details>'
+    start = f"<code><bdi>{html_text(text[:80])}</bdi></code>"
+    return f"<details><summary>{start} … ({len(text):,} characters)</summary>{whole}</details>"
 
 
 def html_mark(right: Any, prediction: Any = None) -> str:

@@ -57,8 +57,8 @@ def plot_token_lines(
 ) -> go.Figure:
     """One trace along its tokens: log p and log q in nats, below them the quantity ``name`` of ``values``.
 
-    values: name -> one number a token, as in ``reweight.quantities``; label: its axis title. Tokens are counted
-    from 1. The dotted line stands at token ``selected``.
+    values: name -> one number a token, as in ``reweight.quantities``; label: its axis title. The dotted line
+    stands at token ``selected`` (from 0); readers see tokens counted from 1.
     """
     below = name in values and name not in ("logp", "logq")
     figure = make_subplots(2 if below else 1, 1, shared_xaxes=True, vertical_spacing=0.06)
@@ -75,7 +75,7 @@ def plot_token_lines(
             look["hovertemplate"] = f"%{{y:.3f}} {unit} at <b>%{{customdata}}</b>"
             add_line(figure, list(range(1, len(texts) + 1)), list(values[key]), title, colour, **look)
     if selected is not None:
-        figure.add_vline(x=selected, line={"color": GREY, "width": 2, "dash": "dot"})
+        figure.add_vline(x=selected + 1, line={"color": GREY, "width": 2, "dash": "dot"})
     figure.update_xaxes(showgrid=False, zeroline=False)
     few = len(texts) <= FEW
     title = "trace token (· space, ↵ end of line)" if few else "trace token"

@@ -169,6 +169,10 @@ class TokenView(anywidget.AnyWidget):
     def _fit(self, change: Any) -> None:
         self.scales = SCALES | ({self.colour: fitted(self.colour, self.traces)} if self.fitted else {})
 
+    def select(self, token: int) -> None:
+        """Select another token, from 0, of the trace that has the selected one."""
+        self.selected = [self.selected[0], token]
+
     @traitlets.validate("colour")
     def _check_colour(self, proposal: Any) -> str:
         return _known_colour(proposal["value"])
@@ -180,16 +184,10 @@ def _known_colour(name: str) -> str:
     return name
 
 
-def token_html(
-    frame: pd.DataFrame, settings: reweight.Settings | None = None, colour: str = "log_gap", fit: bool = False
-) -> str:
-    """The rows of ``frame`` as plain HTML: escaped, no script, numbers in each token's title.
-
-    With ``fit`` the colours span what the rows hold.
-    """
-    traces, boxes = payload(frame, settings or reweight.Settings()), []
-    scale = fitted(colour, traces) if fit else SCALES[_known_colour(colour)]
-    for trace in traces:
+def token_html(frame: pd.DataFrame, settings: reweight.Settings | None = None, colour: str = "log_gap") -> str:
+    """The rows of ``frame`` as plain HTML: escaped, no script, numbers in each token's title."""
+    scale, boxes = SCALES[_known_colour(colour)], []
+    for trace in payload(frame, settings or reweight.Settings()):
         spans = []
         for t, text in enumerate(trace["tokens"]):
             numbers = {name: row[t] for name, row in trace["values"].items() if row[t] is not None}

@@ -42,14 +42,12 @@ class Plot(anywidget.AnyWidget):
 
     def __init__(self, clicked: Callable[[Any], Any] = lambda x: None, **kwargs: Any):
         super().__init__(**kwargs)
-        self._clicked = clicked
-        self.on_msg(self._answer)
 
-    def _answer(self, widget: Any, message: dict[str, Any], buffers: Any) -> None:
-        if "clicked" in message:
-            self._clicked(message["clicked"])
-        else:  # a page without a plotly of its own
-            self.send({"source": get_plotlyjs()})
+        def answer(widget: Any, message: dict[str, Any], buffers: Any) -> None:
+            # A page without a plotly of its own asks for it.
+            clicked(message["clicked"]) if "clicked" in message else self.send({"source": get_plotlyjs()})
+
+        self.on_msg(answer)
 
     def draw(self, figure: go.Figure) -> None:
         """Put ``figure`` in place of what is shown."""
@@ -93,7 +91,7 @@ class Table(anywidget.AnyWidget):
 
 
 class Take(anywidget.AnyWidget):
-    """Buttons that save or copy a text; ``make``: label -> function that makes (file name, text) at a click.
+    """Buttons that save or copy a text; ``make``: label -> function that gives (file name, text) at a click.
 
     Without a file name the text is copied.
     """
@@ -103,16 +101,12 @@ class Take(anywidget.AnyWidget):
 
     def __init__(self, make: Mapping[str, Callable[[], tuple[str, str]]]):
         super().__init__(labels=list(make))
-
-        def answer(widget: Any, message: dict[str, Any], buffers: Any) -> None:
-            name, text = make[message["wanted"]]()
-            self.send({"name": name, "text": text})
-
-        self.on_msg(answer)
+        self.on_msg(lambda widget, message, buffers: self.send(make[message["wanted"]]()))
 
 
 def table_column(name: str, label: str, kind: str, about: str = "", digits: int = 0) -> dict[str, Any]:
-    return {"name": name, "label": label, "kind": kind, "about": about, "digits": digits}
+    form = f".{-digits}g" if digits < 0 else f".{digits}f"
+    return {"name": name, "label": label, "kind": kind, "about": about, "digits": digits, "form": form}
 
 
 def field(kind: type, label: str, value: Any, width: str, label_width: str = "60px", **settings: Any) -> Any:

@@ -13,7 +13,7 @@ function render({ model, el }) {
     el.append(element("button", { className, textContent, style: "width: auto", onclick: () => ask(textContent) }));
   }
   el.append(line);
-  model.on("msg:custom", ({ name, text }) => {
+  model.on("msg:custom", ([name, text]) => {
     if (!asked) return;
     asked = false;
     line.textContent = name ? "" : text; // to be read where a page may not copy
