@@ -65,7 +65,9 @@ def trace_index(run: Run) -> pd.DataFrame:
     """
     columns = [*_STORED, "answer_logp"]
     tables = [pq.ParquetFile(step_file(run.path / "traces", step)).read(columns) for step in run.steps]
-    frame = pa.concat_tables(tables, promote_options="permissive").to_pandas() if tables else pd.DataFrame()
+    frame = (
+        pa.concat_tables(tables, promote_options="permissive").to_pandas() if tables else pd.DataFrame(columns=columns)
+    )
     frame = frame.reindex(columns=columns)
     frame["total"] = answer_logprob(frame)
     return _with_right(frame, run.config).drop(columns="answer_logp").astype({"right": float})
@@ -185,11 +187,10 @@ class TraceExplorer(Panel):
         self.widget = widgets.VBox([filters, tables, self.heading, looks, self.view, self.seen, self.plot])
         self.widget.add_class("covrl-explorer")
         self._list_questions()
-        if question:
-            names = set(self.index["example_id"][self.index["step"] == step])
-            if question not in names:
-                raise ConfigError(f"step {step} has no question {question!r}{did_you_mean(question, names)}")
-            self.questions.picked = f"{step}/{question}"
+        names = set(self.index["example_id"][self.index["step"] == step])
+        if question and question not in names:
+            raise ConfigError(f"step {step} has no question {question!r}{did_you_mean(question, names)}")
+        self.questions.picked = f"{step}/{question}" if question else self.questions.picked
 
     # --- what is there
 
@@ -248,10 +249,11 @@ class TraceExplorer(Panel):
 
     def choose(self, question: str) -> None:
         """Show a question, named "step/example_id", with the likeliest trace of each source; "" shows none."""
-        step, _, self._example = question.partition("/")
-        if step and int(step) != self._step:
-            self._step, self._all = int(step), _with_right(self.run.traces(int(step)), self.config)
-        frame = self._all[self._all["example_id"] == self._example].reset_index(drop=True)
+        step, _, example = question.partition("/")
+        self._question = step, _ = int(step or 0), example
+        if step and step != self._step:
+            self._step, self._all = step, _with_right(self.run.traces(step), self.config)
+        frame = self._all[self._all["example_id"] == example].reset_index(drop=True)
         frame = frame.assign(total=answer_logprob(frame), length=frame["tokens"].map(len))
         frame["id"] = frame["rollout"].astype(str)
         self._frame, self._shown = frame, {}
@@ -262,7 +264,8 @@ class TraceExplorer(Panel):
 
     def _fits(self) -> pd.Series:
         """Which rollouts of the question the filters leave."""
-        own = self._left[(self._left["step"] == self._step) & (self._left["example_id"] == self._example)]
+        step, example = self._question
+        own = self._left[(self._left["step"] == step) & (self._left["example_id"] == example)]
         return self._frame["rollout"].isin(own["rollout"])
 
     def _likeliest(self) -> dict[str, int]:
