@@ -101,7 +101,7 @@ def prompts_html(run: Run, rows: pd.DataFrame) -> str:
         texts = spelled([decode([i]) for i in ids], decode(list(ids)))
         shown = [html_text(text, spaces=True) + "<br>" * text.endswith("\n") for text in texts]
         spans = "".join(f'<span style="border-right: 1px solid #8886">{text}</span>' for text in shown)
-        return f'<b style="background: #8883"> {name} </b><code style="background: none">{spans}</code>'
+        return f' <b style="background: #8883; border-radius: 3px; padding: 0 4px">{name}</b> <code style="background: none">{spans}</code>'
 
     for trace in rows.itertuples():
         prompt = prompter(Example(trace.example_id, trace.question, trace.answer))
@@ -301,7 +301,7 @@ class TraceExplorer(Panel):
         gaps = [np.abs(t["values"].get("log_gap", t["values"]["logp"])) for t in self.view.traces]
         side = int(np.argmax([gap.max() for gap in gaps])) if gaps else 0
         self.view.selected = [side, int(gaps[side].argmax())] if gaps else []
-        self._draw_lines()
+        self.plot.figure = self.plot.figure if gaps else ""
         self._show_prompts()
 
     def lines(self) -> go.Figure:
@@ -317,8 +317,6 @@ class TraceExplorer(Panel):
     def _draw_lines(self, change: Any = None) -> None:
         if self.view.selected:
             self.plot.draw(self.lines())
-        elif not self.view.traces:
-            self.plot.figure = ""
 
     def _show_prompts(self, change: Any = None) -> None:
         self.seen.value = prompts_html(self.run, self.pair()) if self.prompts.value and self._shown else ""

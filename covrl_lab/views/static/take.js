@@ -10,7 +10,7 @@ function render({ model, el }) {
   const ask = (wanted) => ((asked = true), model.send({ wanted }));
   for (const textContent of model.get("labels")) {
     const className = "jupyter-button widget-button";
-    el.append(element("button", { className, textContent, style: "width: auto", onclick: () => ask(textContent) }));
+    el.append(element("button", { className, textContent, style: "width: auto; margin: 0 6px 0 0", onclick: () => ask(textContent) }));
   }
   el.append(line);
   model.on("msg:custom", ([name, text]) => {
