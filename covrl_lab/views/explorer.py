@@ -101,7 +101,8 @@ def prompts_html(run: Run, rows: pd.DataFrame) -> str:
         texts = spelled([decode([i]) for i in ids], decode(list(ids)))
         shown = [html_text(text, spaces=True) + "<br>" * text.endswith("\n") for text in texts]
         spans = "".join(f'<span style="border-right: 1px solid #8886">{text}</span>' for text in shown)
-        return f' <b style="background: #8883; border-radius: 3px; padding: 0 4px">{name}</b> <code style="background: none">{spans}</code>'
+        chip = f'<b style="background: #8883; border-radius: 3px; padding: 0 4px">{name}</b>'
+        return f' {chip} <code style="background: none">{spans}</code>'
 
     for trace in rows.itertuples():
         prompt = prompter(Example(trace.example_id, trace.question, trace.answer))
