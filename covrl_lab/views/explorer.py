@@ -100,7 +100,7 @@ def prompts_html(run: Run, rows: pd.DataFrame) -> str:
         decode = prompter.tokenizer.decode
         texts = spelled([decode([i]) for i in ids], decode(list(ids)))
         shown = [html_text(text, spaces=True) + "<br>" * text.endswith("\n") for text in texts]
-        spans = "".join(f'<span style="border-right: 1px solid #8886">{text}</span>' for text in shown)
+        spans = "".join(f'<bdi style="border-right: 1px solid #8886">{text}</bdi>' for text in shown)
         chip = f'<b style="background: #8883; border-radius: 3px; padding: 0 4px">{name}</b>'
         return f' {chip} <code style="background: none">{spans}</code>'
 
@@ -112,7 +112,7 @@ def prompts_html(run: Run, rows: pd.DataFrame) -> str:
         if trace.logq is not None:
             lines.append(part(f"posterior, {len(prompt.posterior)} tokens", prompt.posterior) + own)
         text = "".join(f'<p dir="auto" style="overflow-wrap: anywhere">{line}</p>' for line in lines)
-        boxes.append(f'<div style="flex: 1 1 300px; min-width: 0">{text}</div>')
+        boxes.append(f'<div style="flex: 1 1 300px; max-height: 320px; overflow: auto">{text}</div>')
     return f'<div style="display: flex; flex-wrap: wrap; gap: 10px">{"".join(boxes)}</div>'
 
 
