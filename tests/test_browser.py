@@ -299,6 +299,7 @@ def test_what_is_chosen_is_in_view_and_the_lines_can_be_clicked(lab):
         "frame = run.traces(1)\n"
         "frame['logq'] = [[-30.0 if t == 380 else q for t, q in enumerate(row)] for row in frame['logq']]\n"
         "frame.loc[::3, 'right'] = False\n"
+        "frame['reward'], frame['advantage'] = [0.1 + k / 1000 for k in range(80)], -0.001\n"
         "write_parquet(frame, step_file(run.path / 'traces', 1))\n"
         "explorer = TraceExplorer(run, question='q35')",
         "explorer",
@@ -330,13 +331,15 @@ def test_what_is_chosen_is_in_view_and_the_lines_can_be_clicked(lab):
     # Filters, in numbers of the file.
     marks = rollouts.locator("tbody td.mark span")
     own = frame[frame["example_id"] == "q35"].set_index("rollout")
-    shown = [int(row.split("\t")[0]) for row in rollouts.locator("tbody tr").all_inner_texts()]
+    cells = [row.split("\t") for row in rollouts.locator("tbody tr").all_inner_texts()]
+    shown = [int(row[0]) for row in cells]
+    assert [row[4:6] for row in cells] == [[f"{own['reward'][k]:.3g}", "0.00"] for k in shown], "never -0.00"
     said = [{True: "right", False: "wrong"}[own["right"][rollout]] for rollout in shown]
     assert [mark.get_attribute("aria-label") for mark in marks.all()] == said
     page.locator(".widget-dropdown select").nth(2).select_option("wrong")
     wrong = frame[~frame["right"]]
     wait_until(page, lambda: questions.locator("tbody tr").count() == wrong["example_id"].nunique())
-    page.get_by_placeholder("search questions").fill("question 4 of")
+    page.get_by_placeholder("search questions").fill("question 2 of")
     wait_until(page, lambda: questions.locator("tbody tr").count() == 0)
     wait_until(page, lambda: page.locator(TOKEN).count() == 0 and page.locator(".covrl-plot .trace").count() == 0)
     assert "no trace fits" in questions.inner_text() and rollouts.locator("tbody tr").count() == 0
