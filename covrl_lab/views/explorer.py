@@ -65,12 +65,10 @@ def trace_index(run: Run) -> pd.DataFrame:
     """
     columns = [*_STORED, "answer_logp"]
     tables = [pq.ParquetFile(step_file(run.path / "traces", step)).read(columns) for step in run.steps]
-    frame = (
-        pa.concat_tables(tables, promote_options="permissive").to_pandas() if tables else pd.DataFrame(columns=columns)
-    )
-    frame = frame.reindex(columns=columns)
-    frame["total"] = answer_logprob(frame)
-    return _with_right(frame, run.config).drop(columns="answer_logp").astype({"right": float})
+    tables = tables or [pa.table({})]
+    frame = pa.concat_tables(tables, promote_options="permissive").to_pandas().reindex(columns=columns)
+    frame = _with_right(frame.assign(total=answer_logprob(frame)), run.config)
+    return frame.reindex(columns=[*_STORED, "total"]).astype({"right": float})
 
 
 def _with_right(frame: pd.DataFrame, config: dict[str, Any]) -> pd.DataFrame:
@@ -197,7 +195,7 @@ class TraceExplorer(Panel):
 
     def _read(self) -> None:
         self.index = trace_index(self.run)
-        text = (self.index[name] for name in ("question", "answer", "trace"))
+        text = (self.index[name].astype(str) for name in ("question", "answer", "trace"))
         self._haystack = next(text).str.cat(list(text), sep="\n").str.lower()
         means = self.index.pivot_table("total", _GROUP, "source", "mean", sort=False, observed=True)
         means["right"] = self.index.groupby(_GROUP)["right"].mean()
