@@ -185,8 +185,11 @@ def judged_run(folder):
 
 def test_verdicts_show_wherever_they_are_stored(tmp_path, example):
     unknown = TraceExplorer(example)
-    assert "right" not in [c["name"] for c in [*unknown.rollouts.columns, *unknown.questions.columns]]
-    assert "right" not in unknown.show.options and unknown.view.traces[0]["right"] is None
+    never = TraceExplorer(made_up_run(tmp_path / "never", right=None, prediction=None))  # no verifier was asked
+    for explorer in (unknown, never):
+        names = [c["name"] for c in [*explorer.rollouts.columns, *explorer.questions.columns]]
+        assert not {"right", "prediction"} & set(names) and "right" not in explorer.show.options
+    assert unknown.view.traces[0]["right"] is never.view.traces[0]["right"] is None
     assert "the model's own answer" not in unknown.static()[0].data
 
     explorer = TraceExplorer(judged_run(tmp_path / "run"), 1)
@@ -351,7 +354,7 @@ def test_rows_tokens_and_place_can_be_taken_along(example, monkeypatch):
     explorer.questions.picked = explorer.questions.rows[2]["id"]
     for label in explorer.take.labels:
         explorer.take._handle_custom_msg({"wanted": label}, [])
-    (csv, rows), (name, tokens), (none, line) = sent
+    (name, tokens), (none, line), (csv, rows) = sent
     assert csv.endswith(".csv") and name.endswith(".json") and none == ""
     frame = example.traces(15).query("source == 'posterior'")
     read = pd.read_csv(io.StringIO(rows), dtype={"answer": str})

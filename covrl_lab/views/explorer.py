@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import html
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,9 +71,11 @@ def trace_index(run: Run) -> pd.DataFrame:
 
 
 def _with_right(frame: pd.DataFrame, config: dict[str, Any]) -> pd.DataFrame:
-    """The rows with ``right``, also where a run of grpo did not store it: its reward is the verdict."""
-    known = "right" in frame and frame["right"].notna().any()
-    return frame.assign(right=frame["reward"] >= 1) if config.get("method") == "grpo" and not known else frame
+    """The rows with ``right`` where it is known, also of a run of grpo that did not store it: its reward says it."""
+    if "right" in frame and frame["right"].notna().any():
+        return frame
+    frame = frame.drop(columns=["right", "prediction"], errors="ignore")
+    return frame.assign(right=frame["reward"] >= 1) if config.get("method") == "grpo" else frame
 
 
 @functools.lru_cache(maxsize=4)
@@ -107,7 +108,7 @@ def prompts_html(run: Run, rows: pd.DataFrame) -> str:
         own = part(f"{trace.source} trace, {len(trace.tokens)} tokens", ())
         rest = part("seam", prompt.seam) + part("reference answer", prompt.answer)
         lines = [part(f"prior, {len(prompt.prior)} tokens", prompt.prior) + own + rest]
-        if trace.logq is not None:
+        if np.ndim(trace.logq):
             lines.append(part(f"posterior, {len(prompt.posterior)} tokens", prompt.posterior) + own)
         text = "".join(f'<p dir="auto" style="overflow-wrap: anywhere">{line}</p>' for line in lines)
         boxes.append(f'<div style="flex: 1 1 300px; max-height: 320px; overflow: auto">{text}</div>')
@@ -164,7 +165,8 @@ class TraceExplorer(Panel):
         self.fitted.tooltip = "Colours span what the two traces hold, not a fixed range"
         self.prompts = widgets.ToggleButton(description="Show prompts", layout={"width": "auto"})
         self.seen = widgets.HTML()
-        self.plot = Plot(lambda x: self.view.select(int(x) - 1), layout={"min_height": "250px"})
+        self.plot = Plot(lambda x: self.view.set_trait("selected", [self.view.selected[0], int(x) - 1]))
+        self.plot.layout.min_height = "250px"
         self.take = Take({label: functools.partial(make, self) for label, make in _TAKEN.items()})
 
         for control in (self.step, self.search, self.source, self.show):
@@ -333,19 +335,12 @@ def _cell(value: Any, column: dict[str, Any]) -> str:
     return html_mark(value) if column["kind"] == "mark" else html_number(value, column["form"])
 
 
-def _csv(explorer: TraceExplorer) -> tuple[str, str]:
-    """File name and text: the rows that the filters leave."""
-    return f"{explorer.run.path.name}-traces.csv", explorer.filtered().to_csv(index=False)
-
-
 def _json(explorer: TraceExplorer) -> tuple[str, str]:
     """File name and text: the traces that are shown, with what every token was worth."""
     pair = explorer.pair()
     names = [name for name in (*_STORED, "tokens", "token_ids") if name in pair]
-    rows = zip(json.loads(pair[names].to_json(orient="records")), explorer.view.traces, strict=True)
-    return f"{explorer.run.path.name}-tokens.json", json.dumps(
-        [r | {"values": t["values"]} for r, t in rows], indent=1
-    )
+    pair = pair[names].assign(values=[trace["values"] for trace in explorer.view.traces])
+    return f"{explorer.run.path.name}-tokens.json", pair.to_json(orient="records", indent=1)
 
 
 def _line(explorer: TraceExplorer) -> tuple[str, str]:
@@ -355,7 +350,8 @@ def _line(explorer: TraceExplorer) -> tuple[str, str]:
     return "", f"TraceExplorer({place}, colour={explorer.view.colour!r})"
 
 
-_TAKEN = {"Rows as CSV": _csv, "Tokens as JSON": _json, "Copy this view": _line}
+_TAKEN = {"Tokens as JSON": _json, "Copy this view": _line}
+_TAKEN["Rows as CSV"] = lambda explorer: (f"{explorer.run.path.name}.csv", explorer.filtered().to_csv(index=False))
 
 
 def _heading(run: Run, settings: Settings, frame: pd.DataFrame) -> str:

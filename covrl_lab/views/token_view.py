@@ -29,10 +29,7 @@ _STRONGEST = 0.65  # opacity at the end of a scale, as in token_view.js
 
 
 def _scale(title: str, limit: float, low: Any, high: Any, less: str = "", more: str = "", **kind: Any) -> dict:
-    """``low`` and ``high``: colours at centre - limit and centre + limit; with ``log`` of the logarithm.
-
-    ``less`` and ``more`` say what the ends mean; the legend puts their numbers beside them.
-    """
+    """``low`` and ``high``: colours at centre -+ limit, with ``log`` of the logarithm; ``less``, ``more``: in words."""
     scale = {"title": title, "limit": limit, "low": low, "high": high, "less": less, "more": more}
     scale |= {"centre": 0.0, "log": False} | kind
     ends = [scale["centre"] - limit * bool(low), scale["centre"] + limit * bool(high)]
@@ -168,10 +165,6 @@ class TokenView(anywidget.AnyWidget):
     @traitlets.observe("traces", "colour", "fitted")
     def _fit(self, change: Any) -> None:
         self.scales = SCALES | ({self.colour: fitted(self.colour, self.traces)} if self.fitted else {})
-
-    def select(self, token: int) -> None:
-        """Select another token, from 0, of the trace that has the selected one."""
-        self.selected = [self.selected[0], token]
 
     @traitlets.validate("colour")
     def _check_colour(self, proposal: Any) -> str:

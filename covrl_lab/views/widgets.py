@@ -32,10 +32,7 @@ def static_text(name: str) -> str:
 
 
 class Plot(anywidget.AnyWidget):
-    """A plotly figure that is redrawn in place; ``figure`` is its JSON, nothing where it is empty.
-
-    clicked: called with the x of each point that is clicked.
-    """
+    """A plotly figure that is redrawn in place; ``figure`` is its JSON; ``clicked`` gets the x of a clicked point."""
 
     _esm = static_text("plot.js")
     figure = traitlets.Unicode().tag(sync=True)

@@ -11,11 +11,8 @@ function shown(value, digits) {
 
 // ✓ or ✗, in words for screen readers.
 function mark(right) {
-  const sign = document.createElement("span");
-  sign.textContent = { true: "✓", false: "✗" }[right] ?? "–";
-  sign.title = { true: "right", false: "wrong" }[right] ?? "not known";
-  [sign.role, sign.ariaLabel] = ["img", sign.title];
-  return sign;
+  const [textContent, title] = { true: ["✓", "right"], false: ["✗", "wrong"] }[right] ?? ["–", "not known"];
+  return Object.assign(document.createElement("span"), { textContent, title, role: "img", ariaLabel: title });
 }
 
 function render({ model, el }) {
