@@ -344,6 +344,10 @@ def test_prompts_that_cannot_be_rebuilt_say_so(tmp_path):
     explorer.prompts.value = True
     assert explorer.seen.value.count("<p>") == 1 and "cannot be rebuilt" in explorer.seen.value
     assert "gone.jsonl" in explorer.seen.value
+    (tmp_path / "gone.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n' * 3)
+    explorer.again.click()  # here the file is back
+    explorer.questions.picked = explorer.questions.rows[1]["id"]
+    assert "cannot be rebuilt" not in explorer.seen.value and "reference answer" in explorer.seen.value
 
 
 def test_rows_tokens_and_place_can_be_taken_along(example, monkeypatch):

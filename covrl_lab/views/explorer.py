@@ -80,9 +80,13 @@ def _with_right(frame: pd.DataFrame, config: dict[str, Any]) -> pd.DataFrame:
 
 @functools.lru_cache(maxsize=4)
 def _prompter(config: Path) -> Any:
-    from ..train.opening import open_task  # needs transformers
+    """The run's prompter, or a sentence that says why there is none; a model hub may take a minute to refuse."""
+    try:
+        from ..train.opening import open_task  # needs transformers
 
-    return open_task(RunConfig.load(config))[1]
+        return open_task(RunConfig.load(config))[1]
+    except (ConfigError, OSError, ImportError) as error:
+        return f"The prompts cannot be rebuilt: {error}"
 
 
 def prompts_html(run: Run, rows: pd.DataFrame) -> str:
@@ -90,10 +94,9 @@ def prompts_html(run: Run, rows: pd.DataFrame) -> str:
 
     The prior's prompt is followed by trace, seam and the reference answer that is scored, the posterior's by the trace.
     """
-    try:
-        prompter, boxes = _prompter(run.path / "config.json"), []
-    except (ConfigError, OSError, ImportError) as error:
-        return f"<p>The prompts cannot be rebuilt: {html_text(error)}</p>"
+    prompter, boxes = _prompter(run.path / "config.json"), []
+    if isinstance(prompter, str):
+        return f"<p>{html_text(prompter)}</p>"
 
     def part(name: str, ids: Sequence[int]) -> str:
         decode = prompter.tokenizer.decode
@@ -140,8 +143,7 @@ class TraceExplorer(Panel):
 
     def __init__(self, run: Run | str | Path, step: int | None = None, question: str = "", colour: str = ""):
         self.run, step = open_run(run, step)
-        self.config = self.run.config
-        self.settings = Settings.of(self.config)
+        self.settings = Settings.of(self.run.config)
         self._frame, self._shown = pd.DataFrame(), {}
         self.found = widgets.HTML()
         self._read()
@@ -157,14 +159,13 @@ class TraceExplorer(Panel):
         self.again = widgets.Button(description="Refresh", icon="refresh", tooltip=about, layout={"width": "auto"})
         self.questions = Table(label="questions", columns=_QUESTION_COLUMNS[: None if judged else -1])
         self.rollouts = Table(label="rollouts of the question", sort=["total", True])
-        self.heading = widgets.HTML()
+        self.heading, self.seen = widgets.HTML(), widgets.HTML()
         colour = colour or ("log_gap" if "posterior" in set(self.index["source"]) else "logp")
         self.view = TokenView(colour=colour)
         self.colour = field(widgets.Dropdown, "colour", colour, "290px", "50px", options=colours())
         self.fitted = field(widgets.Checkbox, "fitted range", False, "110px", indent=False)
         self.fitted.tooltip = "Colours span what the two traces hold, not a fixed range"
         self.prompts = widgets.ToggleButton(description="Show prompts", layout={"width": "auto"})
-        self.seen = widgets.HTML()
         self.plot = Plot(lambda x: self.view.set_trait("selected", [self.view.selected[0], int(x) - 1]))
         self.plot.layout.min_height = "250px"
         self.take = Take({label: functools.partial(make, self) for label, make in _TAKEN.items()})
@@ -210,6 +211,7 @@ class TraceExplorer(Panel):
     def refresh(self) -> None:
         """Read the run folder again; filters, order and what is chosen stay as they are."""
         self._read()
+        _prompter.cache_clear()
         steps, kept = self._steps(), self.step.value
         offer(self.step, steps, kept if kept in dict(steps).values() else 0, self._list_questions)
         self._list_questions()
@@ -253,7 +255,7 @@ class TraceExplorer(Panel):
         step, _, example = question.partition("/")
         self._question = step, _ = int(step or 0), example
         if step and step != self._step:
-            self._step, self._all = step, _with_right(self.run.traces(step), self.config)
+            self._step, self._all = step, _with_right(self.run.traces(step), self.run.config)
         frame = self._all[self._all["example_id"] == example].reset_index(drop=True)
         frame = frame.assign(total=answer_logprob(frame), length=frame["tokens"].map(len))
         frame["id"] = frame["rollout"].astype(str)
@@ -320,7 +322,9 @@ class TraceExplorer(Panel):
             self.plot.draw(self.lines())
 
     def _show_prompts(self, change: Any = None) -> None:
-        self.seen.value = prompts_html(self.run, self.pair()) if self.prompts.value and self._shown else ""
+        self.seen.value = "loading the tokenizer …" if change and self.prompts.value else ""
+        if self.prompts.value and self._shown:
+            self.seen.value = prompts_html(self.run, self.pair())
 
     def static(self) -> list[Any]:
         """The chosen question's rollouts, the two traces and the lines, as HTML and a plotly figure."""
