@@ -323,7 +323,7 @@ def test_prompts_are_those_of_the_run(reference):
     prompt = reference.prompter(examples[explorer.questions.picked.split("/")[1]])
     decode = reference.prompter.tokenizer.decode
     parts = re.findall(r"<b[^>]*>(.*?)</b> <code[^>]*>(.*?)</code>", explorer.seen.value)
-    found = [(name, re.findall(r"<bdi[^>]*>(.*?)(?:<br>)?</bdi>", text)) for name, text in parts]
+    found = [(name, re.findall(r"<bdi[^>]*>(.*?)</bdi>", text)) for name, text in parts]
     tokens = {n: [html.escape(visible(decode([i]), True)) for i in ids] for n, ids in vars(prompt).items() if ids}
     expected = []
     for trace in explorer.pair().itertuples():

@@ -101,8 +101,8 @@ def prompts_html(run: Run, rows: pd.DataFrame) -> str:
     def part(name: str, ids: Sequence[int]) -> str:
         decode = prompter.tokenizer.decode
         texts = spelled([decode([i]) for i in ids], decode(list(ids)))
-        shown = [html_text(text, spaces=True) + "<br>" * text.endswith("\n") for text in texts]
-        spans = "".join(f'<bdi style="border-right: 1px solid #8886">{text}</bdi>' for text in shown)
+        look = 'style="border-right: 1px solid #8886"'
+        spans = "".join(f"<bdi {look}>{html_text(t, spaces=True)}</bdi>" + "<br>" * t.endswith("\n") for t in texts)
         chip = f'<b style="background: #8883; border-radius: 3px; padding: 0 4px">{name}</b>'
         return f' {chip} <code style="background: none">{spans}</code>'
 

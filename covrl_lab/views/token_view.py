@@ -33,7 +33,8 @@ def _scale(title: str, limit: float, low: Any, high: Any, less: str = "", more: 
     scale = {"title": title, "limit": limit, "low": low, "high": high, "less": less, "more": more}
     scale |= {"centre": 0.0, "log": False} | kind
     ends = [scale["centre"] - limit * bool(low), scale["centre"] + limit * bool(high)]
-    numbers = [html_number(math.exp(end) if scale["log"] else end, ".2g") for end in ends]
+    signed = "+" if low and high and not (scale["centre"] or scale["log"]) else ""
+    numbers = [html_number(math.exp(end) if scale["log"] else end, f"{signed}.2g") for end in ends]
     return scale | {"low_text": f"{numbers[0]} {less}".strip(), "high_text": f"{more} {numbers[1]}".strip()}
 
 
