@@ -292,7 +292,7 @@ def test_without_a_hit_nothing_stale_is_left(example):
 def test_a_click_on_the_lines_selects_the_token(example):
     explorer = TraceExplorer(example, 1)
     explorer.view.selected = [1, 0]
-    explorer.plot._handle_custom_msg({"clicked": 5}, [])
+    explorer.plot._handle_custom_msg({"clicked": {"x": 5, "y": -1.0, "curve": 0}}, [])
     assert explorer.view.selected == [1, 4]
 
 

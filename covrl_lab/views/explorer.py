@@ -166,7 +166,7 @@ class TraceExplorer(Panel):
         self.fitted = field(widgets.Checkbox, "fitted range", False, "110px", indent=False)
         self.fitted.tooltip = "Colours span what the two traces hold, not a fixed range"
         self.prompts = widgets.ToggleButton(description="Show prompts", layout={"width": "auto"})
-        self.plot = Plot(lambda x: self.view.set_trait("selected", [self.view.selected[0], int(x) - 1]))
+        self.plot = Plot(lambda point: self.view.set_trait("selected", [self.view.selected[0], int(point["x"]) - 1]))
         self.plot.layout.min_height = "250px"
         self.take = Take({label: functools.partial(make, self) for label, make in _TAKEN.items()})
 

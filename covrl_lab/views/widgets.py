@@ -32,19 +32,17 @@ def static_text(name: str) -> str:
 
 
 class Plot(anywidget.AnyWidget):
-    """A plotly figure that is redrawn in place; ``figure`` is its JSON; ``clicked`` gets the x of a clicked point."""
+    """A plotly figure that is redrawn in place; ``figure`` is its JSON, nothing where it is empty."""
 
     _esm = static_text("plot.js")
     figure = traitlets.Unicode().tag(sync=True)
 
-    def __init__(self, clicked: Callable[[Any], Any] = lambda x: None, **kwargs: Any):
+    def __init__(self, on_click: Callable[[dict[str, Any]], None] | None = None, **kwargs: Any):
+        """on_click: called with x, y and curve of a point that a reader clicks."""
         super().__init__(**kwargs)
-
-        def answer(widget: Any, message: dict[str, Any], buffers: Any) -> None:
-            # A page without a plotly of its own asks for it.
-            clicked(message["clicked"]) if "clicked" in message else self.send({"source": get_plotlyjs()})
-
-        self.on_msg(answer)
+        # A page without a plotly of its own asks for it; else it tells of a click.
+        answers = {"wanted": lambda _: self.send({"source": get_plotlyjs()}), "clicked": on_click or (lambda _: None)}
+        self.on_msg(lambda _, told, buffers: [answers[name](value) for name, value in told.items()])
 
     def draw(self, figure: go.Figure) -> None:
         """Put ``figure`` in place of what is shown."""

@@ -36,7 +36,7 @@ async function render({ model, el }) {
     const { data, layout } = JSON.parse(model.get("figure"));
     plotly.react(plot, data, { ...layout, autosize: true });
     plot.removeAllListeners("plotly_click");
-    plot.on("plotly_click", ({ points }) => model.send({ clicked: points[0].x }));
+    plot.on("plotly_click", ({ points: [{ x, y, curveNumber }] }) => model.send({ clicked: { x, y, curve: curveNumber } }));
   };
   model.on("change:figure", draw);
   draw();
