@@ -125,6 +125,7 @@ class TraceBatch(_Rows):
     group_size       G, rollouts of each question
     sampler_logprobs (N, T) log-probabilities under the prompt that drew the trace, or None
     verifier_reward  (N,) the task's score of the model's own greedy answer after the trace, or None
+    predictions      N texts, these answers, or None
     """
 
     ids: Tensor
@@ -134,6 +135,7 @@ class TraceBatch(_Rows):
     group_size: int
     sampler_logprobs: Tensor | None = None
     verifier_reward: Tensor | None = None
+    predictions: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         n, t = self.mask.shape
@@ -145,8 +147,8 @@ class TraceBatch(_Rows):
         return self.mask.shape[0]
 
     def rows(self, index: Any) -> TraceBatch:
-        """Some of the rollouts, as groups of one."""
-        return replace(self, group_size=1)._map(lambda tensor: tensor[index])
+        """Some of the rollouts, as groups of one and without predictions."""
+        return replace(self, group_size=1, predictions=None)._map(lambda tensor: tensor[index])
 
     def trace(self, i: int) -> list[int]:
         """Token ids of rollout i, without padding."""

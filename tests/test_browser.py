@@ -3,6 +3,7 @@
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 from browser import jupyterlab
 from helpers import BAIT, EXAMPLE_RUN, HOSTILE, ROOT, hostile_run
@@ -83,7 +84,7 @@ def test_choosing_a_question_and_clicking_a_token_shows_its_numbers(lab, traces)
     assert detail(traces, "ratio") == 1  # alpha = w
     assert detail(traces, "gradient_weight") == pytest.approx(posterior["advantage"], abs=6e-4)
     marker = "document.querySelector('.covrl-plot.js-plotly-plot').layout.shapes[0].x0"
-    wait_until(traces, lambda: traces.evaluate(marker) == at)
+    wait_until(traces, lambda: traces.evaluate(marker) == at + 1)
 
     def drawn() -> list[float]:
         y = traces.evaluate("document.querySelector('.covrl-plot.js-plotly-plot').data[0].y")
@@ -140,7 +141,7 @@ def test_search_sort_and_colour(lab, traces):
     tokens = traces.locator(".covrl-list").nth(1).locator("[role=option]")
     colours = "found => found.map(span => span.style.backgroundColor)"
     before = tokens.evaluate_all(colours)
-    traces.locator(".widget-dropdown select").nth(2).select_option("responsibility ρ of the prior")
+    traces.locator(".widget-dropdown select").nth(3).select_option("responsibility ρ of the prior")
     wait_until(traces, lambda: tokens.evaluate_all(colours) != before)
     assert traces.locator(".covrl-legend:visible").first.inner_text().startswith("responsibility")
     assert not lab.errors
@@ -271,11 +272,83 @@ def test_traces_of_two_thousand_tokens_stay_within_their_boxes_and_reach(lab):
         assert last.evaluate(inside), key
     assert "2000 of 2000" in page.locator(".covrl-detail").inner_text()
     marker = "document.querySelector('.covrl-plot.js-plotly-plot').layout.shapes[0].x0"
-    wait_until(page, lambda: page.evaluate(marker) == 1999)
+    wait_until(page, lambda: page.evaluate(marker) == 2000)
     page.keyboard.press("ArrowUp")
     assert 1900 < int(selected.get_attribute("data-token")) < 1999 and last.evaluate(inside)
     page.keyboard.press("Home")
     assert selected.get_attribute("data-token") == "0" and last.evaluate(inside)
+    assert not lab.errors and not lab.cell_errors()
+
+
+INSIDE = """item => { const here = item.getBoundingClientRect(),
+    around = item.closest('.scroll, .covrl-list').getBoundingClientRect();
+    return here.top >= around.top && here.bottom <= around.bottom; }"""
+
+
+def test_what_is_chosen_is_in_view_and_the_lines_can_be_clicked(lab):
+    """40 questions, traces of 400 tokens whose prompts disagree most at token 381."""
+    copy_helpers(lab.folder)
+    shutil.rmtree(lab.folder / "late", ignore_errors=True)
+    lab.write(
+        "late.ipynb",
+        "from pathlib import Path\n"
+        "from helpers import made_up_run\n"
+        "from covrl_lab import TraceExplorer\n"
+        "from covrl_lab.runs.folder import step_file, write_parquet\n"
+        "run = made_up_run(Path('late'), steps=1, questions=40, rollouts=2, length=400, right=True)\n"
+        "frame = run.traces(1)\n"
+        "frame['logq'] = [[-30.0 if t == 380 else q for t, q in enumerate(row)] for row in frame['logq']]\n"
+        "frame.loc[::3, 'right'] = False\n"
+        "frame['reward'], frame['advantage'] = [0.1 + k / 1000 for k in range(80)], -0.001\n"
+        "write_parquet(frame, step_file(run.path / 'traces', 1))\n"
+        "explorer = TraceExplorer(run, question='q35')",
+        "explorer",
+    )
+    lab.open("late.ipynb")
+    lab.run_all()
+    page, frame = lab.page, load_run(lab.folder / "late").traces(1)
+    page.wait_for_selector(".covrl-plot.js-plotly-plot")
+    selected = page.locator(SELECTED)
+    assert selected.get_attribute("data-token") == "380" and selected.evaluate(INSIDE)
+    questions, rollouts = page.locator(".covrl-table").first, page.locator(".covrl-table").last
+    chosen = questions.locator("tr[aria-selected=true]")
+    assert chosen.get_attribute("data-id") == "1/q35" and chosen.evaluate(INSIDE)
+
+    # A click on the lines at token 100, counted from 1 as in the text.
+    plot = page.locator(".covrl-plot.js-plotly-plot")
+    plot.scroll_into_view_if_needed()
+    x, y = page.evaluate(
+        """() => { const plot = document.querySelector('.covrl-plot.js-plotly-plot');
+            const box = plot.getBoundingClientRect(), {xaxis, yaxis} = plot._fullLayout;
+            return [box.x + xaxis._offset + xaxis.c2p(100), box.y + yaxis._offset + yaxis._length / 2]; }"""
+    )
+    page.mouse.move(x, y)
+    page.wait_for_timeout(300)
+    page.mouse.click(x, y)
+    wait_until(page, lambda: selected.get_attribute("data-token") == "99" and selected.evaluate(INSIDE))
+    assert "100 of 400" in page.locator(".covrl-detail").inner_text()
+
+    # Filters, in numbers of the file.
+    marks = rollouts.locator("tbody td.mark span")
+    own = frame[frame["example_id"] == "q35"].set_index("rollout")
+    cells = [row.split("\t") for row in rollouts.locator("tbody tr").all_inner_texts()]
+    shown = [int(row[0]) for row in cells]
+    assert [row[4:6] for row in cells] == [[f"{own['reward'][k]:.3g}", "0.00"] for k in shown], "never -0.00"
+    said = [{True: "right", False: "wrong"}[own["right"][rollout]] for rollout in shown]
+    assert [mark.get_attribute("aria-label") for mark in marks.all()] == said
+    page.locator(".widget-dropdown select").nth(2).select_option("wrong")
+    wrong = frame[~frame["right"]]
+    wait_until(page, lambda: questions.locator("tbody tr").count() == wrong["example_id"].nunique())
+    page.get_by_placeholder("search questions").fill("question 2 of")
+    wait_until(page, lambda: questions.locator("tbody tr").count() == 0)
+    wait_until(page, lambda: page.locator(TOKEN).count() == 0 and page.locator(".covrl-plot .trace").count() == 0)
+    assert "no trace fits" in questions.inner_text() and rollouts.locator("tbody tr").count() == 0
+    page.get_by_placeholder("search questions").fill("question 33 of")
+    wait_until(page, lambda: page.locator(TOKEN).count() == 800)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Rows as CSV").click()
+    rows = pd.read_csv(download.value.path())
+    assert list(rows["rollout"]) == list(wrong["rollout"][wrong["example_id"] == "q33"])
     assert not lab.errors and not lab.cell_errors()
 
 

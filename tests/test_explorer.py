@@ -1,15 +1,19 @@
 """The trace explorer without a browser: what it lists, shows and computes."""
 
+import html
+import io
 import json
+import re
 import time
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from helpers import EXAMPLE_RUN, HOSTILE, hostile_run, made_up_run
+from helpers import EXAMPLE_RUN, HOSTILE, TINY_RUN, hostile_run, made_up_run
 
-from covrl_lab import MixingRatio, TraceExplorer, load_run
-from covrl_lab.runs.folder import Run, step_file
+from covrl_lab import MixingRatio, RunConfig, TraceExplorer, load_run
+from covrl_lab.runs.folder import Run, step_file, write_parquet
 from covrl_lab.types import ConfigError
 from covrl_lab.views.explorer import trace_index
 from covrl_lab.views.html import visible
@@ -53,9 +57,11 @@ def test_questions_are_searched_filtered_and_sorted(example):
     assert explorer.questions.rows == []
     explorer.search.value, explorer.step.value = "", 0
     assert len(explorer.questions.rows) == example.traces().groupby(["step", "example_id"]).ngroups
+    before = explorer.questions.rows
     explorer.source.value = "posterior"
-    assert set(listed(explorer.questions, "prior")) == {None}
+    assert explorer.questions.rows == before, "means are over all traces of a question, whatever the filters"
     assert set(listed(explorer.rollouts, "source")) == {"posterior"}
+    assert explorer.rollouts.note == "2 of the question's 4 traces; filters hide the others"
 
 
 def test_a_question_shows_its_rollouts_and_the_likeliest_pair(example):
@@ -113,7 +119,7 @@ def test_a_growing_run_is_read_again_and_what_is_chosen_stays(tmp_path):
     explorer.again.click()
     assert chosen() == before and explorer.questions.rows == listed_before
     assert [step for _, step in explorer.step.options] == [0, 1, 2, 3]
-    assert explorer.found.value == "3 steps, 48 traces"
+    assert explorer.found.value == "3 steps, 48 traces, 2 in the list"
 
     explorer.step.value = 0
     frame = run.traces()
@@ -138,7 +144,8 @@ def test_the_selected_token_moves_the_lines(example):
     explorer = TraceExplorer(example, 1)
     explorer.view.selected = [1, 2]
     drawn = json.loads(explorer.plot.figure)
-    assert {shape["x0"] for shape in drawn["layout"]["shapes"]} == {2}
+    assert {shape["x0"] for shape in drawn["layout"]["shapes"]} == {3}  # readers count from 1
+    assert list(drawn["data"][0]["x"])[:2] == [1, 2]
     names = ["log p, prior prompt", "log q, posterior prompt", SCALES["log_gap"]["title"]]
     assert [trace["name"] for trace in drawn["data"]] == names
     row = explorer.pair().iloc[1]
@@ -155,15 +162,216 @@ def test_prior_only_traces_show_what_there_is(tmp_path):
     assert explorer.view.colour == "logp" and len(explorer.view.traces) == 1
     assert set(explorer.view.traces[0]["values"]) == {"logp"}
     assert len(explorer.static()) == 2
+    assert explorer.lines().layout.title.text == "The prior trace under the prior prompt"
+    assert "both prompts" in TraceExplorer(made_up_run(tmp_path / "both")).lines().layout.title.text
     mixing = MixingRatio(run)
     assert "nothing to mix" in mixing.note.value and np.isnan(mixing.summary["A"]["clipped_share"])
     assert "–" in mixing.html()
 
 
-def test_a_verdict_shows_as_correct(tmp_path, example):
-    assert "correct" not in [c["name"] for c in TraceExplorer(example).rollouts.columns]
-    explorer = TraceExplorer(made_up_run(tmp_path / "run", verdict=1.0))
-    assert set(listed(explorer.rollouts, "correct")) == {True}
+def judged_run(folder):
+    """A run whose traces carry verdicts: prior traces of q0 and q1 wrong; of q0 a posterior trace is right."""
+    run = made_up_run(folder, right=False, prediction="<b>13</b>", posterior_advantage=float("nan"))
+    for step in run.steps:
+        frame = run.traces(step)
+        posterior = frame["source"] == "posterior"
+        frame.loc[posterior & (frame["example_id"] == "q0") & (frame["rollout"] == 1), "right"] = True
+        frame.loc[frame["example_id"].isin(["q2", "q3"]), "right"] = True
+        frame.loc[(frame["example_id"] == "q3") & posterior, "right"] = False
+        frame.loc[::3, "finished"] = False
+        write_parquet(frame, step_file(run.path / "traces", step))
+    return run
+
+
+def test_verdicts_show_wherever_they_are_stored(tmp_path, example):
+    unknown = TraceExplorer(example)
+    never = TraceExplorer(made_up_run(tmp_path / "never", right=None, prediction=None))  # no verifier was asked
+    for explorer in (unknown, never):
+        names = [c["name"] for c in [*explorer.rollouts.columns, *explorer.questions.columns]]
+        assert not {"right", "prediction"} & set(names) and "right" not in explorer.show.options
+    assert unknown.view.traces[0]["right"] is never.view.traces[0]["right"] is None
+    assert "the model's own answer" not in unknown.static()[0].data
+
+    explorer = TraceExplorer(judged_run(tmp_path / "run"), 1)
+    assert listed(explorer.questions, "right") == [0.25, 0, 1, 0.5]
+    frame = explorer.run.traces(1).query("example_id == 'q0'").set_index("rollout")
+    for line in explorer.rollouts.rows:
+        assert line["right"] == frame["right"][line["rollout"]] and line["prediction"] == "<b>13</b>"
+    explorer.rollouts.picked = "1"
+    assert [(t["right"], t["prediction"]) for t in explorer.view.traces] == [(False, "<b>13</b>"), (True, "<b>13</b>")]
+    assert "prior 0 of 2 right · posterior 1 of 2 right" in explorer.heading.value
+    page = explorer.static()[0].data
+    # Four rollouts and two shown traces, in words for screen readers; the answer is text.
+    assert page.count('aria-label="right"') == 2 and page.count('aria-label="wrong"') == 4
+    assert "✓" in page and "✗" in page and "&lt;b&gt;13&lt;/b&gt;" in page and "<b>13" not in page
+
+
+def test_rewards_of_an_older_grpo_run_are_its_verdicts(tmp_path):
+    run = made_up_run(tmp_path / "run", source="prior", logq=None, reward=1.0)
+    (run.path / "config.json").write_text(json.dumps(run.config | {"method": "grpo"}), encoding="utf-8")
+    explorer = TraceExplorer(run)
+    assert set(listed(explorer.rollouts, "right")) == {True}
+    assert "right" in explorer.show.options and "prior wrong, posterior right" not in explorer.show.options
+
+
+def test_show_leaves_the_traces_it_names(tmp_path):
+    run = judged_run(tmp_path / "run")
+    explorer = TraceExplorer(run)
+    explorer.step.value = 0
+    frame = run.traces()
+    ratios = [np.exp(row) for row in frame["log_ratio"]]
+    assert all((ratio == 1).all() for ratio in ratios)  # alpha = w: nothing can be clipped
+    expected = {
+        "all traces": frame["step"] > 0,
+        "right": frame["right"],
+        "wrong": ~frame["right"],
+        "prior wrong, posterior right": frame["example_id"] == "q0",
+        "ended": frame["finished"],
+        "not ended": ~frame["finished"],
+        "reward > 0": frame["reward"] > 0,
+        "reward < 0": frame["reward"] < 0,
+        "advantage > 0": frame["advantage"] > 0,
+        "advantage < 0": frame["advantage"] < 0,
+        "with clipped tokens": frame["step"] < 0,
+    }
+    assert sorted(explorer.show.options) == sorted(expected)
+    for name, rows in expected.items():
+        explorer.show.value = name
+        found = explorer.filtered()
+        assert list(zip(found["step"], found["rollout"], strict=True)) == list(
+            zip(frame["step"][rows], frame["rollout"][rows], strict=True)
+        ), name
+        assert len(explorer.questions.rows) == frame[rows].groupby(["step", "example_id"]).ngroups, name
+
+
+def test_clipped_traces_are_found_by_their_ratios(tmp_path):
+    """PPO: a positive advantage clips above 1.3, a negative one below 0.7; recomputed token by token."""
+    run = made_up_run(tmp_path / "run")
+    settings = run.config | {"alpha": 0.2, "composite_weight": 0.9, "clip": "ppo", "clip_range": 0.3}
+    (run.path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    explorer = TraceExplorer(run, 2)
+    explorer.show.value = "with clipped tokens"
+    expected = []
+    for row in run.traces(2).itertuples():
+        p, q = np.exp(row.logp), np.exp(row.logq)
+        ratio = (0.9 * p + 0.1 * q) / (0.2 * p + 0.8 * q)
+        if ((ratio > 1.3) if row.advantage > 0 else (ratio < 0.7)).any():
+            expected.append(row.rollout)
+    assert 0 < len(expected) < 16
+    assert list(explorer.filtered()["rollout"]) == expected
+
+
+def test_what_matches_is_what_is_shown(tmp_path, example):
+    explorer = TraceExplorer(example, 1)
+    frame = example.traces(1)
+    totals = frame["answer_logp"].map(np.sum)
+    # A trace that is not the likeliest of its source, of a question that is not the first.
+    rest = frame[frame["example_id"] != frame["example_id"].iloc[0]]
+    worst = rest.loc[totals[rest.index][rest["source"] == "posterior"].idxmin()]
+    explorer.search.value = worst["trace"]
+    assert explorer.questions.picked == f"1/{worst['example_id']}"
+    assert explorer.pair().loc[worst["rollout"], "trace"] == worst["trace"]
+    assert str(worst["rollout"]) in listed(explorer.rollouts, "id")
+    assert all(worst["trace"] in text for text in listed(explorer.rollouts, "trace"))
+
+
+def test_without_a_hit_nothing_stale_is_left(example):
+    explorer = TraceExplorer(example, 1)
+    assert explorer.plot.figure and explorer.heading.value and explorer.view.traces
+    explorer.search.value = "no trace says this"
+    assert "no trace fits" in explorer.questions.note
+    assert explorer.found.value.endswith(", 0 in the list")
+    empty = [explorer.questions.rows, explorer.rollouts.rows, explorer.view.traces, explorer.view.selected]
+    assert empty == [[]] * 4 and explorer.plot.figure == explorer.heading.value == ""
+    assert explorer.static()[1].data == ()
+    explorer.search.value = ""
+    assert explorer.questions.picked and explorer.plot.figure and explorer.heading.value and explorer.view.traces
+    assert explorer.questions.note == "" and "in the list" in explorer.found.value  # of one step of three
+
+
+def test_a_click_on_the_lines_selects_the_token(example):
+    explorer = TraceExplorer(example, 1)
+    explorer.view.selected = [1, 0]
+    explorer.plot._handle_custom_msg({"clicked": {"x": 5, "y": -1.0, "curve": 0}}, [])
+    assert explorer.view.selected == [1, 4]
+
+
+def test_colours_fit_what_is_shown(example):
+    explorer = TraceExplorer(example, 1)
+    assert explorer.view.scales == SCALES
+    explorer.fitted.value = True
+    values = np.concatenate([t["values"]["log_gap"] for t in explorer.view.traces])
+    assert explorer.view.scales["log_gap"]["limit"] == pytest.approx(np.abs(values).max())
+    explorer.colour.value = "ratio"
+    assert explorer.view.scales["ratio"]["limit"] == SCALES["ratio"]["limit"]  # alpha = w: all 1
+    explorer.colour.value = "responsibility"
+    values = np.concatenate([t["values"]["responsibility"] for t in explorer.view.traces])
+    furthest = np.abs(values - 0.5).max()
+    assert explorer.view.scales["responsibility"]["limit"] == pytest.approx(furthest)
+    assert explorer.view.scales["responsibility"]["low_text"] == f"{0.5 - furthest:.2g} moves the posterior"
+    explorer.fitted.value = False
+    assert explorer.view.scales == SCALES
+
+
+def test_prompts_are_those_of_the_run(reference):
+    """Against the prompts that the trainer itself makes of the step's questions."""
+    run = load_run(reference.run_dir)
+    explorer = TraceExplorer(run, 3)
+    assert explorer.seen.value == ""
+    explorer.prompts.value = True
+    examples = {example.id: example for example in reference._questions(2)}
+    prompt = reference.prompter(examples[explorer.questions.picked.split("/")[1]])
+    decode = reference.prompter.tokenizer.decode
+    parts = re.findall(r"<b[^>]*>(.*?)</b> <code[^>]*>(.*?)</code>", explorer.seen.value)
+    found = [(name, re.findall(r"<bdi[^>]*>(.*?)</bdi>", text)) for name, text in parts]
+    tokens = {n: [html.escape(visible(decode([i]), True)) for i in ids] for n, ids in vars(prompt).items() if ids}
+    expected = []
+    for trace in explorer.pair().itertuples():
+        own = (f"{trace.source} trace, {len(trace.tokens)} tokens", [])
+        expected += [(f"prior, {len(prompt.prior)} tokens", tokens["prior"]), own]
+        expected += [("seam", tokens["seam"]), ("reference answer", tokens["answer"])]
+        expected += [(f"posterior, {len(prompt.posterior)} tokens", tokens["posterior"]), own]
+    assert found == expected
+    explorer.prompts.value = False
+    assert explorer.seen.value == ""
+
+
+def test_prompts_that_cannot_be_rebuilt_say_so(tmp_path):
+    run = made_up_run(tmp_path / "run")
+    settings = RunConfig(**TINY_RUN, task=str(tmp_path / "gone.jsonl")).to_dict()
+    (run.path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    explorer = TraceExplorer(run)
+    explorer.prompts.value = True
+    assert explorer.seen.value.count("<p>") == 1 and "cannot be rebuilt" in explorer.seen.value
+    assert "gone.jsonl" in explorer.seen.value
+    (tmp_path / "gone.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n' * 3)
+    explorer.again.click()  # here the file is back
+    explorer.questions.picked = explorer.questions.rows[1]["id"]
+    assert "cannot be rebuilt" not in explorer.seen.value and "reference answer" in explorer.seen.value
+
+
+def test_rows_tokens_and_place_can_be_taken_along(example, monkeypatch):
+    explorer = TraceExplorer(example, 15, colour="kl")
+    sent = []
+    monkeypatch.setattr(explorer.take, "send", sent.append)
+    explorer.source.value = "posterior"
+    explorer.questions.picked = explorer.questions.rows[2]["id"]
+    for label in explorer.take.labels:
+        explorer.take._handle_custom_msg({"wanted": label}, [])
+    (name, tokens), (none, line), (csv, rows) = sent
+    assert csv.endswith(".csv") and name.endswith(".json") and none == ""
+    frame = example.traces(15).query("source == 'posterior'")
+    read = pd.read_csv(io.StringIO(rows), dtype={"answer": str})
+    assert list(read["rollout"]) == list(frame["rollout"]) and list(read["trace"]) == list(frame["trace"])
+    np.testing.assert_allclose(read["total"], frame["answer_logp"].map(np.sum))
+    for record, row in zip(json.loads(tokens), explorer.pair().to_dict("records"), strict=True):
+        assert record["tokens"] == list(row["tokens"]) and record["rollout"] == row["rollout"]
+        assert record["values"]["logq"] == pytest.approx(list(row["logq"]), abs=1e-6)
+    again = eval(line, {"TraceExplorer": TraceExplorer})
+    assert again.questions.picked == explorer.questions.picked and again.view.colour == "kl"
+    assert again.view.traces == explorer.view.traces and again.run.path == example.path
+    with pytest.raises(ConfigError, match="no question 'nothing'"):
+        TraceExplorer(example, 15, "nothing")
 
 
 @pytest.mark.parametrize("panel", [TraceExplorer, MixingRatio])

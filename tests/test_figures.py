@@ -16,7 +16,7 @@ from covrl_lab.runs.reweight import answer_logprob
 from covrl_lab.train.probe import trace_frame
 from covrl_lab.types import Example, LogProbs, TraceBatch
 from covrl_lab.views.figures import plot_answer_logprobs, plot_evaluation_curve, plot_training_curves
-from covrl_lab.views.html import accuracy_table, trace_table, visible
+from covrl_lab.views.html import accuracy_table, html_number, html_passage, trace_table, visible
 from covrl_lab.views.token_figures import plot_coherence, plot_token_comparison
 
 HOSTILE = [
@@ -128,8 +128,8 @@ def test_answer_logprobs_shows_the_first_questions_and_takes_one_source():
 def test_token_comparison_holds_both_lines_and_visible_tokens():
     row = trace_rows().iloc[3]
     figure = plot_token_comparison(row)
-    assert points(figure, "log p, prior prompt") == ([0, 1, 2], row["logp"])
-    assert points(figure, "log q, posterior prompt") == ([0, 1, 2], row["logq"])
+    assert points(figure, "log p, prior prompt") == ([1, 2, 3], row["logp"])
+    assert points(figure, "log q, posterior prompt") == ([1, 2, 3], row["logq"])
     assert list(figure.layout.xaxis.ticktext) == ["9·+·3·=·12.", "·", "↵"]
     assert "-1.30 nats" in figure.layout.title.text
 
@@ -310,6 +310,26 @@ def test_visible_signs():
     assert visible("\x1b[1m\u202e") == "␛[1m⟨U+202E⟩"
     assert visible("\ud800") == "⟨U+D800⟩"  # half a character: no file or page could hold it
     assert visible("é 数 ا") == "é 数 ا"
+    family, persian = "👩\u200d👩\u200d👧", "می\u200cخواهم"
+    assert visible(family) == family and visible(persian) == persian
+    assert visible("\u200d") == "⟨U+200D⟩"  # nothing else to see
+    assert visible("a\u200fb\u200b") == "a⟨U+200F⟩b⟨U+200B⟩"
+
+
+def test_numbers_are_never_minus_nought():
+    assert [html_number(x, ".1f") for x in (-0.04, -0.06, 0.0, -12.0)] == ["0.0", "−0.1", "0.0", "−12.0"]
+    assert [html_number(x, ".3g") for x in (-0.0, 0.12345, 0.1, -11.346)] == ["0", "0.123", "0.1", "−11.3"]
+    assert html_number(-0.0001, ".1%") == "0.0%"
+
+
+def test_passages_keep_their_lines_and_fold_when_long():
+    code = "def f(x):\n    return x  # <b>\u202e"
+    shown = html_passage(code)
+    assert "def f(x):\n    return x  # &lt;b&gt;⟨U+202E⟩" in shown and "white-space: pre-wrap" in shown
+    assert 'dir="auto"' in shown and "<details" not in shown and "<b>" not in shown
+    long = html_passage("word " * 100)
+    assert long.startswith("<details><summary>") and "500 characters" in long and "word " * 100 in long
+    assert "<details" in html_passage("line\n" * 9)
 
 
 def test_a_newline_in_hover_text_is_a_sign():

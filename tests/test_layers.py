@@ -16,6 +16,7 @@ EXCEPTIONS = {
     ("views/ablation", "train/builtin_tasks"): "the task field offers the names of all tasks",
     ("views/ablation", "train/models"): "refuses a model that does not exist before a run fails",
     ("views/ablation", "train/tasks"): "refuses a task that does not exist before a run fails",
+    ("views/explorer", "train/opening"): "Show prompt rebuilds the prompts of a trace",
     ("views/bench", "train/policy"): "the prompt bench loads the adapter of a checkpoint",
     ("views/bench", "train/probe"): "the prompt bench asks a live model",
 }

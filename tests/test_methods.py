@@ -564,6 +564,10 @@ def test_grpo_verdicts_score_the_greedy_continuation(runs):
         answer = prompter.answer_text(output[0, context.shape[1] :].tolist())
         expected.append(shade(answer, examples[row.example_id]))
     assert batch.verifier_reward.tolist() == pytest.approx(expected, abs=1e-6)
+    # The trace rows keep the answers themselves, and which earned full marks.
+    scores = [shade(row.prediction, examples[row.example_id]) for row in frame.itertuples()]
+    assert scores == pytest.approx(expected, abs=1e-6)
+    assert frame["right"].tolist() == [score >= 1 for score in expected]
     finished = frame["finished"].tolist()
     by_hand = [v if done else 0.0 for v, done in zip(expected, finished, strict=True)]
     assert frame["reward"].tolist() == pytest.approx(by_hand, abs=1e-6)

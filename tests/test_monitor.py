@@ -112,6 +112,17 @@ def test_time_left_is_the_median_of_the_last_steps_times_those_to_go(folder):
     assert "nll" not in values, "a row without a single value"
 
 
+@pytest.mark.parametrize("method, unit", [("grpo", "share"), ("rlpr", "probability"), ("latro", "nats")])
+def test_rewards_are_in_the_method_s_unit(folder, method, unit):
+    RunConfig(model="tiny", steps=5, method=method, run_dir=str(folder)).save(folder / "config.json")
+    monitor = RunMonitor(folder, every=0.01)
+    cells = re.search(r'data-column="reward_prior".*?</tr>', monitor.numbers.value)[0]
+    assert f">{unit}<" in cells
+    titles = {axis.title.text for axis in monitor.figure().select_yaxes()}
+    assert unit in titles
+    monitor.close()
+
+
 def test_time_left_counts_the_evaluations_to_come(folder):
     def write(kind, step, second):
         path = folder / kind / f"step_{step:05d}.parquet"

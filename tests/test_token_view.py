@@ -6,7 +6,7 @@ from helpers import EXAMPLE_RUN
 
 from covrl_lab import load_run, reweight, token_html
 from covrl_lab.types import ConfigError
-from covrl_lab.views.token_view import TokenView
+from covrl_lab.views.token_view import TokenView, spelled
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +40,38 @@ def test_the_view_reports_alternatives_and_refuses_unknown_colours(example):
     assert view.traces[0]["alternatives"][0] == {"prior": [["↵", -0.1], ["<b>", -2.0]]}
     with pytest.raises(ConfigError, match="unknown colour"):
         TokenView(colour="red")
+
+
+def cut(text, *places):
+    """Tokens of a text cut at these bytes, each decoded on its own as a tokenizer does."""
+    raw, edges = text.encode(), [0, *places, len(text.encode())]
+    return [raw[a:b].decode(errors="replace") for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def test_a_character_of_several_tokens_stands_on_its_last():
+    assert cut("a ÷ b", 1, 3) == ["a", " \ufffd", "\ufffd b"]
+    assert spelled(cut("a ÷ b", 1, 3), "a ÷ b") == ["a", " ⟨C3⟩", "÷ b"]
+    text = " √2 = 你好 👩\u200d👧 x²"
+    single = spelled(cut(text, *range(1, len(text.encode()))), text.strip())
+    assert single[:6] == [" ", "⟨E2⟩", "⟨88⟩", "√", "2", " "]
+    assert "".join(token for token in single if not token.startswith("⟨")) == text
+    # The end of one character and the beginning of the next in one token; an end marker that the text lacks.
+    assert spelled([*cut("√²", 2, 4), "\n"], "√²") == ["⟨E2⟩⟨88⟩", "√⟨C2⟩", "²", "\n"]
+    assert spelled(cut("√x", 1), "√x") == ["⟨E2⟩", "√x"]
+    assert spelled(["½", "\ufffd", "\ufffd", "</think>"], "½ x") == ["½", "\ufffd", "\ufffd", "</think>"]
+    assert spelled(["the", "sum", "\ufffd", "\ufffd"], "the sum÷") == ["the", "sum", "⟨C3⟩", "÷"]
+    # The model wrote no character there, and text that does not agree.
+    assert spelled(["a", "\ufffd", "b"], "a\ufffdb") == ["a", "\ufffd", "b"]
+    assert spelled(["a", "\ufffd"], "") == ["a", "\ufffd"]
+
+
+def test_the_view_spells_characters_and_keeps_unseen_ones_apart(example):
+    row = example.traces(1).iloc[:1].copy()
+    tokens = ["5", " \ufffd", "\ufffd", "\u200d", "\n"]
+    for name in ("logp", "logq", "log_ratio"):
+        row[name] = [row[name].iloc[0][:5]]
+    row["tokens"], row["trace"] = [tokens], "5 ÷\u200d"
+    view = TokenView()
+    view.show(row)
+    assert view.traces[0]["tokens"] == ["5", "·⟨C3⟩", "÷", "⟨U+200D⟩", "↵"]
+    assert "÷" in token_html(row) and "\ufffd" not in token_html(row)

@@ -138,6 +138,9 @@ def trace_rows(
     columns["no_trace_logp"] = None if old.no_trace is None else old.no_trace.sum(1)
     for name, values in columns.items():
         frame[name] = float("nan") if values is None else values.tolist()
+    judged = batch.verifier_reward is not None
+    frame["prediction"] = batch.predictions if judged else None
+    frame["right"] = (batch.verifier_reward >= 1).tolist() if judged else None
     return frame
 
 

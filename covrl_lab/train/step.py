@@ -35,13 +35,13 @@ def verifier_rewards(
     prompts: Sequence[Prompt],
     batch: TraceBatch,
     max_tokens: int,
-) -> Tensor:
-    """(N,) the task's score of the policy's own greedy answer after each trace."""
+) -> tuple[tuple[str, ...], Tensor]:
+    """The policy's own greedy answer after each of the N traces, and (N,) the task's score of it."""
     own = own_prompts(prompts, batch)
     contexts = [[*p.prior, *batch.trace(i), *p.seam] for i, p in enumerate(own)]
     answers = predict_answers(policy, prompter, contexts, max_tokens)
     scores = [task.score(answer, examples[i // batch.group_size]) for i, answer in enumerate(answers)]
-    return torch.tensor(scores, device=batch.mask.device)
+    return tuple(answers), torch.tensor(scores, device=batch.mask.device)
 
 
 def add_gradient(

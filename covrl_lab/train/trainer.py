@@ -199,10 +199,10 @@ class Trainer:
         batch = sample_traces(self.policy, self.prompter, prompts, sources, generator=generator, **limits)
         batch = batch.to(self.policy.device)
         if "verifier_reward" in self.method.needs:
-            rewards = verifier_rewards(
+            answers, rewards = verifier_rewards(
                 self.policy, self.prompter, self.task, examples, prompts, batch, config.max_answer_tokens
             )
-            batch = dataclasses.replace(batch, verifier_reward=rewards)
+            batch = dataclasses.replace(batch, verifier_reward=rewards, predictions=answers)
         return examples, prompts, batch
 
     def backward(

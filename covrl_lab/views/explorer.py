@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import html
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,58 +14,133 @@ import pandas as pd
 import plotly.graph_objects as go
 from IPython.display import HTML
 
+from ..config import RunConfig
 from ..runs.folder import Run
-from ..runs.reweight import Settings, answer_logprob
-from .html import html_number, html_table, html_text
+from ..runs.reweight import Settings, Traces, answer_logprob, quantities
+from ..types import ConfigError, Example, did_you_mean
+from .html import html_mark, html_number, html_passage, html_table, html_text
 from .token_figures import plot_token_lines
-from .token_view import SCALES, TokenView, colours, token_html
-from .widgets import Panel, Plot, Table, field, offer, open_run, row, table_column
+from .token_view import SCALES, TokenView, colours, spelled, token_html
+from .widgets import Panel, Plot, Table, Take, field, offer, open_run, row, table_column
 
+_ALL = "mean log p(y|x,z) of all its {} traces, nats, whatever the filters leave"
 _QUESTION_COLUMNS = [
     table_column("step", "step", "number"),
     table_column("question", "question", "text"),
     table_column("answer", "answer", "text", "reference answer y"),
-    table_column("prior", "prior", "number", "mean log p(y|x,z) of prior traces, nats", 1),
-    table_column("posterior", "posterior", "number", "mean log p(y|x,z) of posterior traces, nats", 1),
+    table_column("prior", "prior", "number", _ALL.format("prior"), 1),
+    table_column("posterior", "posterior", "number", _ALL.format("posterior"), 1),
+    table_column("right", "right", "number", "share of all its traces after which the model's own answer is right", 2),
 ]
 _ROLLOUT_COLUMNS = [
     table_column("rollout", "#", "number", "number of the rollout in its step"),
     table_column("source", "source", "source", "the prompt that drew the trace"),
+    table_column("right", "right", "mark", "whether the model's own answer after the trace is right"),
+    table_column("prediction", "its answer", "text", "the model's own greedy answer after the trace"),
     table_column("total", "log p(y|x,z)", "number", "log p of the reference answer after the trace, nats", 1),
-    table_column("reward", "reward", "number", "what the method made of it", 1),
+    table_column("reward", "reward", "number", "what the method made of it", -3),
     table_column("advantage", "A", "number", "advantage: reward against its group's", 2),
-    table_column("answer_weight", "c_y", "number", "factor of the answer's log-likelihood in the loss", 1),
+    table_column("answer_weight", "c_y", "number", "factor of the answer's log-likelihood in the loss", -3),
     table_column("length", "tokens", "number", "trace length"),
     table_column("finished", "ended", "flag", "whether the trace ended in time and in form"),
-    table_column("correct", "correct", "flag", "the task's verdict on the model's own answer after the trace"),
     table_column("trace", "trace", "text"),
 ]
 _MOST_QUESTIONS = 200  # rows of the list of questions; more would be slow to draw and nobody reads them
-_LIGHT = ["step", "rollout", "example_id", "question", "answer", "source", "trace", "answer_logp"]
+_GROUP = ["step", "example_id"]
+_STORED = "step rollout example_id question answer source trace finished reward advantage right prediction".split()
+# What "show" offers -> which traces those are; the first two where verdicts are stored.
+_SHOWS = {"right": "right == 1", "wrong": "right == 0", "ended": "finished == 1", "not ended": "finished == 0"}
+_SHOWS |= {name: name for name in ("reward > 0", "reward < 0", "advantage > 0", "advantage < 0")}
+_GAINED, _CLIPPED = "prior wrong, posterior right", "with clipped tokens"
 
 
 def trace_index(run: Run) -> pd.DataFrame:
     """One row a rollout of all steps, without the columns of one number a token.
 
-    Columns: step, rollout, example_id, question, answer, source, trace, and total, log p(y|x,z) in nats.
+    Columns: step, rollout, example_id, question, answer, source, trace, finished, reward, advantage, right (1, 0 or
+    NaN: not known), prediction (None: not known), and total, log p(y|x,z) in nats.
     """
-    frame = run.trace_columns(_LIGHT)
-    return frame.drop(columns="answer_logp").assign(total=answer_logprob(frame))
+    columns = [*_STORED, "answer_logp"]
+    frame = run.trace_columns(columns)
+    frame = _with_right(frame.assign(total=answer_logprob(frame)), run.config)
+    return frame.reindex(columns=[*_STORED, "total"]).astype({"right": float})
+
+
+def _with_right(frame: pd.DataFrame, config: dict[str, Any]) -> pd.DataFrame:
+    """The rows with ``right`` where it is known, also of a run of grpo that did not store it: its reward says it."""
+    if "right" in frame and frame["right"].notna().any():
+        return frame
+    frame = frame.drop(columns=["right", "prediction"], errors="ignore")
+    return frame.assign(right=frame["reward"] >= 1) if config.get("method") == "grpo" else frame
+
+
+@functools.lru_cache(maxsize=4)
+def _prompter(config: Path) -> Any:
+    """The run's prompter, or a sentence that says why there is none; a model hub may take a minute to refuse."""
+    try:
+        from ..train.opening import open_task  # needs transformers
+
+        return open_task(RunConfig.load(config))[1]
+    except (ConfigError, OSError, ImportError) as error:
+        return f"The prompts cannot be rebuilt: {error}"
+
+
+def prompts_html(run: Run, rows: pd.DataFrame) -> str:
+    """What stood around each trace, token by token, rebuilt from the run's settings; or why it cannot be rebuilt.
+
+    The prior's prompt is followed by trace, seam and the reference answer that is scored, the posterior's by the trace.
+    """
+    prompter, boxes = _prompter(run.path / "config.json"), []
+    if isinstance(prompter, str):
+        return f"<p>{html_text(prompter)}</p>"
+
+    def part(name: str, ids: Sequence[int]) -> str:
+        decode = prompter.tokenizer.decode
+        texts = spelled([decode([i]) for i in ids], decode(list(ids)))
+        look = 'style="border-right: 1px solid #8886"'
+        spans = "".join(f"<bdi {look}>{html_text(t, spaces=True)}</bdi>" + "<br>" * t.endswith("\n") for t in texts)
+        chip = f'<b style="background: #8883; border-radius: 3px; padding: 0 4px">{name}</b>'
+        return f' {chip} <code style="background: none">{spans}</code>'
+
+    for trace in rows.itertuples():
+        prompt = prompter(Example(trace.example_id, trace.question, trace.answer))
+        own = part(f"{trace.source} trace, {len(trace.tokens)} tokens", ())
+        rest = part("seam", prompt.seam) + part("reference answer", prompt.answer)
+        lines = [part(f"prior, {len(prompt.prior)} tokens", prompt.prior) + own + rest]
+        if np.ndim(trace.logq):
+            lines.append(part(f"posterior, {len(prompt.posterior)} tokens", prompt.posterior) + own)
+        text = "".join(f'<p dir="auto" style="overflow-wrap: anywhere">{line}</p>' for line in lines)
+        boxes.append(f'<div style="flex: 1 1 300px; max-height: 320px; overflow: auto">{text}</div>')
+    return f'<div style="display: flex; flex-wrap: wrap; gap: 10px">{"".join(boxes)}</div>'
+
+
+def _gained(index: pd.DataFrame) -> Any:
+    """Which traces are of a question whose prior traces are all wrong, and one of the posterior's is right."""
+    best = index.pivot_table("right", _GROUP, "source", "max").query("prior == 0 and posterior == 1")
+    return pd.MultiIndex.from_frame(index[_GROUP]).isin(best.index)
+
+
+def _clipped(run: Run, settings: Settings, frame: pd.DataFrame, held: dict[int, set[int]]) -> pd.DataFrame:
+    """The rows whose traces hold a token that the clip holds back; ``held`` keeps what was read of each step."""
+    for step in set(frame["step"]) - set(held):
+        traces = run.traces(step)
+        values = quantities(Traces.of(traces), settings).get("clipped", np.zeros((len(traces), 1)))
+        held[step] = set(traces["rollout"][np.nansum(values, 1) > 0])
+    return frame[[rollout in held[step] for step, rollout in zip(frame["step"], frame["rollout"], strict=True)]]
 
 
 class TraceExplorer(Panel):
     """Prior against posterior traces of one question, token by token.
 
-    run: a ``Run`` or its folder; step: where to start (default: the last with traces). The search box
-    looks in questions, reference answers and traces. Of the traces one step's at a time are in memory.
-    ``refresh``, or its button, shows what a run has written since.
+    run: a ``Run`` or its folder; step, question, colour: where to start (default: the last step with traces, its
+    first ``example_id``, log q - log p). The search box looks in questions, reference answers and traces. Of the
+    traces one step's at a time are in memory. ``refresh``, or its button, shows what a run has written since.
     """
 
-    def __init__(self, run: Run | str | Path, step: int | None = None):
+    def __init__(self, run: Run | str | Path, step: int | None = None, question: str = "", colour: str = ""):
         self.run, step = open_run(run, step)
-        self.config = self.run.config
-        self.settings = Settings.of(self.config)
-        self._frame = pd.DataFrame()
+        self.settings = Settings.of(self.run.config)
+        self._frame, self._shown = pd.DataFrame(), {}
         self.found = widgets.HTML()
         self._read()
 
@@ -71,45 +148,58 @@ class TraceExplorer(Panel):
         self.step = widgets.Dropdown(options=self._steps(), value=step, layout=narrow)
         self.search = widgets.Text(placeholder="search questions, answers, traces", layout={"flex": "1 1 150px"})
         self.source = widgets.Dropdown(options=sources, layout=narrow)
+        judged = self.index["source"][self.index["right"].notna()].nunique()  # of how many sources verdicts are known
+        shows = ["all traces", *list(_SHOWS)[0 if judged else 2 :], *[_GAINED] * (judged > 1), _CLIPPED]
+        self.show = field(widgets.Dropdown, "show", shows[0], "230px", "40px", options=shows)
         about = "Read the run folder again; filters, order and question stay"
         self.again = widgets.Button(description="Refresh", icon="refresh", tooltip=about, layout={"width": "auto"})
-        self.questions = Table(label="questions", columns=_QUESTION_COLUMNS)
+        self.questions = Table(label="questions", columns=_QUESTION_COLUMNS[: None if judged else -1])
         self.rollouts = Table(label="rollouts of the question", sort=["total", True])
-        self.heading = widgets.HTML()
-        colour = "log_gap" if "posterior" in set(self.index["source"]) else "logp"
-        self.colour = field(widgets.Dropdown, "colour", colour, "290px", "50px", options=colours())
+        self.heading, self.seen = widgets.HTML(), widgets.HTML()
+        colour = colour or ("log_gap" if "posterior" in set(self.index["source"]) else "logp")
         self.view = TokenView(colour=colour)
-        self.plot = Plot(layout={"min_height": "250px"})
+        self.colour = field(widgets.Dropdown, "colour", colour, "290px", "50px", options=colours())
+        self.fitted = field(widgets.Checkbox, "fitted range", False, "110px", indent=False)
+        self.fitted.tooltip = "Colours span what the two traces hold, not a fixed range"
+        self.prompts = widgets.ToggleButton(description="Show prompts", layout={"width": "auto"})
+        self.plot = Plot(lambda point: self.view.set_trait("selected", [self.view.selected[0], int(point["x"]) - 1]))
+        self.plot.layout.min_height = "250px"
+        self.take = Take({label: functools.partial(make, self) for label, make in _TAKEN.items()})
 
-        for control in (self.step, self.search, self.source):
+        for control in (self.step, self.search, self.source, self.show):
             control.observe(self._list_questions, names="value")
         self.again.on_click(lambda button: self.refresh())
         self.questions.observe(self._list_questions, names="sort")
         self.questions.observe(lambda change: self.choose(change.new), names="picked")
         self.rollouts.observe(self._list_rollouts, names="sort")
         self.rollouts.observe(lambda change: self._pick(int(change.new)), names="picked")
-        self.colour.observe(self._recolour, names="value")
-        self.view.observe(self._draw_lines, names="selected")
+        widgets.dlink((self.colour, "value"), (self.view, "colour"))
+        widgets.dlink((self.fitted, "value"), (self.view, "fitted"))
+        self.view.observe(self._draw_lines, names=["selected", "colour"])
+        self.prompts.observe(self._show_prompts, names="value")
 
-        controls = row(self.step, self.search, self.source, self.colour, self.again, self.found)
+        filters = row(self.step, self.search, self.source, self.show, self.again, self.found)
         self.questions.layout = {"flex": "2 1 330px", "min_width": "0"}
         self.rollouts.layout = {"flex": "3 1 480px", "min_width": "0"}
-        tables = row(self.questions, self.rollouts)
-        self.widget = widgets.VBox([controls, tables, self.heading, self.view, self.plot])
+        tables, looks = row(self.questions, self.rollouts), row(self.colour, self.fitted, self.prompts, self.take)
+        self.widget = widgets.VBox([filters, tables, self.heading, looks, self.view, self.seen, self.plot])
         self.widget.add_class("covrl-explorer")
         self._list_questions()
-        if self.questions.rows:
-            self.questions.picked = self.questions.rows[0]["id"]
+        names = set(self.index["example_id"][self.index["step"] == step])
+        if question and question not in names:
+            raise ConfigError(f"step {step} has no question {question!r}{did_you_mean(question, names)}")
+        self.questions.picked = f"{step}/{question}" if question else self.questions.picked
 
     # --- what is there
 
     def _read(self) -> None:
         self.index = trace_index(self.run)
-        text = (self.index[name] for name in ("question", "answer", "trace"))
+        text = (self.index[name].astype(str) for name in ("question", "answer", "trace"))
         self._haystack = next(text).str.cat(list(text), sep="\n").str.lower()
-        self._step = 0  # whose traces are in memory
-        steps = self.index["step"].nunique()
-        self.found.value = f"{steps:,} step{'s' * (steps != 1)}, {len(self.index):,} traces"
+        means = self.index.pivot_table("total", _GROUP, "source", "mean", sort=False, observed=True)
+        means["right"] = self.index.groupby(_GROUP)["right"].mean()
+        self._means = means.reindex(columns=["prior", "posterior", "right"]).reset_index()
+        self._step, self._held = 0, {}  # whose traces are in memory; step -> rollouts with clipped tokens
 
     def _steps(self) -> list[tuple[str, int]]:
         return [("all steps", 0), *((f"step {s}", s) for s in self.index["step"].unique().tolist())]
@@ -117,6 +207,7 @@ class TraceExplorer(Panel):
     def refresh(self) -> None:
         """Read the run folder again; filters, order and what is chosen stay as they are."""
         self._read()
+        _prompter.cache_clear()
         steps, kept = self._steps(), self.step.value
         offer(self.step, steps, kept if kept in dict(steps).values() else 0, self._list_questions)
         self._list_questions()
@@ -124,43 +215,63 @@ class TraceExplorer(Panel):
     # --- what is chosen
 
     def filtered(self) -> pd.DataFrame:
-        """The rows of ``index`` that step, source and search leave."""
-        keep = pd.Series(True, self.index.index)
+        """The rows of ``index`` that the filters and the search leave."""
+        keep, show = pd.Series(True, self.index.index), self.show.value
         if self.step.value:
             keep &= self.index["step"] == self.step.value
         if self.source.value:
             keep &= self.index["source"] == self.source.value
         if sought := self.search.value.strip().lower():
             keep &= self._haystack.str.contains(sought, regex=False)
-        return self.index[keep]
+        if show in _SHOWS:
+            keep &= self.index.eval(_SHOWS[show])
+        if show == _GAINED:
+            keep &= _gained(self.index)
+        frame = self.index[keep]
+        return _clipped(self.run, self.settings, frame, self._held) if show == _CLIPPED else frame
 
     def _list_questions(self, change: Any = None) -> None:
-        frame = self.filtered()
-        means = frame.pivot_table("total", ["step", "example_id"], "source", "mean", sort=False, observed=True)
-        first = frame.drop_duplicates(["step", "example_id"])[["step", "example_id", "question", "answer"]]
-        listed = first.merge(means.reset_index(), on=["step", "example_id"])
-        listed = listed.reindex(columns=[*first, "prior", "posterior"])
+        frame = self._left = self.filtered()
+        total, steps = len(self.index), self.index["step"].nunique()
+        left = "" if len(frame) == total else f", {len(frame):,} in the list"
+        self.found.value = f"{steps:,} step{'s' * (steps != 1)}, {total:,} traces{left}"
+        listed = frame.drop_duplicates(_GROUP)[[*_GROUP, "question", "answer"]].merge(self._means, on=_GROUP)
         listed["id"] = listed["step"].astype(str) + "/" + listed["example_id"].astype(str)
         self.questions.fill(listed, _MOST_QUESTIONS, [self.questions.picked])
-        if change is not None and change["owner"] is self.source and len(self._frame):
-            self._list_rollouts()
+        if listed.empty:
+            self.questions.note = "no trace fits; clear the search, or choose other filters"
+        if self.questions.picked not in set(listed["id"]):
+            self.questions.picked = self.questions.rows[0]["id"] if len(listed) else ""
+        elif change is None or change["name"] == "value":
+            before, self._shown = self._shown, self._likeliest()
+            self._list_rollouts() if before == self._shown else self._show()
 
     def choose(self, question: str) -> None:
-        """Show a question, named "step/example_id", with the likeliest trace of each source."""
+        """Show a question, named "step/example_id", with the likeliest trace of each source; "" shows none."""
         step, _, example = question.partition("/")
-        if int(step) != self._step:
-            self._step, self._all = int(step), self.run.traces(int(step))
+        self._question = step, _ = int(step or 0), example
+        if step and step != self._step:
+            self._step, self._all = step, _with_right(self.run.traces(step), self.run.config)
         frame = self._all[self._all["example_id"] == example].reset_index(drop=True)
         frame = frame.assign(total=answer_logprob(frame), length=frame["tokens"].map(len))
         frame["id"] = frame["rollout"].astype(str)
-        if "verdict" in frame or self.config.get("method") == "grpo":  # there the reward is the verdict
-            frame["correct"] = frame["verdict" if "verdict" in frame else "reward"] > 0
-        self._frame = frame
-        best = frame.sort_values("total", ascending=False).drop_duplicates("source")
-        self._shown = {trace.source: int(trace.rollout) for trace in best.itertuples()}
+        self._frame, self._shown = frame, {}
+        self._shown = self._likeliest()
         self.questions.marked = [question]
         self.rollouts.columns = [c for c in _ROLLOUT_COLUMNS if c["name"] in frame]
         self._show()
+
+    def _fits(self) -> pd.Series:
+        """Which rollouts of the question the filters leave."""
+        step, example = self._question
+        own = self._left[(self._left["step"] == step) & (self._left["example_id"] == example)]
+        return self._frame["rollout"].isin(own["rollout"])
+
+    def _likeliest(self) -> dict[str, int]:
+        """source -> the trace to show: what fits the filters first, then what is shown, then the likeliest."""
+        frame = self._frame.assign(fits=self._fits(), kept=self._frame["rollout"].isin(self._shown.values()))
+        best = frame.sort_values(["fits", "kept", "total"], ascending=False).drop_duplicates("source")
+        return {trace.source: int(trace.rollout) for trace in best.itertuples()}
 
     def _pick(self, rollout: int) -> None:
         found = self._frame[self._frame["rollout"] == rollout]
@@ -176,52 +287,85 @@ class TraceExplorer(Panel):
     # --- what is drawn
 
     def _list_rollouts(self, change: Any = None) -> None:
-        frame = self._frame
-        kept = frame[frame["source"] == self.source.value] if self.source.value else frame
+        kept = self._frame[self._fits()]
         self.rollouts.fill(kept, len(kept), [str(rollout) for rollout in self._shown.values()])
+        if len(kept) < len(self._frame):
+            self.rollouts.note = f"{len(kept)} of the question's {len(self._frame)} traces; filters hide the others"
 
     def _show(self) -> None:
         self._list_rollouts()
-        self.heading.value = _heading(self.run, self.settings, self._frame.iloc[0])
-        pair = self.pair()
-        self.view.show(pair, self.settings)
+        self.heading.value = _heading(self.run, self.settings, self._frame) if len(self._frame) else ""
+        self.view.show(self.pair(), self.settings)
         # Start where prior and posterior disagree most.
         gaps = [np.abs(t["values"].get("log_gap", t["values"]["logp"])) for t in self.view.traces]
-        side = int(np.argmax([gap.max() for gap in gaps]))
-        self.view.selected = [side, int(gaps[side].argmax())]
-
-    def _recolour(self, change: Any) -> None:
-        self.view.colour = change.new
-        self._draw_lines()
+        side = int(np.argmax([gap.max() for gap in gaps])) if gaps else 0
+        self.view.selected = [side, int(gaps[side].argmax())] if gaps else []
+        self.plot.figure = self.plot.figure if gaps else ""
+        self._show_prompts()
 
     def lines(self) -> go.Figure:
-        """The selected token's trace as lines."""
+        """The selected token's trace as lines; an empty figure where no trace is shown."""
+        if not self.view.traces:
+            return go.Figure()
         side, at = self.view.selected or [0, None]
         trace, name = self.view.traces[side], self.view.colour
         figure = plot_token_lines(trace["tokens"], trace["values"], name, SCALES[name]["title"], at)
-        return figure.update_layout(title_text=f"The {trace['title']} under both prompts", margin={"t": 60})
+        prompts = "both prompts" if "logq" in trace["values"] else "the prior prompt"
+        return figure.update_layout(title_text=f"The {trace['title']} under {prompts}", margin={"t": 60})
 
     def _draw_lines(self, change: Any = None) -> None:
         if self.view.selected:
             self.plot.draw(self.lines())
 
+    def _show_prompts(self, change: Any = None) -> None:
+        self.seen.value = "loading the tokenizer …" if change and self.prompts.value else ""
+        if self.prompts.value and self._shown:
+            self.seen.value = prompts_html(self.run, self.pair())
+
     def static(self) -> list[Any]:
         """The chosen question's rollouts, the two traces and the lines, as HTML and a plotly figure."""
         columns = [c for c in self.rollouts.columns if c["kind"] != "text"]
-        rows = [[html_number(line[c["name"]], f".{c['digits']}f") for c in columns] for line in self.rollouts.rows]
+        rows = [[_cell(line[c["name"]], c) for c in columns] for line in self.rollouts.rows]
         table = html_table([html.escape(c["label"]) for c in columns], rows)
         tokens = token_html(self.pair(), self.settings, self.view.colour)
-        return [HTML(self.heading.value + table + tokens), self.lines()]
+        return [HTML(self.heading.value + table + tokens + self.seen.value), self.lines()]
 
 
-def _heading(run: Run, settings: Settings, trace: Any) -> str:
-    """Question, reference answer and the run's settings as HTML; ``trace`` is a row of the question."""
-    code, s = '<code style="background: none; font: inherit">', settings
-    question, answer = (f"{code}{html_text(trace[name])}</code>" for name in ("question", "answer"))
-    named = [run.path.name, f"step {trace['step']}", run.config.get("model", "")]
+def _cell(value: Any, column: dict[str, Any]) -> str:
+    return html_mark(value) if column["kind"] == "mark" else html_number(value, column["form"])
+
+
+def _json(explorer: TraceExplorer) -> tuple[str, str]:
+    """File name and text: the traces that are shown, with what every token was worth."""
+    pair = explorer.pair()
+    names = [name for name in (*_STORED, "tokens", "token_ids") if name in pair]
+    pair = pair[names].assign(values=[trace["values"] for trace in explorer.view.traces])
+    return f"{explorer.run.path.name}-tokens.json", pair.to_json(orient="records", indent=1)
+
+
+def _line(explorer: TraceExplorer) -> tuple[str, str]:
+    """The code that opens the explorer at the same question, without its filters."""
+    step, _, question = explorer.questions.picked.partition("/")
+    place = f"{explorer.run.path.as_posix()!r}, {step or None}, {question!r}"
+    return "", f"TraceExplorer({place}, colour={explorer.view.colour!r})"
+
+
+_TAKEN = {"Tokens as JSON": _json, "Copy this view": _line}
+_TAKEN["Rows as CSV"] = lambda explorer: (f"{explorer.run.path.name}.csv", explorer.filtered().to_csv(index=False))
+
+
+def _heading(run: Run, settings: Settings, frame: pd.DataFrame) -> str:
+    """Question, reference answer, verdicts and the run's settings as HTML; ``frame`` holds the question's rows."""
+    first, s = frame.iloc[0], settings
+    named = [run.path.name, f"step {first['step']}", run.config.get("model", "")]
     named += [f"α {s.alpha:g}, w {s.composite_weight:g}, clip {s.clip} {s.clip_range:g}"]
+    if "right" in frame:
+        groups = frame.groupby("source", sort=False)["right"]
+        named += [f"{source} {rows.eq(True).sum()} of {rows.notna().sum()} right" for source, rows in groups]
+    code = f'<code style="background: none; font: inherit"><bdi>{html_text(first["answer"])}</bdi></code>'
     return (
-        f'<div style="line-height: 1.5; overflow-wrap: anywhere"><b style="font-size: 1.1em">{question}</b> '
-        f"reference answer <b>{answer}</b><br>"
+        f'<div style="line-height: 1.5; overflow-wrap: anywhere">'
+        f'<div style="font-size: 1.1em">{html_passage(first["question"])}</div>'
+        f"reference answer <b>{code}</b><br>"
         f'<span style="opacity: 0.75">{html.escape(" · ".join(map(str, named)))}</span></div>'
     )

@@ -14,23 +14,29 @@ import pandas as pd
 from ..runs.reweight import answer_logprob
 from .style import GREY, POSTERIOR, SOURCE_COLOURS
 
+_JOINERS = "\u200c\u200d"  # inside Persian words and emoji, which would fall apart without
+LONG = 400  # characters; a longer text is folded
+
 
 def visible(text: str, spaces: bool = False) -> str:
     """The same text with control, direction and other invisible characters shown by a sign.
 
-    New lines become ↵, tabs ⇥, an escape ␛, U+202E ⟨U+202E⟩, and with ``spaces`` a space becomes ·.
+    New lines become ↵, tabs ⇥, an escape ␛, U+202E ⟨U+202E⟩, and with ``spaces`` a space becomes ·. Joiners
+    stay as they are, except in a text of nothing else.
     """
+    text = str(text)
+    joiners = _JOINERS if text.strip(_JOINERS) else ""
     signs = {"\n": "↵", "\t": "⇥"} | ({" ": "·"} if spaces else {})
 
     def sign(character: str) -> str:
         if character in signs:
             return signs[character]
-        if unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+        if character in joiners or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
             return character
         code = ord(character)
         return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
 
-    return "".join(map(sign, str(text)))
+    return "".join(map(sign, text))
 
 
 def figure_text(text: str, width: int = 60, lines: int = 8, spaces: bool = False) -> str:
@@ -40,9 +46,37 @@ def figure_text(text: str, width: int = 60, lines: int = 8, spaces: bool = False
     return "<br>".join(html.escape(line, quote=False).replace("$", "&#36;") for line in wrapped)
 
 
-def html_text(value: Any) -> str:
+def html_text(value: Any, spaces: bool = False) -> str:
     """Text as HTML: invisible characters shown by a sign, the rest escaped."""
-    return html.escape(visible(value))
+    return html.escape(visible(value, spaces))
+
+
+def html_passage(text: str) -> str:
+    """A text of several lines as HTML: its lines and spaces are kept, a long one is folded behind its beginning."""
+    lines = str(text).split("\n")
+    look = "white-space: pre-wrap; overflow-wrap: anywhere; background: none; font: inherit"
+    # <code>: no page's formula renderer looks for dollars in it.
+    shown = "\n".join(map(html_text, lines))
+    whole = f'<code dir="auto" style="display: block; {look}">{shown}</code>'
+    if len(text) <= LONG and len(lines) <= 8:
+        return whole
+    start = f"<code><bdi>{html_text(text[:80])}</bdi></code>"
+    return f"<details><summary>{start} … ({len(text):,} characters)</summary>{whole}</details>"
+
+
+def html_mark(right: Any, prediction: Any = None) -> str:
+    """✓ or ✗ with its meaning for screen readers, and what the model answered; nothing where it is not known."""
+    if right is None or right != right:
+        return ""
+    sign, said = ("✓", "right") if right else ("✗", "wrong")
+    answer = "" if prediction is None else f" <code><bdi>{html_text(prediction)}</bdi></code>"
+    return f'<span role="img" aria-label="{said}" title="the model\'s own answer is {said}">{sign}</span>{answer}'
+
+
+def reward_unit(config: Mapping[str, Any]) -> str:
+    """What the rewards of a run with this configuration are counted in."""
+    reward = config.get("reward") or ""
+    return "probability" if "probability" in reward else "share" if reward == "verdict" else "nats"
 
 
 def html_number(value: Any, form: str) -> str:
@@ -53,7 +87,8 @@ def html_number(value: Any, form: str) -> str:
         return "yes" if value else "no"
     if isinstance(value, str):
         return html.escape(value)
-    return "∞" if value == math.inf else f"{value:{form}}".replace("-", "−")
+    text = "∞" if value == math.inf else f"{value:{form}}"
+    return (text if text.strip("-0.%") else text.lstrip("-")).replace("-", "−")  # never −0.0
 
 
 def html_source(source: str, text: str = "") -> str:

@@ -22,7 +22,7 @@ from IPython.display import HTML
 from ..files import Owner
 from ..runs.folder import Run, step_file, steps_in
 from .figures import plot_training_curves
-from .html import alarms_html, html_number, html_table, html_text, trace_table
+from .html import alarms_html, html_number, html_table, html_text, reward_unit, trace_table
 from .style import BOTH, GREY, POSTERIOR, PRIOR
 from .widgets import Panel, Plot, aside, row
 
@@ -36,8 +36,8 @@ _SIGNS = {
 }
 # column of metrics.jsonl -> label, unit, colour, format
 _ROWS = {
-    "reward_prior": ("reward, prior traces", "nats", PRIOR, ".4g"),
-    "reward_posterior": ("reward, posterior traces", "nats", POSTERIOR, ".4g"),
+    "reward_prior": ("reward, prior traces", "", PRIOR, ".4g"),  # its unit is the method's
+    "reward_posterior": ("reward, posterior traces", "", POSTERIOR, ".4g"),
     "kl": ("KL(p′‖p)", "nats a token", BOTH, ".4g"),
     "nll": ("answer term (NLL)", "nats", BOTH, ".4g"),
     "trace_tokens_prior": ("trace length, prior", "tokens", PRIOR, ".4g"),
@@ -190,12 +190,13 @@ def numbers_html(shot: Snapshot) -> str:
     """A table of the latest step's numbers, their mean over five steps, and a line over all steps."""
     if shot.metrics.empty:
         return "<p>no finished step yet</p>"
-    rows = []
+    rows, reward = [], reward_unit(shot.run.config)
     for column, (label, unit, colour, form) in _ROWS.items():
         if column in shot.metrics and shot.metrics[column].notna().any():
             values = shot.metrics[column].astype(float)
             last, mean = (html_number(x, form) for x in (values.iloc[-1], values.tail(5).mean()))
-            rows.append([label, f'<b data-column="{column}">{last}</b>', mean, unit, sparkline(values, colour)])
+            shown = f'<b data-column="{column}">{last}</b>'
+            rows.append([label, shown, mean, unit or reward, sparkline(values, colour)])
     return html_table(["", f"step {shot.step}", "mean of last 5", "", "all steps"], rows)
 
 
@@ -256,7 +257,9 @@ class RunMonitor(Panel):
 
     def figure(self) -> go.Figure:
         """The training curves."""
-        return plot_training_curves(self.snapshot.metrics, self.snapshot.evaluations)
+        shot = self.snapshot
+        unit = "nats" if shot.status == "waiting" else reward_unit(shot.run.config)
+        return plot_training_curves(shot.metrics, shot.evaluations, unit)
 
     def html(self) -> str:
         """Status, numbers and traces as plain HTML."""

@@ -25,7 +25,7 @@ from ..runs.reweight import Settings, Traces, answer_logprob, summarise_traces
 from ..types import ConfigError
 from .evaluations import change_html, plot_questions
 from .figures import plot_answer_logprobs, plot_training_curves
-from .html import accuracy_table, alarms_html, html_text, summary_table, trace_table
+from .html import accuracy_table, alarms_html, html_text, reward_unit, summary_table, trace_table
 from .token_view import token_html
 from .widgets import static_text
 
@@ -56,9 +56,7 @@ def page(run: Run) -> str:
     config, metrics, evaluations = run.config, run.metrics, run.evaluations
     settings = Settings.of(config)
     traces = {step: run.traces(step) for step in sorted({*run.steps[:1], *run.steps[-1:]})}
-    reward = config.get("reward", "")
-    unit = "probability" if "probability" in reward else "share" if reward == "verdict" else "nats"
-    curves = _figure(plot_training_curves(metrics, evaluations, unit))
+    curves = _figure(plot_training_curves(metrics, evaluations, reward_unit(config)))
     parts = [_head(run, config, metrics, evaluations), "<h2>Training</h2>", curves]
     if len(evaluations):
         parts += ["<h2>Held-out accuracy</h2>", f'<div class="wide">{accuracy_table(evaluations)}</div>']

@@ -19,12 +19,12 @@ SHOWN_BEFORE = 12  # tokens that the hover box shows up to its own
 FEW = 64  # tokens whose text fits along an axis
 
 
-def _token_axis(texts: Sequence[str]) -> dict[str, Any]:
-    """An axis with the tokens' text at 0, 1, 2, ..."""
+def _token_axis(texts: Sequence[str], start: int = 1) -> dict[str, Any]:
+    """An axis with the tokens' text at ``start``, ``start`` + 1, ..."""
     shown = [figure_text(text, 12, 1, spaces=True) for text in texts]
     fits = len(texts) * max(map(len, texts), default=0) <= 90
     return {
-        "tickvals": list(range(len(texts))),
+        "tickvals": list(range(start, start + len(texts))),
         "ticktext": shown,
         "tickangle": 0 if fits else -90,
         "tickfont": {"family": "monospace", "size": 13 if len(texts) <= FEW else 9},
@@ -58,7 +58,7 @@ def plot_token_lines(
     """One trace along its tokens: log p and log q in nats, below them the quantity ``name`` of ``values``.
 
     values: name -> one number a token, as in ``reweight.quantities``; label: its axis title. The dotted line
-    stands at token ``selected`` (from 0).
+    stands at token ``selected`` (from 0); readers see tokens counted from 1.
     """
     below = name in values and name not in ("logp", "logq")
     figure = make_subplots(2 if below else 1, 1, shared_xaxes=True, vertical_spacing=0.06)
@@ -73,12 +73,12 @@ def plot_token_lines(
         if key in values:
             look |= {"row": row, "showlegend": row == 1, "marker": {"size": 6, "symbol": symbol}}
             look["hovertemplate"] = f"%{{y:.3f}} {unit} at <b>%{{customdata}}</b>"
-            add_line(figure, list(range(len(texts))), list(values[key]), title, colour, **look)
+            add_line(figure, list(range(1, len(texts) + 1)), list(values[key]), title, colour, **look)
     if selected is not None:
-        figure.add_vline(x=selected, line={"color": GREY, "width": 2, "dash": "dot"})
+        figure.add_vline(x=selected + 1, line={"color": GREY, "width": 2, "dash": "dot"})
     figure.update_xaxes(showgrid=False, zeroline=False)
     few = len(texts) <= FEW
-    title = "trace token (· space, ↵ end of line)" if few else "trace token, from 0"
+    title = "trace token (· space, ↵ end of line)" if few else "trace token"
     figure.update_xaxes(title_text=title, row=2 if below else 1, col=1, **(_token_axis(texts) if few else {}))
     figure.update_yaxes(title_text="nats a token", row=1, col=1)
     if below:
@@ -212,7 +212,7 @@ def plot_coherence(frame: pd.DataFrame, chosen: Sequence[int] | None = None) -> 
         if bold:  # an axis is drawn only where a trace lies on it
             figure.add_scatter(x=[None], y=[None], xaxis=axis.replace("axis", ""), showlegend=False, hoverinfo="skip")
             look = {"range": [-0.4, longest + 0.4], "tickfont_color": SOURCE_COLOURS[source], "side": side}
-            figure.layout[axis] = _token_axis(["–", *tokens]) | look
+            figure.layout[axis] = _token_axis(["–", *tokens], 0) | look
             figure.layout[axis].overlaying = "x" if source == "prior" else None
     figure.update_layout(xaxis_title_text="last token read (· space, ↵ end of line, – none yet)")
     figure.update_yaxes(title_text="log p(y | x, z up to here), nats")

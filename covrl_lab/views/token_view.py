@@ -7,6 +7,7 @@ common colour-vision deficiencies.
 
 from __future__ import annotations
 
+import codecs
 import html
 import math
 from collections.abc import Mapping, Sequence
@@ -20,37 +21,33 @@ import traitlets
 from ..runs import reweight
 from ..runs.reweight import answer_logprob
 from ..types import ConfigError, did_you_mean
-from .html import html_source, visible
+from .html import html_mark, html_number, html_source, visible
 from .widgets import static_text
 
 _PRIOR, _POSTERIOR, _LESS, _MORE = (31, 119, 180), (213, 94, 0), (129, 76, 176), (0, 140, 70)
 _STRONGEST = 0.65  # opacity at the end of a scale, as in token_view.js
 
 
-def _scale(title: str, limit: float, low: Any, high: Any, low_text: str, high_text: str, **more: Any) -> dict:
-    """``low`` and ``high``: colours at centre - limit and centre + limit; with ``log`` of the logarithm."""
-    given = {"title": title, "limit": limit, "low": low, "high": high}
-    return given | {"low_text": low_text, "high_text": high_text, "centre": 0.0, "log": False} | more
+def _scale(title: str, limit: float, low: Any, high: Any, less: str = "", more: str = "", **kind: Any) -> dict:
+    """``low`` and ``high``: colours at centre -+ limit, with ``log`` of the logarithm; ``less``, ``more``: in words."""
+    scale = {"title": title, "limit": limit, "low": low, "high": high, "less": less, "more": more}
+    scale |= {"centre": 0.0, "log": False} | kind
+    ends = [scale["centre"] - limit * bool(low), scale["centre"] + limit * bool(high)]
+    signed = "+" if low and high and not (scale["centre"] or scale["log"]) else ""
+    numbers = [html_number(math.exp(end) if scale["log"] else end, f"{signed}.2g") for end in ends]
+    return scale | {"low_text": f"{numbers[0]} {less}".strip(), "high_text": f"{more} {numbers[1]}".strip()}
 
 
 SCALES: dict[str, dict[str, Any]] = {
-    "log_gap": _scale(
-        "log q − log p, nats", 4.0, _PRIOR, _POSTERIOR, "−4 the prior wanted it", "the posterior did +4"
-    ),
-    "logp": _scale("log p, nats", 8.0, _LESS, None, "−8 unlikely", "0"),
-    "logq": _scale("log q, nats", 8.0, _LESS, None, "−8 unlikely", "0"),
+    "log_gap": _scale("log q − log p, nats", 4.0, _PRIOR, _POSTERIOR, "the prior wanted it", "the posterior did"),
+    "logp": _scale("log p, nats", 8.0, _LESS, None, "unlikely"),
+    "logq": _scale("log q, nats", 8.0, _LESS, None, "unlikely"),
     "responsibility": _scale(
-        "responsibility ρ of the prior",
-        0.5,
-        _POSTERIOR,
-        _PRIOR,
-        "0 moves the posterior",
-        "moves the prior 1",
-        centre=0.5,
+        "responsibility ρ of the prior", 0.5, _POSTERIOR, _PRIOR, "moves the posterior", "moves the prior", centre=0.5
     ),
-    "ratio": _scale("importance ratio p′/h", math.log(2), _LESS, _MORE, "½", "2", log=True),
-    "kl": _scale("KL contribution, nats", 1.0, None, _MORE, "0", "1"),
-    "gradient_weight": _scale("gradient weight A·f′(r)·r", 2.0, _LESS, _MORE, "−2 made less likely", "more likely +2"),
+    "ratio": _scale("importance ratio p′/h", math.log(2), _LESS, _MORE, log=True),
+    "kl": _scale("KL contribution, nats", 1.0, None, _MORE),
+    "gradient_weight": _scale("gradient weight A·f′(r)·r", 2.0, _LESS, _MORE, "made less likely", "more likely"),
 }
 
 
@@ -59,19 +56,66 @@ def colours() -> dict[str, str]:
     return {scale["title"]: name for name, scale in SCALES.items()}
 
 
+def fitted(name: str, traces: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The scale ``name`` of ``SCALES`` with its ends at the largest distance from its centre in what is drawn."""
+    scale = {key: value for key, value in SCALES[name].items() if not key.endswith("_text")}
+    places = [_place(value, scale) for trace in traces for value in trace["values"].get(name, ()) if value is not None]
+    limit = scale["limit"] * max(map(abs, places), default=1.0)
+    return _scale(**scale | {"limit": limit or scale["limit"]})
+
+
+def _place(value: float, scale: Mapping[str, Any]) -> float:
+    """Where a value stands: -1 and 1 are the ends of the scale."""
+    return ((math.log(value) if scale["log"] else value) - scale["centre"]) / scale["limit"]
+
+
+def spelled(tokens: Sequence[str], text: str) -> list[str]:
+    """Tokens with each character that spans several of them on the last one, and bytes such as ⟨C3⟩ before it.
+
+    tokens: each decoded alone, which makes U+FFFD of a part of a character; text: all of them decoded together,
+    without spaces at its ends and what ends a trace. From where they do not agree tokens stay as they are.
+    """
+    shown, joined = list(tokens), "".join(tokens)
+    text = joined[: len(joined) - len(joined.lstrip())] + text.lstrip()
+    raw = text.encode(errors="replace").replace("\ufffd".encode(), b"\xff")  # one byte of no character each
+    starts: list[dict[int, int]] = []  # of each token: where it may end -> where it then starts
+    reached, decoder = [0], codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        longest = 4 * len(token) if "\ufffd" in token else len(token.encode(errors="replace"))
+        shortest = 1 if "\ufffd" in token else longest
+        spans = [(at, end) for at in reached for end in range(at + shortest, min(at + longest + 1, len(raw)) + 1)]
+        said = (token, f" {token}")  # some tokenizers drop the space before a token that they decode alone
+        ends = {end: at for at, end in spans if raw[at:end].decode(errors="replace") in said}
+        if not ends:
+            break
+        starts.append(ends)
+        reached = list(ends)
+    pieces, end = [], max(reached)
+    for ends in reversed(starts):
+        pieces.append(raw[ends[end] : end])
+        end = ends[end]
+    for i, piece in enumerate(reversed(pieces)):
+        whole = decoder.decode(piece)
+        if "\ufffd" in shown[i]:
+            shown[i] = whole + "".join(f"⟨{byte:02X}⟩" for byte in decoder.getstate()[0][-len(piece) :])
+    return shown
+
+
 def payload(frame: pd.DataFrame, settings: reweight.Settings, alternatives: Sequence[Any] | None = None) -> list[dict]:
     """What the widget draws of each row: texts made visible, numbers rounded, None for unknown."""
     found = reweight.quantities(reweight.Traces.of(frame), settings)
     drawn = []
     for i, (row, total) in enumerate(zip(frame.to_dict("records"), answer_logprob(frame), strict=True)):
         values = {name: found[name][i, : len(row["tokens"])] for name in reweight.LABELS if name in found}
-        note = f"answer at {total:.1f} nats".replace("-", "−")
+        note, right = f"answer at {html_number(total, '.1f')} nats", row.get("right")
         drawn.append(
             {
                 "title": f"{row['source']} trace",
                 "subtitle": note + ("" if row["finished"] else ", unfinished"),
                 "source": row["source"],
-                "tokens": [visible(token, spaces=True) or "∅" for token in row["tokens"]],
+                "right": None if right is None or right != right else bool(right),
+                "prediction": None if row.get("prediction") is None else visible(row["prediction"]),
+                "tokens": [visible(t, spaces=True) or "∅" for t in spelled(row["tokens"], row.get("trace", ""))],
                 "values": {name: _plain(numbers) for name, numbers in values.items() if np.isfinite(numbers).any()},
                 "alternatives": alternatives and [_visible_alternatives(token) for token in alternatives[i]],
             }
@@ -94,8 +138,8 @@ def _visible_alternatives(token: Mapping[str, Any]) -> dict[str, Any]:
 class TokenView(anywidget.AnyWidget):
     """One or two traces token by token; click a token, or focus one and use the arrow keys, Home and End.
 
-    ``show`` draws traces. ``selected`` is [row, token] (empty: none) and ``colour`` a name of ``SCALES``; both
-    follow the widget and can be set.
+    ``show`` draws traces. ``selected`` is [row, token from 0] (empty: none) and ``colour`` a name of ``SCALES``;
+    both follow the widget and can be set. With ``fitted`` the colours span what the traces hold.
     """
 
     _esm = static_text("token_view.js")
@@ -104,6 +148,7 @@ class TokenView(anywidget.AnyWidget):
     labels = traitlets.Dict(reweight.LABELS).tag(sync=True)
     scales = traitlets.Dict(SCALES).tag(sync=True)
     colour = traitlets.Unicode("log_gap").tag(sync=True)
+    fitted = traitlets.Bool(False).tag(sync=True)
     selected = traitlets.List().tag(sync=True)
 
     def show(
@@ -117,6 +162,10 @@ class TokenView(anywidget.AnyWidget):
         with self.hold_sync():
             self.selected = []
             self.traces = payload(frame, settings or reweight.Settings(), alternatives)
+
+    @traitlets.observe("traces", "colour", "fitted")
+    def _fit(self, change: Any) -> None:
+        self.scales = SCALES | ({self.colour: fitted(self.colour, self.traces)} if self.fitted else {})
 
     @traitlets.validate("colour")
     def _check_colour(self, proposal: Any) -> str:
@@ -140,7 +189,7 @@ def token_html(frame: pd.DataFrame, settings: reweight.Settings | None = None, c
             title, style = [text], _fill(numbers.get(colour), scale)
             for name, value in numbers.items():
                 label, unit = reweight.LABELS[name]
-                title.append(f"{label} {value:.3f} {unit}".strip())
+                title.append(f"{label} {html_number(value, '.3f')} {unit}".strip())
             if clipped:
                 title.append("held back by the clip")
                 style += "; border-bottom: 2px dashed"
@@ -149,9 +198,10 @@ def token_html(frame: pd.DataFrame, settings: reweight.Settings | None = None, c
             spans += ["<br>"] if text.endswith("↵") else []
         boxes.append(
             '<div style="flex: 1 1 300px; min-width: 0; margin: 0 16px 8px 0">'
-            f"{html_source(trace['source'], trace['title'])} {html.escape(trace['subtitle'])}<br>"
+            f"{html_source(trace['source'], trace['title'])} {html_mark(trace['right'], trace['prediction'])} "
+            f"{html.escape(trace['subtitle'])}<br>"
             # <code>: no page's formula renderer looks for dollars in it.
-            '<code style="overflow-wrap: anywhere; line-height: 1.8; background: transparent">'
+            '<code dir="auto" style="overflow-wrap: anywhere; line-height: 1.8; background: transparent">'
             f"{''.join(spans)}</code></div>"
         )
     low, high = (f'<span style="{_background(scale[end], _STRONGEST)}">&emsp;</span>' for end in ("low", "high"))
@@ -166,7 +216,7 @@ def _fill(value: float | None, scale: Mapping[str, Any]) -> str:
     """CSS background of a token, or nothing."""
     if value is None:
         return ""
-    place = ((math.log(value) if scale["log"] else value) - scale["centre"]) / scale["limit"]
+    place = _place(value, scale)
     return _background(scale["low" if place < 0 else "high"], _STRONGEST * min(1, abs(place)))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ class Plot(anywidget.AnyWidget):
 class Table(anywidget.AnyWidget):
     """Rows to sort and to pick from, by mouse or arrow keys.
 
-    columns: dictionaries with name, label, kind ("number", "text", "source" or "flag"), digits and about.
+    columns: dictionaries with name, label, kind ("number", "text", "source", "flag" or "mark": right or wrong),
+    digits (decimals; below 0: significant digits) and about.
     rows: dictionaries by column name, and "id" (text). The widget sets ``picked`` (an id) and ``sort``
     (column name, descending?); whoever fills the rows sorts them. ``marked``: ids shown as chosen.
     """
@@ -77,15 +78,30 @@ class Table(anywidget.AnyWidget):
         text = {c["name"] for c in self.columns if c["kind"] == "text"}
         known = shown[["id", *names]].replace([math.inf, -math.inf], math.nan).astype(object)
         rows = known.where(known.notna(), None).to_dict("records")
-        rows = [record | {name: visible(record[name]) for name in text} for record in rows]
+        rows = [record | {name: visible(record[name] or "") for name in text} for record in rows]
         with self.hold_sync():
             self.rows, self.marked = rows, list(marked)
             left = len(frame) - len(shown)
             self.note = f"{len(shown):,} of {len(frame):,} shown; search to narrow" if left else ""
 
 
+class Take(anywidget.AnyWidget):
+    """Buttons that save or copy a text; ``make``: label -> function that gives (file name, text) at a click.
+
+    Without a file name the text is copied.
+    """
+
+    _esm = static_text("take.js")
+    labels = traitlets.List().tag(sync=True)
+
+    def __init__(self, make: Mapping[str, Callable[[], tuple[str, str]]]):
+        super().__init__(labels=list(make))
+        self.on_msg(lambda widget, message, buffers: self.send(make[message["wanted"]]()))
+
+
 def table_column(name: str, label: str, kind: str, about: str = "", digits: int = 0) -> dict[str, Any]:
-    return {"name": name, "label": label, "kind": kind, "about": about, "digits": digits}
+    form = f".{-digits}g" if digits < 0 else f".{digits}f"
+    return {"name": name, "label": label, "kind": kind, "about": about, "digits": digits, "form": form}
 
 
 def field(kind: type, label: str, value: Any, width: str, label_width: str = "60px", **settings: Any) -> Any:

@@ -4,8 +4,15 @@ const SIGNS = { true: "yes", false: "no", null: "–" };
 
 function shown(value, digits) {
   if (value === undefined || value === null || typeof value === "boolean") return SIGNS[value ?? null];
-  if (typeof value === "number") return value.toFixed(digits ?? 0).replace("-", "−");
-  return value;
+  if (typeof value !== "number") return value;
+  const text = digits < 0 ? String(Number(value.toPrecision(-digits))) : value.toFixed(digits ?? 0);
+  return text.replace(/^-(?=[0.]*$)/, "").replace("-", "−"); // never −0.0
+}
+
+// ✓ or ✗, in words for screen readers.
+function mark(right) {
+  const [textContent, title] = { true: ["✓", "right"], false: ["✗", "wrong"] }[right] ?? ["–", "not known"];
+  return Object.assign(document.createElement("span"), { textContent, title, role: "img", ariaLabel: title });
 }
 
 function render({ model, el }) {
@@ -52,8 +59,9 @@ function render({ model, el }) {
       for (const column of model.get("columns")) {
         const cell = document.createElement("td");
         cell.className = column.kind + (column.kind === "source" ? ` covrl-${values[column.name]}` : "");
-        cell.textContent = shown(values[column.name], column.digits);
-        if (column.kind === "text") cell.title = cell.textContent;
+        const value = values[column.name];
+        cell.append(column.kind === "mark" ? mark(value) : shown(value, column.digits));
+        if (column.kind === "text") [cell.title, cell.dir] = [value, "auto"];
         row.append(cell);
       }
       body.append(row);
@@ -61,10 +69,10 @@ function render({ model, el }) {
     table.replaceChildren(header(), body);
     table.setAttribute("aria-label", model.get("label"));
     note.textContent = model.get("note");
-    mark();
+    choose();
   }
 
-  function mark() {
+  function choose() {
     const marked = model.get("marked");
     const rows = [...table.tBodies[0].rows];
     rows.forEach((row) => {
@@ -73,6 +81,16 @@ function render({ model, el }) {
     });
     const entry = rows.find((row) => row.dataset.id === model.get("picked")) ?? rows[0];
     if (entry) entry.tabIndex = 0;
+    reveal(rows.find((row) => row.getAttribute("aria-selected") === "true"));
+  }
+
+  // Scrolls inside the table's box only: the page stays where it is.
+  function reveal(row) {
+    if (!row) return;
+    const top = table.tHead.offsetHeight; // it stays above the rows
+    const [outer, inner] = [scroll, row].map((item) => item.getBoundingClientRect());
+    if (inner.top < outer.top + top) scroll.scrollTop += inner.top - outer.top - top;
+    else if (inner.bottom > outer.bottom) scroll.scrollTop += inner.bottom - outer.bottom;
   }
 
   function pick(row) {
@@ -102,8 +120,9 @@ function render({ model, el }) {
     pick(moves[event.key]);
   });
   model.on("change:rows change:columns change:sort change:note", draw);
-  model.on("change:marked change:picked", mark);
+  model.on("change:marked change:picked", choose);
   draw();
+  new ResizeObserver(choose).observe(scroll); // drawn before it stands in the page, where nothing scrolls yet
 }
 
 export default { render };

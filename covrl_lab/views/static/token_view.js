@@ -13,14 +13,23 @@ function number(value, unit) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
   const digits = size !== 0 && size < 0.001 ? value.toExponential(1) : value.toFixed(3);
-  return digits.replaceAll("-", "−") + (unit ? ` ${unit}` : "");
+  return digits.replace(/^-(?=[0.]*$)/, "").replaceAll("-", "−") + (unit ? ` ${unit}` : "");
 }
 
 function fill(value, scale) {
   if (value === null || value === undefined) return "";
   const place = ((scale.log ? Math.log(value) : value) - scale.centre) / scale.limit;
-  const [r, g, b] = place < 0 ? scale.low : scale.high;
-  return `rgba(${r}, ${g}, ${b}, ${(STRONGEST * Math.min(1, Math.abs(place))).toFixed(3)})`;
+  const colour = place < 0 ? scale.low : scale.high;
+  return colour && `rgba(${colour}, ${(STRONGEST * Math.min(1, Math.abs(place))).toFixed(3)})`;
+}
+
+// The mark of an answer that was judged, in words for screen readers, and the answer.
+function verdict({ right, prediction }) {
+  if (right === null) return [];
+  const mark = element("span", "mark", right ? "✓" : "✗");
+  mark.role = "img";
+  mark.ariaLabel = mark.title = right ? "right" : "wrong";
+  return [" ", mark, element("small", "", "it said "), element("bdi", "", prediction ?? "–")];
 }
 
 function rows(trace, t, labels) {
@@ -64,6 +73,7 @@ function render({ model, el }) {
       const list = element("div", "covrl-list");
       list.setAttribute("role", "listbox");
       list.setAttribute("aria-orientation", "horizontal");
+      list.dir = "auto";
       list.setAttribute("aria-label", `${trace.title}, ${trace.tokens.length} tokens`);
       const found = trace.tokens.map((text, t) => {
         const span = element("span", trace.values.clipped?.[t] ? "clipped" : "");
@@ -80,7 +90,7 @@ function render({ model, el }) {
         return span;
       });
       const head = element("h4", `covrl-${trace.source}`, trace.title);
-      head.append(element("small", "", trace.subtitle));
+      head.append(...verdict(trace), element("small", "", trace.subtitle));
       const box = element("section", "covrl-trace");
       box.append(head, list);
       return { box, found };
@@ -132,6 +142,16 @@ function render({ model, el }) {
     head.append(element("code", "", trace.tokens[t]), "”");
     head.append(element("small", "", `${trace.title}, ${t + 1} of ${trace.tokens.length}`));
     detail.append(head, ...numbers, ...alternatives(trace, t));
+    reveal();
+  }
+
+  // Scrolls inside the trace's box only: the page stays where it is.
+  function reveal() {
+    const list = current?.closest(".covrl-list");
+    if (!list) return;
+    const [outer, inner] = [list, current].map((item) => item.getBoundingClientRect());
+    if (inner.top >= outer.top && inner.bottom <= outer.bottom) return;
+    list.scrollTop += inner.top - outer.top - list.clientHeight / 2;
   }
 
   function select(i, t) {
@@ -172,9 +192,10 @@ function render({ model, el }) {
     const at = place(event);
     if (!at) return;
     const [i, t] = at;
+    const right = getComputedStyle(spans[i][t].parentElement).direction === "rtl" ? -1 : 1;
     const moves = {
-      ArrowRight: () => t + 1,
-      ArrowLeft: () => t - 1,
+      ArrowRight: () => t + right,
+      ArrowLeft: () => t - right,
       Home: () => 0,
       End: () => spans[i].length - 1,
       ArrowUp: () => neighbourLine(i, t, -1),
@@ -202,9 +223,10 @@ function render({ model, el }) {
   body.addEventListener("mouseleave", () => tip.hidePopover());
 
   model.on("change:traces", draw);
-  model.on("change:colour", paint);
+  model.on("change:colour change:scales", paint);
   model.on("change:selected", mark);
   draw();
+  new ResizeObserver(reveal).observe(body); // drawn before it stands in the page, where nothing scrolls yet
 }
 
 export default { render };
