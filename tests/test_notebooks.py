@@ -26,6 +26,7 @@ OWN_NAMES = {
     "workers": "int",  # runs at once
     "launch": "bool",  # run the grid without a click
     "results": "str",  # where finished runs lie
+    "trials": "str",  # where the trials of the objective lie
     "runs": "str",  # patterns of run folders to compare
     "reference": "str",  # label of the method that others are compared with
     "over": "str",  # what intervals draw anew
