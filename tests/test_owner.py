@@ -16,7 +16,14 @@ BASE = TRAINED | {"eval_samples": 0, "checkpoint_every": 100, "eval_every": 0}
 
 def train(run_dir, **settings):
     command = [sys.executable, "-m", "covrl_lab", "train", *flags(BASE | settings | {"run_dir": run_dir})]
-    return subprocess.Popen(command, env=checkout_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=checkout_environment(), preexec_fn=_heed_signals, **pipes)
+
+
+def _heed_signals():
+    """As in a terminal; under nohup and in the background of a shell some are ignored, which children inherit."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def steps(run_dir):
