@@ -150,9 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name = unknown[0].lstrip("-").split("=")[0]
             valid = [flag.dest for flag in options.parser._actions if flag.option_strings and flag.dest != "help"]
             raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, valid)}")
-        for name in ("SIGTERM", "SIGHUP"):
-            if signal.getsignal(getattr(signal, name, signal.SIGINT)) is signal.SIG_DFL:  # nohup ignores SIGHUP
-                signal.signal(getattr(signal, name), _interrupt)
+        for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows has no SIGHUP
+            if signal.getsignal(number) is signal.SIG_DFL:  # nohup has it ignored
+                signal.signal(number, _interrupt)
         status = options.run(settings, options) or 0
     except ConfigError as error:
         options.parser.error(str(error))

@@ -27,15 +27,19 @@ def check_examples(
     context is not encoded, as a token holds at least a byte. ``verified``: training grades answers, too.
     """
     rows = task.rows()
+    limits = (config.max_trace_tokens, max_context)
     for example in [*evaluated, *(rows if verified else ())]:
-        needed = len(prompter(example).answer)
+        prompt = prompter(example)
+        prompter.check_length(prompt, *limits, example.id, config.max_answer_tokens)
+        needed = len(prompt.answer)
         if needed > config.max_answer_tokens:
             raise ConfigError(
                 f"the answer of example {example.id!r} takes {needed} tokens with its end, and max_answer_tokens="
                 f"{config.max_answer_tokens} would cut it and count it wrong; set max_answer_tokens to {needed} or more"
             )
-    limits = (config.max_trace_tokens, max_context)
-    wrapper = sum(map(len, vars(prompter(rows[0])).values())) if rows else 0  # more than any row's own
+    if verified or not rows:
+        return
+    wrapper = sum(map(len, vars(prompter(rows[0])).values()))  # more than any row's own
     for example in rows:
         prompter.check_answer(example)
         size = len(example.question.encode()) + 2 * len(example.answer.encode())

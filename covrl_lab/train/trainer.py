@@ -71,7 +71,7 @@ class Trainer:
         self.task, self.prompter = open_task(config)
         self.held_out = self.task.held_out(config.eval_questions)
         self.max_context = load_config(config.model).get_text_config().max_position_embeddings
-        self._prompts([*self.held_out, *self._questions(0), *self._questions(1)])
+        self._prompts([*self._questions(0), *self._questions(1)])
         verified = "verifier_reward" in self.method.needs
         check_examples(config, self.task, self.prompter, self.held_out, verified, self.max_context)
         policy = open_policy(config)
