@@ -112,7 +112,7 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[str] | str]) -> st
 
 
 def trace_table(frame: pd.DataFrame) -> str:
-    """HTML table of traces, grouped by question: source, trace, log p(y|x,z) in nats, finished, own answer if judged."""
+    """HTML table of traces, grouped by question: source, trace, log p(y|x,z) in nats, finished, its answer if judged."""
     if frame.empty:
         return "<p>no traces</p>"
     rows: list[Sequence[str] | str] = []
@@ -125,7 +125,7 @@ def trace_table(frame: pd.DataFrame) -> str:
             # <code>: no page's formula renderer looks for dollars in it.
             trace = f'<code style="overflow-wrap: anywhere">{html_text(row.trace)}</code>'
             cells = [html_source(row.source), trace, f"{row.total:.2f}", "yes" if row.finished else "no"]
-            rows.append(cells + [html_mark(row.right, row.prediction)] * judged)
+            rows.append([*cells, html_mark(row.right, row.prediction)] if judged else cells)
     return html_table(["drawn from", "trace z", "log p(y|x,z), nats", "finished", *["its answer"] * judged], rows)
 
 
