@@ -112,7 +112,7 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[str] | str]) -> st
 
 
 def trace_table(frame: pd.DataFrame) -> str:
-    """HTML table of traces, grouped by question: source, trace, log p(y|x,z) in nats, finished, its answer if judged."""
+    """HTML table of traces by question: source, trace, log p(y|x,z) in nats, finished, the own answer if judged."""
     if frame.empty:
         return "<p>no traces</p>"
     rows: list[Sequence[str] | str] = []
