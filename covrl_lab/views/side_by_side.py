@@ -120,7 +120,7 @@ class TraceComparison(Panel):
         names = list(self.listed["id"])
         if question and question not in names:
             raise ConfigError(f"both sides have no question {question!r}{did_you_mean(question, names)}")
-        self.questions.picked = question or names[0]
+        self.questions.picked = question or self.questions.picked
 
     def _list(self, change: Any = None) -> None:
         means = [

@@ -77,7 +77,7 @@ class Table(anywidget.AnyWidget):
         shown = frame.head(limit)
         names = [c["name"] for c in self.columns]
         text = {c["name"] for c in self.columns if c["kind"] == "text"}
-        known = shown[["id", *names]].replace([math.inf, -math.inf], math.nan).astype(object)
+        known = shown[list(dict.fromkeys(["id", *names]))].replace([math.inf, -math.inf], math.nan).astype(object)
         rows = known.where(known.notna(), None).to_dict("records")
         rows = [record | {name: visible(record[name] or "") for name in text} for record in rows]
         with self.hold_sync():
