@@ -15,8 +15,8 @@ from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin
 
 from .defaults import METHOD_DEFAULTS, METHOD_SETTINGS, UNREAD
-from .files import write_whole
-from .types import ConfigError, did_you_mean
+from .files import read_object, write_whole
+from .types import ConfigError, did_you_mean, is_plain_text
 
 
 class Range(NamedTuple):
@@ -27,11 +27,18 @@ class Range(NamedTuple):
     words: str
 
 
+def _count(low: int, high: int) -> Any:
+    return Annotated[int, Range(low, high, f"{low} or more and at most {high:,}")]
+
+
+# The upper ends lie where memory or float32 cannot follow, or where a slip of the keyboard is the likelier reason.
 Share = Annotated[float, Range(0, 1, "between 0 and 1")]
-Positive = Annotated[float, Range(math.ulp(0.0), math.inf, "above 0")]
-NotNegative = Annotated[float, Range(0, math.inf, "0 or more")]
-Count = Annotated[int, Range(1, math.inf, "1 or more")]
-CountOrZero = Annotated[int, Range(0, math.inf, "0 or more")]
+Positive = Annotated[float, Range(1e-12, 1e9, "above 0, from 1e-12 to 1e9")]
+NotNegative = Annotated[float, Range(0, 1e6, "0 or more and at most 1e6")]
+Rank = _count(1, 4096)
+Few = _count(1, 1000)
+Count = _count(1, 1_000_000)
+CountOrZero = _count(0, 1_000_000)
 
 _LITERALS = str | int | float | bool | None | list | tuple | dict
 _KINDS = {float: "a finite number", int: "a whole number", str: "text", bool: "True or False"}
@@ -79,8 +86,8 @@ class RunConfig(metaclass=_Checked):
     model: str = "smollm2-135m"  # "smollm2-135m", "tiny", a Hugging Face id, or a local folder
     quantization: Literal["nf4", "none"] = "nf4"  # "nf4": QLoRA with double quantisation
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # compute type of the base model
-    lora_rank: Count = 16
-    lora_alpha: Count = 32  # LoRA scaling is lora_alpha / lora_rank
+    lora_rank: Rank = 16
+    lora_alpha: Rank = 32  # LoRA scaling is lora_alpha / lora_rank
     gradient_checkpointing: bool = False
     device: str = "auto"  # "auto", "cpu", "cuda"
     # --- task and prompts
@@ -118,27 +125,27 @@ class RunConfig(metaclass=_Checked):
     alpha_rate: Share | None = None  # 0: alpha stays; else how fast it follows the evidence upwards, a step
     # --- sampling
     steps: CountOrZero = 40
-    questions_per_step: Count = 8
-    rollouts_per_question: Count = 4
+    questions_per_step: Few = 8
+    rollouts_per_question: Few = 4
     max_trace_tokens: Count = 28
     temperature: Annotated[
-        float, Range(math.ulp(0.0), math.inf, "above 0 (greedy decoding belongs to evaluation)")
+        float, Range(1e-4, 1e4, "above 0 (greedy decoding belongs to evaluation), from 1e-4 to 1e4")
     ] = 1.0
     top_p: Annotated[float, Range(math.ulp(0.0), 1, "above 0 and at most 1")] = 1.0
     source_split: Literal["stratified", "bernoulli"] = "stratified"  # per group, or per trace as in the paper
     # --- optimisation
-    learning_rate: Positive = 2e-4
+    learning_rate: Annotated[float, Range(1e-12, 10, "above 0, from 1e-12 to 10")] = 2e-4
     lr_schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: CountOrZero = 4
     max_grad_norm: Positive = 1.0
     weight_decay: NotNegative = 0.0
-    updates_per_step: Count = 1
+    updates_per_step: Few = 1
     max_packed_tokens: Count = 4096  # tokens in one forward; longer steps are cut into micro-batches
     seed: Annotated[int, Range(0, 2**32 - 1, "from 0 to 2**32 - 1")] = 0
     # --- evaluation and output
     eval_every: CountOrZero = 10  # steps; 0: only before and after
     eval_questions: Count = 64
-    eval_samples: CountOrZero = 0  # sampled generations a question for avg@k; 0: greedy only
+    eval_samples: _count(0, 1000) = 0  # sampled generations a question for avg@k; 0: greedy only
     max_answer_tokens: Count = 12
     checkpoint_every: Count = 10  # steps
     run_dir: str | None = None  # None: runs/<task>-<method>-<hash of this configuration>
@@ -156,7 +163,7 @@ class RunConfig(metaclass=_Checked):
         _refuse_unread(self)
         if self.run_dir is None:
             task = Path(self.task).stem if "." in self.task else self.task.replace("/", "-")
-            object.__setattr__(self, "run_dir", f"runs/{task}-{self.method}-{self.run_id()}")
+            object.__setattr__(self, "run_dir", f"runs/{task[:60]}-{self.method}-{self.run_id()}")
 
     # --- JSON in and out
     def to_dict(self) -> dict[str, Any]:
@@ -186,15 +193,13 @@ class RunConfig(metaclass=_Checked):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what ``save`` wrote."""
-        try:
-            settings = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(
-                f"{str(path)!r} cannot be read ({error}); remove it or choose another run_dir"
-            ) from error
+        settings = read_object(path, "restore it, or remove it or choose another run_dir")
         if settings.get("method") == "covrl" and "evidence_floor" not in settings:
             settings["method"] = "covrl_published"  # what earlier versions called covrl
-        return cls.from_dict(settings)
+        try:
+            return cls.from_dict(settings)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (in {str(path)!r})") from error
 
     def differences(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
         """Settings that change the numbers and differ, as ``{name: (self, other)}``."""
@@ -211,6 +216,15 @@ class RunConfig(metaclass=_Checked):
         return {k: v for k, v in self.to_dict().items() if k not in others}
 
 
+def _shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or what is nested as deeply
+        return f"this {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:80]}…"
+
+
 def _checked(field: dataclasses.Field, value: Any) -> Any:
     """Convert what papermill delivers (ints for floats, numbers as text); ConfigError where it does not fit."""
     kind, optional, choices, allowed = field_type(field)
@@ -218,21 +232,34 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         return None
     if choices:
         if value not in choices:
-            raise ConfigError(f"unknown {field.name} {value!r}{did_you_mean(value, choices)}")
+            near = did_you_mean(value if isinstance(value, str) else "", choices)
+            raise ConfigError(f"unknown {field.name} {_shown(value)}{near}")
         return value
     try:
         if kind in (str, bool):
             if not isinstance(value, str | Path if kind is str else bool):
                 raise ValueError
+            if kind is str and not is_plain_text(str(value)):
+                raise ConfigError(f"{field.name} holds a character that no file can hold: {_shown(str(value))}")
             return kind(value)
         number = float(value)
         if isinstance(value, bool) or not math.isfinite(number) or kind(number) != number:
             raise ValueError
+    except ConfigError:
+        raise
     except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{field.name} must be {_KINDS[kind]}, not {value!r}") from None
+        raise ConfigError(f"{field.name} must be {_KINDS[kind]}, not {_shown(value)}") from None
     if allowed and not allowed.low <= number <= allowed.high:
-        raise ConfigError(f"{field.name} must be {allowed.words}, not {value!r}")
+        raise ConfigError(f"{field.name} must be {allowed.words}, not {_shown(value)}")
     return kind(number)
+
+
+def check_numbers(settings: dict[str, Any], path: Path) -> None:
+    """ConfigError where a setting of a run folder, perhaps of another version, is no number but should be one."""
+    for field in fields(RunConfig):
+        value, kind = settings.get(field.name), field_type(field).kind
+        if kind in (int, float) and value is not None and type(value) not in (int, float):
+            raise ConfigError(f"{field.name} must be {_KINDS[kind]}, not {_shown(value)} (in {str(path)!r})")
 
 
 def _refuse_unread(config: RunConfig) -> None:

@@ -29,11 +29,19 @@ class ConfigError(ValueError):
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest valid name, else a list of all (at most 12)."""
     valid = [str(v) for v in valid]
-    near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(name)[:100], valid, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"
     shown = ", ".join(sorted(valid)[:12]) + (", ..." if len(valid) > 12 else "")
     return f"; choose one of: {shown}"
+
+
+def is_plain_text(text: str) -> bool:
+    """Whether files and names can hold a text: no NUL and no half of a surrogate pair."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from ..files import write_whole
+from ..config import check_numbers
+from ..files import read_object, write_whole
 from ..types import ConfigError
 from .alarms import alarms
 
@@ -17,6 +21,12 @@ TRACE_COLUMNS = """
 step rollout example_id question answer source finished trace tokens token_ids logp logq answer_logp log_ratio
 reward advantage answer_weight posterior_advantage no_trace_logp
 """.split()
+TRACE_NEEDED = TRACE_COLUMNS[:17]  # older versions lack the others
+# What no line may lack; older versions lack others.
+_NEEDED = {
+    "metrics": ("step", "seconds", "finished_share"),
+    "evaluations": ("step", "accuracy", "accuracy_low", "accuracy_high"),
+}
 
 
 def step_file(folder: Path, step: int, suffix: str = ".parquet") -> Path:
@@ -33,15 +43,77 @@ def steps_in(folder: Path) -> list[int]:
 def write_parquet(frame: pd.DataFrame, path: Path) -> None:
     """Write a Parquet file, which nobody ever sees half-written, and its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, frame.to_parquet(index=False))
+    write_whole(path, frame.to_parquet(index=False, write_page_checksum=True))
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None, needed: Sequence[str] = ()) -> pa.Table:
+    """A Parquet file, or some of its columns. ConfigError where it is damaged or lacks one of ``needed``."""
+    try:
+        table = pq.read_table(path, columns=columns, page_checksum_verification=True)
+        table.validate(full=True)
+        if lacking := [name for name in needed if name not in table.column_names]:
+            raise ValueError(f"it has no column {lacking[0]!r}")
+        return table
+    except Exception as error:  # pyarrow's own kinds, OSError, and whatever damaged bytes decode to
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{str(path)!r} cannot be read ({reason}); restore it, or delete it to do without that step"
+        ) from error
+
+
+class Lines(NamedTuple):
+    """What ``metrics.jsonl`` or ``evaluations.jsonl`` holds."""
+
+    records: list[dict[str, Any]]  # of every line that can be read
+    sound: int  # how many of them stand before the first fault
+    reach: int  # the last step up to which nothing is missing, where there is a fault
+    fault: str  # what is wrong first, as part of a sentence; empty where nothing is
+
+
+def read_lines(path: Path) -> Lines:
+    """Read and check ``metrics.jsonl`` or ``evaluations.jsonl``; what is not there has no lines.
+
+    A last line that is still being written is left out. Faults are a line that cannot be read or is out of order,
+    and a missing one: of a step before the newest checkpoint, or of an evaluation whose generations are stored.
+    """
+    saved = max(steps_in(path.parent / "checkpoints"), default=0)  # read first: a run writes its lines before
+    stored, metrics, needed = steps_in(path.parent / path.stem), path.stem == "metrics", _NEEDED[path.stem]
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        content = b""
+    except OSError as error:
+        raise ConfigError(f"{str(path)!r} cannot be read ({error.strerror}); check it") from error
+    records, sound, reach, fault, last = [], 0, 0, "", 0
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+            numbers = isinstance(record, dict) and all(
+                v is None or isinstance(v, int | float) for v in record.values()
+            )
+            if not numbers or any(record.get(name) is None for name in needed):
+                raise ValueError(f"it needs numbers, among them {', '.join(needed)}")
+        except (ValueError, RecursionError) as error:
+            fault = fault or f"line {number} cannot be read ({error})"
+            continue
+        step = record["step"]
+        if step != last + 1 if metrics else step < last:
+            fault = fault or f"line {number} is of step {step}, after step {last}"
+        records.append(record)
+        last = step
+        if not fault:
+            sound, reach = len(records), step
+    if not fault:
+        expected = range(1, saved + 1) if metrics else [step for step in stored if step <= max(saved, last)]
+        there = {record["step"] for record in records}
+        if missing := [step for step in expected if step not in there]:
+            fault, reach = f"there is no line of step {missing[0]}", missing[0] - 1
+    return Lines(records, sound, reach, fault and f"{str(path)!r} is damaged: {fault}")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; a last line that is still being written is left out."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    """The records of ``metrics.jsonl`` or ``evaluations.jsonl`` that can be read."""
+    return read_lines(path).records
 
 
 @dataclass(frozen=True)
@@ -49,27 +121,48 @@ class Run:
     """A run folder: running, finished, or somebody else's."""
 
     path: Path
+    # What is wrong with files that were read, a sentence by file, of ``forgiving``; None: it raises a ConfigError.
+    damage: dict[str, str] | None = field(default=None, compare=False)
+
+    def forgiving(self) -> Run:
+        """The same run for a view: what is damaged is left out, and stands in ``damage`` and ``alarms``."""
+        return replace(self, damage={})
+
+    def note(self, name: str, sentence: str) -> None:
+        """Take note that a file is damaged."""
+        if self.damage is None:
+            raise ConfigError(sentence)
+        self.damage[name] = sentence
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        lines = read_lines(self.path / name)
+        if lines.fault:
+            self.note(name, f"{lines.fault}; restore it, or resume the run, which goes back to a checkpoint before")
+        return lines.records
 
     @property
     def config(self) -> dict[str, Any]:
-        """Settings by name."""
-        return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        """Settings by name. ConfigError where a number is none."""
+        path = self.path / "config.json"
+        settings = read_object(path)
+        check_numbers(settings, path)
+        return settings
 
     @property
     def metrics(self) -> pd.DataFrame:
         """One row a finished step; see ``trainer.StepRecord`` for the columns."""
-        return pd.DataFrame(read_jsonl(self.path / "metrics.jsonl"))
+        return pd.DataFrame(self._lines("metrics.jsonl"))
 
     @property
     def evaluations(self) -> pd.DataFrame:
         """One row an evaluation: step, accuracy with its interval, ...; see ``evaluation.summarise``."""
-        return pd.DataFrame(read_jsonl(self.path / "evaluations.jsonl"))
+        return pd.DataFrame(self._lines("evaluations.jsonl"))
 
     @property
     def alarms(self) -> dict[str, str]:
-        """Signs that the run goes wrong, a sentence each by kind; see ``runs.alarms``."""
-        lines = (read_jsonl(self.path / name) for name in ("metrics.jsonl", "evaluations.jsonl"))
-        return alarms(*lines)
+        """Signs that the run goes wrong, a sentence each by kind or file; see ``runs.alarms``."""
+        found = alarms(*(self._lines(name) for name in ("metrics.jsonl", "evaluations.jsonl")))
+        return (self.damage or {}) | found
 
     @property
     def steps(self) -> list[int]:
@@ -89,13 +182,20 @@ class Run:
         missing = [step for step, file in zip(chosen, files, strict=True) if not file.exists()]
         if missing:
             raise ConfigError(f"{self.path} has no traces of step {missing[0]}; it has {self.steps}")
-        if not files:
-            return pd.DataFrame(columns=TRACE_COLUMNS)
-        return pd.concat([pd.read_parquet(f) for f in files], ignore_index=True)
+        frames = []
+        for file in files:
+            try:
+                needed = () if self.damage is None else TRACE_NEEDED  # views draw them
+                frames.append(read_table(file, needed=needed).to_pandas())
+            except ConfigError as error:
+                if steps:
+                    raise
+                self.note(file.name, str(error))
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=TRACE_COLUMNS)
 
     def predictions(self, step: int) -> pd.DataFrame:
         """One row a held-out generation of the evaluation after ``step``; see ``evaluation.evaluate``."""
-        return pd.read_parquet(step_file(self.path / "evaluations", step))
+        return read_table(step_file(self.path / "evaluations", step)).to_pandas()
 
 
 def load_run(path: str | Path) -> Run:

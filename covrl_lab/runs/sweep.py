@@ -28,7 +28,7 @@ import pandas as pd
 
 from ..config import RunConfig
 from ..types import ConfigError
-from .folder import read_jsonl
+from .folder import read_lines
 from .worker import ENDS, POLL_SECONDS, check_platform, first_line, status, steps_done, supervise, write_end
 
 # In a checkout the notebooks lie beside the package; an installed wheel holds this one inside it.
@@ -125,7 +125,9 @@ class Sweep:
         for run_id, config in self.runs.items():
             path = self.path(run_id)
             how, reason = status(path)
-            metrics, evaluations = read_jsonl(path / "metrics.jsonl"), read_jsonl(path / "evaluations.jsonl")
+            metrics, evaluations = (read_lines(path / name) for name in ("metrics.jsonl", "evaluations.jsonl"))
+            reason = reason or metrics.fault or evaluations.fault
+            metrics, evaluations = metrics.records, evaluations.records
             row = {"id": run_id} | {name: getattr(config, name) for name in varied}
             row |= {"status": how, "reason": reason, "step": len(metrics), "steps": config.steps}
             row["accuracy"] = evaluations[-1]["accuracy"] if evaluations else None

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..config import RunConfig
-from ..files import write_whole
+from ..files import read_object, write_whole
 from ..types import ConfigError
 from .folder import read_jsonl
 
@@ -88,10 +88,11 @@ def status(folder: str | Path) -> tuple[str, str]:
     """("queued" | "running" | "done" | "cancelled" | "failed", reason in one sentence) of a run folder."""
     folder = Path(folder)
     for how in ENDS:
-        try:
-            return how, json.loads((folder / f"{how}.json").read_text(encoding="utf-8"))["reason"]
-        except FileNotFoundError:
-            continue
+        if (folder / f"{how}.json").exists():
+            try:
+                return how, str(read_object(folder / f"{how}.json", "delete it to run again").get("reason", ""))
+            except ConfigError as error:
+                return how, str(error)
     return ("running" if _locked(folder) else "queued"), ""
 
 

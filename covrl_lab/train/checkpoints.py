@@ -1,13 +1,15 @@
 """The files of a run: checks of its folder, checkpoints, and lines of metrics and evaluations.
 
-A checkpoint is the adapter, the optimiser and the method's state. It is written under another name and then
-renamed, so that a checkpoint folder is always whole.
+A checkpoint is the adapter, the optimiser and the method's state, with their checksums. It is written under another
+name and then renamed, so that a checkpoint folder is always whole. What a disk or a hand has damaged since is found
+by its checksum; a run then resumes from an older checkpoint.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,18 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..config import RunConfig
-from ..files import write_whole
-from ..runs.folder import read_jsonl, step_file, steps_in
+from ..files import check_checksums, read_object, write_checksums, write_whole
+from ..runs.folder import read_lines, step_file, steps_in
 from ..types import ConfigError
 from .policy import Policy, load_adapter, save_adapter
 
 ALLOWED_SUFFIXES = {".ipynb", ".ipynb_checkpoints", ".html", ".log", ".tmp", ".yaml"}
 MIN_FREE_BYTES = 200 * 2**20  # a run folder of the embedded model with its checkpoints stays below this
-METHOD_STATE = "memory.json"
+METHOD_STATE, OPTIMIZER = "memory.json", "optimizer.safetensors"
 KEPT_CHECKPOINTS = 2
+LOG = logging.getLogger(__name__)
 
 
 def check_run_dir(config: RunConfig) -> None:
@@ -43,6 +47,7 @@ def check_run_dir(config: RunConfig) -> None:
                 f"{str(run_dir)!r} holds a run with another configuration ({name} is {theirs!r} "
                 f"there, {mine!r} here); choose another run_dir"
             )
+        find_checkpoint(run_dir)
     elif run_dir.exists() and any((p.suffix or p.name) not in ALLOWED_SUFFIXES for p in run_dir.iterdir()):
         raise ConfigError(f"{str(run_dir)!r} is not empty and not a run folder; choose another run_dir")
     if shutil.disk_usage(parent).free < MIN_FREE_BYTES:
@@ -64,8 +69,9 @@ def save_checkpoint(
         for name, parameter in policy.trainable()
         for key, value in optimizer.state[parameter].items()
     }
-    save_file(state, temporary / "optimizer.safetensors")
+    save_file(state, temporary / OPTIMIZER)
     (temporary / METHOD_STATE).write_text(json.dumps(method_state), encoding="utf-8")
+    write_checksums(temporary)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     for old in steps_in(folder)[:-KEPT_CHECKPOINTS]:
@@ -73,32 +79,82 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(run_dir: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, float]]:
-    """Restore the last checkpoint; its step and the method's state, or 0 and nothing where there is none.
+def find_checkpoint(run_dir: Path) -> tuple[int, list[str]]:
+    """The step of the newest checkpoint that a run can resume from, 0 without any, and why newer ones will not do.
 
-    Files that an interrupted run left half-written are removed.
+    A checkpoint will do if its files are whole and metrics and evaluations are, up to its step. ConfigError where
+    there are checkpoints and none will.
     """
-    for half in run_dir.glob("*/*.tmp"):  # checkpoints, and files of traces and evaluations
-        shutil.rmtree(half) if half.is_dir() else half.unlink()
     saved = steps_in(run_dir / "checkpoints")
-    if not saved:
+    lines = [read_lines(run_dir / name) for name in ("metrics.jsonl", "evaluations.jsonl")]
+    skipped: list[str] = []
+    for step in reversed(saved):
+        found = [one.fault for one in lines if one.fault and one.reach < step]
+        try:
+            if not found:
+                _check_checkpoint(step_file(run_dir / "checkpoints", step, ""))
+                return step, list(dict.fromkeys(skipped))
+        except ConfigError as error:
+            found = [str(error)]
+        skipped += found
+    if saved:
+        raise ConfigError(
+            f"{skipped[0]}; no older checkpoint is whole either: restore the file, or remove the folder "
+            f"{str(run_dir / 'checkpoints')!r} and the run begins again"
+        )
+    return 0, []
+
+
+def _check_checkpoint(folder: Path) -> None:
+    """ConfigError where a file of a checkpoint is missing or damaged."""
+    check_checksums(folder)
+    for name in ("adapter_model.safetensors", OPTIMIZER):
+        try:
+            with safe_open(folder / name, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{str(folder / name)!r} cannot be read ({error}); restore it") from error
+    for name in ("adapter_config.json", METHOD_STATE):
+        read_object(folder / name)
+
+
+def load_checkpoint(run_dir: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, float]]:
+    """Restore the newest checkpoint that will do; its step and the method's state, or 0 and nothing without any.
+
+    What was skipped is said in the log and set aside under another name. Files that an interrupted run left
+    half-written are removed.
+    """
+    for half in (*run_dir.glob("*/*.tmp"), *run_dir.glob("*.json*.*.tmp")):  # checkpoints, and files of all kinds
+        shutil.rmtree(half) if half.is_dir() else half.unlink()
+    step, skipped = find_checkpoint(run_dir)
+    if not step:
         return 0, {}
-    folder = step_file(run_dir / "checkpoints", saved[-1], "")
+    folder = step_file(run_dir / "checkpoints", step, "")
     load_adapter(policy, folder)
-    stored = load_file(folder / "optimizer.safetensors")
+    stored = load_file(folder / OPTIMIZER)
     for name, parameter in policy.trainable():
-        moments = {key: stored[f"{name}/{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": stored[f"{name}/step"]} | moments
-    return saved[-1], json.loads((folder / METHOD_STATE).read_text(encoding="utf-8"))
+        state = {key: stored.get(f"{name}/{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+        if any(value is None or value.shape not in ((), parameter.shape) for value in state.values()):
+            raise ConfigError(f"{str(folder / OPTIMIZER)!r} does not fit {policy.name!r}: see {name!r}; restore it")
+        moments = {key: state[key].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": state["step"]} | moments
+    if skipped:
+        LOG.warning("the run resumes from step %d, as %s", step, "; ".join(skipped))
+        for newer in [other for other in steps_in(folder.parent) if other > step]:
+            aside = folder.with_name(f"skipped_{newer:05d}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(step_file(folder.parent, newer, ""), aside)
+    return step, read_object(folder / METHOD_STATE)
 
 
 def keep_lines(path: Path, last_step: int) -> list[dict[str, Any]]:
     """Drop the lines of steps after ``last_step`` from a JSON-lines file; return the lines that stay."""
     if not path.exists():
         return []
-    lines = [record for record in read_jsonl(path) if record["step"] <= last_step]
-    write_whole(path, "".join(json.dumps(r) + "\n" for r in lines))
-    return lines
+    lines = read_lines(path)
+    kept = [record for record in lines.records[: lines.sound] if record["step"] <= last_step]
+    write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
+    return kept
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:

@@ -67,19 +67,20 @@ class Trainer:
         self.held_out = self.task.held_out(config.eval_questions)
         self.max_context = load_config(config.model).get_text_config().max_position_embeddings
         self._prompts([*self.held_out, *self._questions(0), *self._questions(1)])
-        self.policy = open_policy(config)
+        policy = open_policy(config)
         self.optimizer = torch.optim.AdamW(
-            [p for _, p in self.policy.trainable()], lr=config.learning_rate, weight_decay=config.weight_decay
+            [p for _, p in policy.trainable()], lr=config.learning_rate, weight_decay=config.weight_decay
         )
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if not (self.run_dir / "config.json").exists():
             config.save(self.run_dir / "config.json")
         # What was written after the last whole checkpoint is dropped and written again.
-        self.step, self.method_state = load_checkpoint(self.run_dir, self.policy, self.optimizer)
+        self.step, self.method_state = load_checkpoint(self.run_dir, policy, self.optimizer)
         self.saved_step, self._unrecorded = self.step, False
         self.records = keep_lines(self.run_dir / "metrics.jsonl", self.step)
         self._evaluations = keep_lines(self.run_dir / "evaluations.jsonl", self.step)
-        self._tracker = Tracker(config, self.policy.device.type)
+        self._tracker = Tracker(config, policy.device.type)
+        self.policy = policy
         return self
 
     # --- the loop

@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pyarrow as pa
-import pyarrow.parquet as pq
 from IPython.display import HTML
 
-from ..runs.folder import Run, step_file
+from ..runs.folder import Run, read_table, step_file
 from ..runs.reweight import Settings, answer_logprob
-from .html import html_number, html_table, html_text
+from ..types import ConfigError
+from .html import alarms_html, html_number, html_table, html_text
 from .token_figures import plot_token_lines
 from .token_view import SCALES, TokenView, colours, token_html
 from .widgets import Panel, Plot, Table, field, offer, open_run, row, table_column
@@ -49,7 +49,12 @@ def trace_index(run: Run) -> pd.DataFrame:
 
     Columns: step, rollout, example_id, question, answer, source, trace, and total, log p(y|x,z) in nats.
     """
-    tables = [pq.read_table(step_file(run.path / "traces", step), columns=_LIGHT) for step in run.steps]
+    tables = []
+    for file in (step_file(run.path / "traces", step) for step in run.steps):
+        try:
+            tables.append(read_table(file, _LIGHT))
+        except ConfigError as error:
+            run.note(file.name, str(error))
     frame = pa.concat_tables(tables).to_pandas() if tables else pd.DataFrame(columns=_LIGHT)
     return frame.drop(columns="answer_logp").assign(total=answer_logprob(frame))
 
@@ -108,6 +113,8 @@ class TraceExplorer(Panel):
 
     def _read(self) -> None:
         self.index = trace_index(self.run)
+        if self.index.empty and self.run.damage:
+            raise ConfigError(next(iter(self.run.damage.values())))
         text = (self.index[name] for name in ("question", "answer", "trace"))
         self._haystack = next(text).str.cat(list(text), sep="\n").str.lower()
         self._step = 0  # whose traces are in memory
@@ -152,7 +159,11 @@ class TraceExplorer(Panel):
         """Show a question, named "step/example_id", with the likeliest trace of each source."""
         step, _, example = question.partition("/")
         if int(step) != self._step:
-            self._step, self._all = int(step), self.run.traces(int(step))
+            try:
+                self._step, self._all = int(step), self.run.traces(int(step))
+            except ConfigError as error:
+                self.heading.value = alarms_html({"damage": str(error)})
+                return
         frame = self._all[self._all["example_id"] == example].reset_index(drop=True)
         frame = frame.assign(total=answer_logprob(frame), length=frame["tokens"].map(len))
         frame["id"] = frame["rollout"].astype(str)
@@ -185,7 +196,9 @@ class TraceExplorer(Panel):
 
     def _show(self) -> None:
         self._list_rollouts()
-        self.heading.value = _heading(self.run, self.settings, self._frame.iloc[0])
+        self.heading.value = alarms_html(self.run.damage or {}) + _heading(
+            self.run, self.settings, self._frame.iloc[0]
+        )
         pair = self.pair()
         self.view.show(pair, self.settings)
         # Start where prior and posterior disagree most.
@@ -210,6 +223,8 @@ class TraceExplorer(Panel):
 
     def static(self) -> list[Any]:
         """The chosen question's rollouts, the two traces and the lines, as HTML and a plotly figure."""
+        if self._frame.empty:
+            return [HTML(self.heading.value)]
         columns = [c for c in self.rollouts.columns if c["kind"] != "text"]
         rows = [[html_number(line[c["name"]], f".{c['digits']}f") for c in columns] for line in self.rollouts.rows]
         table = html_table([html.escape(c["label"]) for c in columns], rows)

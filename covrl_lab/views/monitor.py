@@ -20,6 +20,7 @@ import plotly.graph_objects as go
 from IPython.display import HTML
 
 from ..runs.folder import Run, step_file, steps_in
+from ..types import ConfigError
 from .figures import plot_training_curves
 from .html import alarms_html, html_number, html_table, html_text, trace_table
 from .style import BOTH, GREY, POSTERIOR, PRIOR
@@ -70,10 +71,12 @@ class Snapshot:
 
 def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
     """Read a run folder as it stands; ``now`` is the time in seconds since the epoch, for tests."""
-    run, now = Run(Path(run_dir)), time.time() if now is None else now
+    run, now = Run(Path(run_dir)).forgiving(), time.time() if now is None else now
     if not (run.path / "config.json").is_file():
         return Snapshot(run, "waiting", f"waiting for a run in {str(run_dir)!r}")
     config, metrics, evaluations = run.config, run.metrics, run.evaluations
+    if "steps" not in config:
+        raise ConfigError(f"{str(run.path / 'config.json')!r} has no 'steps'; restore it")
     step, steps, left, median = 0, int(config["steps"]), None, 0.0
     # Nothing is written while an evaluation runs, and before the first step a model is loaded as well.
     evaluation, patience = _evaluation_seconds(run), 600.0
@@ -176,7 +179,7 @@ def status_html(shot: Snapshot) -> str:
         last = shot.evaluations.iloc[-1]
         value = f'held-out accuracy <b data-column="accuracy">{last.accuracy:.1%}</b> after step {last.step:.0f}'
         parts.append(f"{value} (95% interval {last.accuracy_low:.1%} to {last.accuracy_high:.1%})")
-    alarms = alarms_html(shot.run.alarms) if shot.step else ""
+    alarms = alarms_html(shot.run.alarms)
     return f'<div style="line-height: 1.5">{" &nbsp;·&nbsp; ".join(parts)}</div>{alarms}'
 
 
@@ -198,7 +201,10 @@ def traces_html(shot: Snapshot, questions: int = 2) -> str:
     stored = shot.run.steps
     if not stored:
         return "<p>no traces yet</p>"
-    traces = shot.run.traces(stored[-1])
+    try:
+        traces = shot.run.traces(stored[-1])
+    except ConfigError as error:
+        return f"<p>⚠ {html_text(error)}</p>"
     shown = traces[traces["example_id"].isin(traces["example_id"].unique()[:questions])]
     return f"<b>Traces of step {stored[-1]}</b>{trace_table(shown)}"
 

@@ -19,6 +19,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from .. import __version__
+from ..files import write_whole
 from ..runs.folder import Run, load_run
 from ..runs.reweight import Settings, Traces, answer_logprob, summarise_traces
 from ..types import ConfigError
@@ -39,11 +40,11 @@ def report(run: Run | str | Path, path: str | Path | None = None) -> Path:
     stored step, what mixing the two sources comes to, and the versions that drew it. About 5 MB, nearly all
     of it plotly.js. Raises ConfigError for a folder that is not a run.
     """
-    run = run if isinstance(run, Run) else load_run(run)
+    run = (run if isinstance(run, Run) else load_run(run)).forgiving()
     path = run.path / "report.html" if path is None else Path(path)
     if not path.parent.is_dir():
         raise ConfigError(f"the folder {str(path.parent)!r} does not exist; make it or choose another file")
-    path.write_text(page(run), encoding="utf-8", newline="\n")
+    write_whole(path, page(run))
     return path
 
 
@@ -51,7 +52,12 @@ def page(run: Run) -> str:
     """The report as one HTML document."""
     config, metrics, evaluations = run.config, run.metrics, run.evaluations
     settings = Settings.of(config)
-    traces = {step: run.traces(step) for step in sorted({*run.steps[:1], *run.steps[-1:]})}
+    traces = {}
+    for step in sorted({*run.steps[:1], *run.steps[-1:]}):
+        try:
+            traces[step] = run.traces(step)
+        except ConfigError as error:
+            run.note(f"traces of step {step}", str(error))
     reward = config.get("reward", "")
     unit = "probability" if "probability" in reward else "share" if reward == "verdict" else "nats"
     curves = _figure(plot_training_curves(metrics, evaluations, unit))
