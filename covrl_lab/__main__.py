@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             valid = [flag.dest for flag in options.parser._actions if flag.option_strings and flag.dest != "help"]
             raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, valid)}")
         status = options.run(settings, options) or 0
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         options.parser.error(str(error))
     sys.exit(status)
 

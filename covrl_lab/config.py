@@ -239,8 +239,9 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         if kind in (str, bool):
             if not isinstance(value, str | Path if kind is str else bool):
                 raise ValueError
-            if kind is str and not is_plain_text(str(value)):
-                raise ConfigError(f"{field.name} holds a character that no file can hold: {_shown(str(value))}")
+            if kind is str and not (is_plain_text(str(value)) and len(str(value)) <= 1000):
+                rule = "text of at most 1,000 characters that file names can hold"
+                raise ConfigError(f"{field.name} must be {rule}, not {_shown(str(value))}")
             return kind(value)
         number = float(value)
         if isinstance(value, bool) or not math.isfinite(number) or kind(number) != number:
@@ -280,6 +281,9 @@ def _refuse_combinations(config: RunConfig) -> None:
         if not ok:
             raise ConfigError(f"{name} must be {rule}, not {getattr(config, name)!r}")
 
+    need(config.run_dir != "", "run_dir", "the name of a folder, or left out")
+    rule = "at most 100,000 times 1 / rollouts_per_question: a step's traces are in memory together"
+    need(config.questions_per_step * config.rollouts_per_question <= 100_000, "questions_per_step", rule)
     if config.n_sample > 1:
         need(config.method == "jlb", "n_sample", "1 unless method='jlb'")
         need(config.reward == "sum_logprob", "reward", "'sum_logprob' when n_sample is above 1")

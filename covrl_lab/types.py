@@ -56,6 +56,11 @@ class Example:
     answer: str
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
 
+    @property
+    def place(self) -> str:
+        """Its id, and its row where it comes from a data set."""
+        return f"{self.id}, row {self.metadata['row']}" if "row" in self.metadata else self.id
+
     def __post_init__(self) -> None:
         if not self.question.strip():
             raise ConfigError(f"example {self.id!r} has an empty question; remove that row")

@@ -176,6 +176,8 @@ def scores(methods: Methods, step: int | None = None) -> pd.DataFrame:
     for label, run, config in _each(methods):
         steps = steps_in(run.path / "evaluations")
         last = steps[-1] if step is None and steps else step
+        if step is None and len(told := run.evaluations) and last != told["step"].max():
+            last = int(told["step"].max())  # its generations have been lost
         if last not in steps:
             wanted = "any step" if step is None else f"step {step}"
             raise ConfigError(f"{run.path} has no evaluation of {wanted}; leave it out or resume it")

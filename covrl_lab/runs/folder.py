@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -201,6 +202,6 @@ class Run:
 def load_run(path: str | Path) -> Run:
     """Open a run folder. ConfigError where there is none."""
     path = Path(path)
-    if not (path / "config.json").is_file():
+    if not os.path.isfile(path / "config.json"):
         raise ConfigError(f"{str(path)!r} is not a run folder (it has no config.json); check the path")
     return Run(path)

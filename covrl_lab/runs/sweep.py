@@ -13,6 +13,7 @@ Every process that sees the folder sees the same table. An interrupted run resum
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -80,6 +81,9 @@ class Sweep:
         self.folder, self.notebook = Path(folder), Path(notebook or NOTEBOOK)
         self.base = dict(base or {})
         self.threads, self.timeout_minutes = threads, timeout_minutes
+        for name, value in (("threads", threads), ("timeout_minutes", timeout_minutes)):
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} must be above 0, not {value!r}")
         if not self.notebook.is_file():
             raise ConfigError(f"there is no notebook {str(self.notebook)!r}; give notebook= its path")
         self.runs: dict[str, RunConfig] = {}  # id -> configuration
@@ -162,6 +166,8 @@ class Sweep:
         if self.driven:
             return self
         check_platform()
+        if workers is not None and workers < 1:
+            raise ConfigError(f"workers must be 1 or more, not {workers!r}")
         for run_id, config in self.runs.items():
             path = self.path(run_id) / "config.json"
             if not path.exists():

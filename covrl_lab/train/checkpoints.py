@@ -36,6 +36,10 @@ LOG = logging.getLogger(__name__)
 def check_run_dir(config: RunConfig) -> None:
     """Raise ConfigError where this configuration cannot write its run folder; writes nothing."""
     run_dir = Path(config.run_dir)
+    try:
+        run_dir.exists()
+    except OSError as error:
+        raise ConfigError(f"{config.run_dir[:80]!r} cannot be a run_dir ({error.strerror}); choose another") from error
     parent = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         problem = "cannot be written" if parent.is_dir() else "is a file"

@@ -104,7 +104,11 @@ class Prompter:
         for d in self.demonstrations:
             content += f"{d.question}\n<think>\n{d.trace}\n</think>\n<answer> {d.answer} </answer>\n\n"
         messages = [{"role": "user", "content": content + question}]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"the model's chat template fails ({reason}); use prompt_style='few_shot'") from error
         # Reasoning models' templates may open the thinking themselves; ours opens it in both contexts.
         return self._encode(text.rstrip().removesuffix("<think>") if text.rstrip().endswith("<think>") else text)
 
@@ -113,7 +117,7 @@ class Prompter:
         style, x, y = self.style, example.question, example.answer.strip()
         if style.answer_end in y:
             raise ConfigError(
-                f"the answer of example {example.id!r} contains {style.answer_end!r}, which ends an answer "
+                f"the answer of example {example.place!r} contains {style.answer_end!r}, which ends an answer "
                 f"in prompt_style={style.name!r}; " + ("use 'chat'" if style is FEW_SHOT else "rewrite that answer")
             )
         if style is FEW_SHOT:

@@ -10,15 +10,19 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import lru_cache
+from heapq import nlargest
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TextIO
 
-from ..types import ConfigError, Demonstration, Example, did_you_mean
+from ..types import ConfigError, Demonstration, Example, did_you_mean, is_plain_text
 from .answers import gym_scorer, match_answer
 from .builtin_tasks import RANGES, TASKS
 
@@ -85,6 +89,9 @@ class _Stream:
                     return example
         raise ConfigError(f"task {self.name!r} gave no training question in {MAX_DRAWS} draws; choose another")
 
+    def unusual(self, count: int, seed: int) -> list[Example]:
+        return []
+
     def held_out(self, count: int) -> list[Example]:
         found: dict[str, Example] = {}
         attempt = last_hit = 0
@@ -115,6 +122,11 @@ class _Rows:
             raise ConfigError(f"data set {self.name!r} has no row left to train on; add rows")
         places = (divmod(index, size) for index in range(start, start + count))
         return [self.train_examples[_epoch_order(size, seed, epoch)[place]] for epoch, place in places]
+
+    def unusual(self, count: int, seed: int) -> list[Example]:
+        used = self.train(0, min(count, len(self.train_examples)), seed)
+        ends = [example for example in used if "\n" in example.answer or "</answer>" in example.answer]
+        return ends[:8] + nlargest(8, used, key=lambda example: len(example.question) + len(example.answer))
 
     def held_out(self, count: int) -> list[Example]:
         if count > len(self.held_out_examples):
@@ -149,6 +161,11 @@ class Task:
     def held_out(self, count: int) -> list[Example]:
         """The first ``count`` held-out examples, all different. ConfigError if there are fewer."""
         return self._source.held_out(count)
+
+    def unusual(self, count: int, seed: int = 0) -> list[Example]:
+        """Of the first ``count`` training examples of a data set those that may not fit: the longest, and answers
+        that may hold their own end. A generator has none."""
+        return self._source.unusual(count, seed)
 
     def score(self, prediction: str, example: Example) -> float:
         """How right a predicted answer is, 0..1; 1.0 is right."""
@@ -198,17 +215,43 @@ def _read_file(path: Path, limit: int | None = None) -> tuple[list[str], Iterabl
         with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":  # the csv module keeps "007" and "NA" as they stand
                 reader = csv.DictReader(file)
-                return list(reader.fieldnames or []), [] if limit else list(reader)
+                return list(reader.fieldnames or []), [] if limit else _csv_rows(reader)
             if path.suffix == ".json":
                 rows = json.load(file)
             else:
-                lines = (line for line in file if line.strip())
-                rows = [json.loads(line) for line, _ in zip(lines, range(limit or 2**62), strict=False)]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data file {str(path)!r} cannot be read: {error}") from error
+                rows = _json_lines(file, limit)
+    except Exception as error:  # pyarrow, csv and json have kinds of their own
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"data file {str(path)!r} cannot be read: {reason}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ConfigError(f"data file {str(path)!r} must hold a list of objects, one per question")
     return list(rows[0]) if rows else [], rows
+
+
+def _json_lines(file: TextIO, limit: int | None) -> list[Any]:
+    """What the lines hold, at most ``limit`` of them. ValueError with the number of a line that is no JSON."""
+    rows: list[Any] = []
+    for number, line in enumerate(file, start=1):
+        try:
+            if line.strip():
+                rows.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number}: {error}") from error
+        if len(rows) == limit:
+            break
+    return rows
+
+
+def _csv_rows(reader: csv.DictReader) -> list[dict[str, Any]]:
+    """The rows. ValueError where a name stands twice, or a row has more cells than names."""
+    if twice := [name for name in reader.fieldnames or [] if reader.fieldnames.count(name) > 1]:
+        raise ValueError(f"two columns are called {twice[0]!r}; rename one")
+    rows = []
+    for number, row in enumerate(reader, start=1):
+        if None in row:
+            raise ValueError(f"row {number} has more cells than the {len(row) - 1} columns; put quotes around commas")
+        rows.append(row)
+    return rows
 
 
 def _read_hub(name: str, config: str | None, split: str | None) -> tuple[list[str], Iterable[dict[str, Any]]]:
@@ -231,9 +274,18 @@ def _check_columns(name: str, found: list[str], wanted: Iterable[str | None]) ->
             raise ConfigError(f"data set {name!r} has columns {found} but not {column!r}{hint}")
 
 
-def _cell(row: dict[str, Any], column: str | None) -> str:
+def _cell(row: dict[str, Any], column: str | None, place: str) -> str:
+    """The text of a cell. ConfigError, which gives its place, where it is no text and no finite number."""
     value = row.get(column)
-    return "" if value is None else str(value).strip()
+    if hasattr(value, "__len__") and not isinstance(value, str):
+        found = f"a {type(value).__name__}"
+    elif isinstance(value, float | Decimal) and not math.isfinite(value):
+        found = str(value)
+    elif not is_plain_text(text := "" if value is None else str(value).strip()):
+        found = "a NUL or half a surrogate pair"
+    else:
+        return text
+    raise ConfigError(f"{place} has {found} in {column!r}; put text or a number there, or remove the row")
 
 
 def _row_task(name: str, rows: Iterable[dict], question: str, answer: str, trace: str | None, shown: int) -> Task:
@@ -244,16 +296,18 @@ def _row_task(name: str, rows: Iterable[dict], question: str, answer: str, trace
     seen: set[str] = set()
     train, held_out, demonstrations = [], [], []
     for number, row in enumerate(rows, start=1):
-        asked, answered = _cell(row, question), _cell(row, answer).rpartition("####")[2].strip()
+        place = f"row {number} of {name!r}"
+        asked = _cell(row, question, place)
+        answered = _cell(row, answer, place).rpartition("####")[2].strip()
         for column, text in ((question, asked), (answer, answered)):
             if not text:
-                raise ConfigError(f"row {number} of {name!r} has an empty {column!r}; fill it in or remove it")
+                raise ConfigError(f"{place} has an empty {column!r}; fill it in or remove it")
         digest = _digest(asked)
         if digest in seen:
             continue
         seen.add(digest)
         example = Example(f"{Path(name).stem}:{digest[:16]}", asked, answered, {"row": number})
-        worked = " ".join(_cell(row, trace).partition("####")[0].split())  # one line, as prompts need it
+        worked = " ".join(_cell(row, trace, place).partition("####")[0].split())  # one line, as prompts need it
         if is_held_out(asked):
             held_out.append(example)
         elif worked and len(demonstrations) < shown:
@@ -307,7 +361,7 @@ def check_task(name: str, settings: TaskSettings) -> None:
     if name in TASKS:
         return
     if on_hub:
-        if not re.fullmatch(r"hf/[\w.-]+/[\w.-]+", name):
+        if not re.fullmatch(r"hf/\w[\w.-]*/\w[\w.-]*", name):
             raise ConfigError(f"Hugging Face task {name!r} must have the form hf/OWNER/NAME")
     elif name.startswith("reasoning_gym/"):
         from reasoning_gym.factory import DATASETS
@@ -316,7 +370,7 @@ def check_task(name: str, settings: TaskSettings) -> None:
         if short not in DATASETS:
             raise ConfigError(f"unknown reasoning-gym task {short!r}{did_you_mean(short, DATASETS)}")
     elif is_file:
-        if not Path(name).is_file():
+        if not os.path.isfile(name):
             raise ConfigError(f"data file {name!r} does not exist; check the path")
         found, _ = _read_file(Path(name), limit=1)
         _check_columns(name, found, (columns[0] or "question", columns[1] or "answer", columns[2]))

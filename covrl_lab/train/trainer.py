@@ -66,7 +66,8 @@ class Trainer:
         self.task, self.prompter = open_task(config)
         self.held_out = self.task.held_out(config.eval_questions)
         self.max_context = load_config(config.model).get_text_config().max_position_embeddings
-        self._prompts([*self.held_out, *self._questions(0), *self._questions(1)])
+        unusual = self.task.unusual(config.steps * config.questions_per_step, config.seed)
+        self._prompts([*self.held_out, *self._questions(0), *self._questions(1), *unusual])
         policy = open_policy(config)
         self.optimizer = torch.optim.AdamW(
             [p for _, p in policy.trainable()], lr=config.learning_rate, weight_decay=config.weight_decay
@@ -165,7 +166,7 @@ class Trainer:
         config, prompts = self.config, [self.prompter(example) for example in examples]
         for prompt, example in zip(prompts, examples, strict=True):
             self.prompter.check_length(
-                prompt, config.max_trace_tokens, self.max_context, example.id, config.max_answer_tokens
+                prompt, config.max_trace_tokens, self.max_context, example.place, config.max_answer_tokens
             )
         return prompts
 

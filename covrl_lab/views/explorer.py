@@ -76,7 +76,9 @@ class TraceExplorer(Panel):
         self._read()
 
         narrow, sources = {"width": "110px"}, [("all sources", ""), ("prior", "prior"), ("posterior", "posterior")]
-        self.step = widgets.Dropdown(options=self._steps(), value=step, layout=narrow)
+        self.step = widgets.Dropdown(
+            options=self._steps(), value=step if step in set(self.index["step"]) else 0, layout=narrow
+        )
         self.search = widgets.Text(placeholder="search questions, answers, traces", layout={"flex": "1 1 150px"})
         self.source = widgets.Dropdown(options=sources, layout=narrow)
         about = "Read the run folder again; filters, order and question stay"
