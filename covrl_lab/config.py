@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_orig
 
 from .defaults import METHOD_DEFAULTS, METHOD_SETTINGS, UNREAD
 from .files import read_object, write_whole
-from .types import ConfigError, did_you_mean, is_plain_text
+from .types import UNFIT, ConfigError, did_you_mean
 
 
 class Range(NamedTuple):
@@ -27,21 +27,21 @@ class Range(NamedTuple):
     words: str
 
 
-def _count(low: int, high: int) -> Any:
-    return Annotated[int, Range(low, high, f"{low} or more and at most {high:,}")]
-
-
 # The upper ends lie where memory or float32 cannot follow, or where a slip of the keyboard is the likelier reason.
 Share = Annotated[float, Range(0, 1, "between 0 and 1")]
 Positive = Annotated[float, Range(1e-12, 1e9, "above 0, from 1e-12 to 1e9")]
 NotNegative = Annotated[float, Range(0, 1e6, "0 or more and at most 1e6")]
-Rank = _count(1, 4096)
-Few = _count(1, 1000)
-Count = _count(1, 1_000_000)
-CountOrZero = _count(0, 1_000_000)
+Few = Annotated[int, Range(1, 1000, "1 or more and at most 1,000")]
+Count = Annotated[int, Range(1, 1e6, "1 or more and at most 1,000,000")]
+CountOrZero = Annotated[int, Range(0, 1e6, "0 or more and at most 1,000,000")]
 
 _LITERALS = str | int | float | bool | None | list | tuple | dict
-_KINDS = {float: "a finite number", int: "a whole number", str: "text", bool: "True or False"}
+_KINDS = {
+    float: "a finite number",
+    int: "a whole number",
+    str: "text of at most 1,000 characters without NUL",
+    bool: "True or False",
+}
 
 
 class FieldType(NamedTuple):
@@ -86,8 +86,8 @@ class RunConfig(metaclass=_Checked):
     model: str = "smollm2-135m"  # "smollm2-135m", "tiny", a Hugging Face id, or a local folder
     quantization: Literal["nf4", "none"] = "nf4"  # "nf4": QLoRA with double quantisation
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # compute type of the base model
-    lora_rank: Rank = 16
-    lora_alpha: Rank = 32  # LoRA scaling is lora_alpha / lora_rank
+    lora_rank: Few = 16
+    lora_alpha: Count = 32  # LoRA scaling is lora_alpha / lora_rank
     gradient_checkpointing: bool = False
     device: str = "auto"  # "auto", "cpu", "cuda"
     # --- task and prompts
@@ -145,7 +145,7 @@ class RunConfig(metaclass=_Checked):
     # --- evaluation and output
     eval_every: CountOrZero = 10  # steps; 0: only before and after
     eval_questions: Count = 64
-    eval_samples: _count(0, 1000) = 0  # sampled generations a question for avg@k; 0: greedy only
+    eval_samples: CountOrZero = 0  # sampled generations a question for avg@k; 0: greedy only
     max_answer_tokens: Count = 12
     checkpoint_every: Count = 10  # steps
     run_dir: str | None = None  # None: runs/<task>-<method>-<hash of this configuration>
@@ -239,15 +239,12 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         if kind in (str, bool):
             if not isinstance(value, str | Path if kind is str else bool):
                 raise ValueError
-            if kind is str and not (is_plain_text(str(value)) and len(str(value)) <= 1000):
-                rule = "text of at most 1,000 characters that file names can hold"
-                raise ConfigError(f"{field.name} must be {rule}, not {_shown(str(value))}")
+            if kind is str and (UNFIT.search(str(value)) or len(str(value)) > 1000):
+                raise ValueError
             return kind(value)
         number = float(value)
         if isinstance(value, bool) or not math.isfinite(number) or kind(number) != number:
             raise ValueError
-    except ConfigError:
-        raise
     except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{field.name} must be {_KINDS[kind]}, not {_shown(value)}") from None
     if allowed and not allowed.low <= number <= allowed.high:
@@ -282,7 +279,7 @@ def _refuse_combinations(config: RunConfig) -> None:
             raise ConfigError(f"{name} must be {rule}, not {getattr(config, name)!r}")
 
     need(config.run_dir != "", "run_dir", "the name of a folder, or left out")
-    rule = "at most 100,000 times 1 / rollouts_per_question: a step's traces are in memory together"
+    rule = "at most 100,000 / rollouts_per_question, as a step's traces are in memory together"
     need(config.questions_per_step * config.rollouts_per_question <= 100_000, "questions_per_step", rule)
     if config.n_sample > 1:
         need(config.method == "jlb", "n_sample", "1 unless method='jlb'")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +30,37 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def readable(what: str, remedy: str = "restore it") -> Iterator[None]:
+    """Whatever fails inside is a ConfigError: ``what`` cannot be read, why, and the remedy."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # damaged bytes fail in many ways, and each library has kinds of its own
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(f"{what} cannot be read ({reason}); {remedy}") from error
+
+
 def read_object(path: str | Path, remedy: str = "restore it") -> dict[str, Any]:
     """The object that a JSON file holds. ConfigError, which ends with ``remedy``, where it cannot be read."""
-    try:
+    with readable(repr(str(path)), remedy):
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("it holds no object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{str(path)!r} cannot be read ({error}); {remedy}") from error
-    return found
+        return found
 
 
-def write_checksums(folder: Path) -> None:
-    """Write the SHA-256 of every file of a folder to its ``checksums.json``."""
-    sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+def checksums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a folder."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
 def check_checksums(folder: Path) -> None:
     """ConfigError where a file is missing or is not what was written; nothing in folders without checksums."""
-    if not (folder / CHECKSUMS).exists():
-        return
-    for name, expected in read_object(folder / CHECKSUMS).items():
-        path = folder / name
-        if not path.is_file():
-            raise ConfigError(f"{str(path)!r} is missing; restore it")
-        if _sha256(path) != expected:
-            raise ConfigError(f"{str(path)!r} is damaged: its SHA-256 is not the one in {CHECKSUMS}; restore it")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    if (folder / CHECKSUMS).exists():
+        found = checksums(folder)
+        for name, expected in read_object(folder / CHECKSUMS).items():
+            if found.get(name) != expected:
+                problem = f"damaged: its SHA-256 is not the one in {CHECKSUMS}" if name in found else "missing"
+                raise ConfigError(f"{str(folder / name)!r} is {problem}; restore it")

@@ -14,12 +14,16 @@ Log-probabilities are in nats, float32 or better, and exactly 0 where the mask i
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+UNFIT = re.compile("[\0\ud800-\udfff]")  # what no file can hold: NUL, and half a surrogate pair
 
 
 class ConfigError(ValueError):
@@ -34,14 +38,6 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
         return f"; did you mean {near[0]!r}?"
     shown = ", ".join(sorted(valid)[:12]) + (", ..." if len(valid) > 12 else "")
     return f"; choose one of: {shown}"
-
-
-def is_plain_text(text: str) -> bool:
-    """Whether files and names can hold a text: no NUL and no half of a surrogate pair."""
-    try:
-        return b"\0" not in text.encode()
-    except UnicodeEncodeError:
-        return False
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def sentence_of(action, *words) -> str:
 # --- settings: refused before a model is loaded
 
 SETTINGS = [
-    ({"lora_rank": 10**9}, "lora_rank must be 1 or more and at most 4,096"),
+    ({"lora_rank": 10**9}, "lora_rank must be 1 or more and at most 1,000"),
     ({"lora_rank": "10**9"}, "lora_rank must be a whole number"),
     ({"lora_alpha": 10**12}, "lora_alpha must be"),
     ({"learning_rate": 1e300}, "learning_rate must be above 0, from 1e-12 to 10"),
@@ -85,7 +85,7 @@ SETTINGS = [
     ({"method": ["covrl"]}, "unknown method"),
     ({"dtype": "float16"}, "unknown dtype 'float16'"),
     ({"quantization": None}, "unknown quantization None"),
-    ({"task": "a\0b"}, "that file names can hold, not 'a\\x00b'"),
+    ({"task": "a\0b"}, "without NUL, not 'a\\x00b'"),
     ({"task": ""}, "unknown task ''"),
     ({"task": "x" * 5000}, "task must be text of at most 1,000 characters"),
     ({"task": "x" * 500 + ".csv"}, "does not exist"),
@@ -97,8 +97,8 @@ SETTINGS = [
     ({"task": "/.jsonl"}, "unknown task '/.jsonl'"),
     ({"task": "no/such/file.parquet"}, "does not exist"),
     ({"task": ".jsonl"}, "unknown task '.jsonl'"),
-    ({"model": "a\0b"}, "model must be text of at most 1,000 characters that file names can hold"),
-    ({"model": "\ud800"}, "that file names can hold, not '\\ud800'"),
+    ({"model": "a\0b"}, "model must be text of at most 1,000 characters without NUL"),
+    ({"model": "\ud800"}, "without NUL, not '\\ud800'"),
     ({"model": ""}, "unknown model ''"),
     ({"model": "m" * 500}, "unknown model"),
     ({"model": "../.."}, "it has no config.json"),
@@ -106,7 +106,7 @@ SETTINGS = [
     ({"model": "owner/name/more"}, "unknown model"),
     ({"model": "/"}, "it has no config.json"),
     ({"run_dir": ""}, "run_dir must be the name of a folder"),
-    ({"run_dir": "a\0b"}, "run_dir must be text of at most 1,000 characters that file names can hold"),
+    ({"run_dir": "a\0b"}, "run_dir must be text of at most 1,000 characters without NUL"),
     ({"run_dir": "d" * 300}, "cannot be a run_dir (File name too long)"),
     ({"run_dir": "d/" * 5000}, "run_dir must be text of at most 1,000 characters"),
     ({"run_dir": "/proc/self/run"}, "'/proc/self'"),
@@ -115,7 +115,7 @@ SETTINGS = [
     ({"device": ""}, "device='' is not known"),
     ({"device": "gpu"}, "device='gpu' is not known"),
     ({"device": "cpu:x"}, "device='cpu:x' is not known"),
-    ({"lora_rank": 65}, "lora_rank=65 is above the width of 'tiny', 64"),
+    ({"lora_rank": 65}, "lora_rank=65 is above 64, the width of 'tiny'"),
     ({"max_trace_tokens": 8192}, "more than the model's context of 8192"),
     ({"eval_questions": 10_000, "difficulty": 1}, "different held-out questions, not 10000"),
 ]
@@ -170,8 +170,8 @@ DATA = [
     ("x.jsonl", b'{"question": "\xff", "answer": "1"}', "cannot be read", "can't decode byte"),
     ("x.jsonl", row().encode("utf-16"), "cannot be read"),
     ("x.csv", f"question,answer\nq,{'9' * 200_000}\n", "field larger than field limit"),
-    ("x.csv", "question,answer\nq,1\nr,1,2\n", "row 2 has more cells than the 2 columns"),
-    ("x.csv", "question,answer,answer\nq,1,2\n", "two columns are called 'answer'"),
+    ("x.csv", "question,answer\nq,1\nr,1,2\n", "row 2 of", "has more cells than there are columns"),
+    ("x.csv", "question,answer,answer\nq,1,2\n", "has two columns 'answer'"),
     ("x.csv", "question,answer\nq\n", "row 1 of", "empty 'answer'"),
     ("x.csv", "question,answer\nq,a\0b\n", "NUL"),
     ("x.csv", "question\nq\n", "not 'answer'"),
@@ -373,7 +373,8 @@ def flip(content: bytes) -> bytes:
     """One bit: of a quotation mark in text, of the stored values in a Parquet file, elsewhere in the middle."""
     footer = 8 + int.from_bytes(content[-8:-4], "little") if content[-4:] == b"PAR1" else 0
     middle = (len(content) - footer) // 2
-    at = middle + content[middle:].find(b'"') if content[:1] == b"{" else middle
+    text = {b"{": b'"', b"P": b"arithmetic"}.get(content[:1])
+    at = content.find(text, middle if text == b'"' else 0) if text else middle
     return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
@@ -455,7 +456,7 @@ LINES = [
     ("a line that is no JSON", 3, "not json", "line 3 cannot be read"),
     ("an empty line", 3, "", "line 3 cannot be read"),
     ("a line of another kind", 3, "[1, 2]", "line 3 cannot be read"),
-    ("a line without numbers", 3, '{"step": 3}', "line 3 cannot be read (it needs numbers, among them step"),
+    ("a line without numbers", 3, '{"step": 3}', "line 3 cannot be read ('seconds')"),
     ("a text for a number", 3, '{"step": 3, "seconds": "1", "finished_share": 1}', "line 3 cannot be read"),
     ("bytes that are no text", 3, b"\xff\xfe", "line 3 cannot be read"),
     ("a missing line", 3, None, "line 3 is of step 4, after step 2"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..config import check_numbers
-from ..files import read_object, write_whole
+from ..files import read_object, readable, write_whole
 from ..types import ConfigError
 from .alarms import alarms
 
@@ -47,19 +48,12 @@ def write_parquet(frame: pd.DataFrame, path: Path) -> None:
     write_whole(path, frame.to_parquet(index=False, write_page_checksum=True))
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None, needed: Sequence[str] = ()) -> pa.Table:
-    """A Parquet file, or some of its columns. ConfigError where it is damaged or lacks one of ``needed``."""
-    try:
-        table = pq.read_table(path, columns=columns, page_checksum_verification=True)
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet file, or some of its columns. ConfigError where it is damaged."""
+    with readable(repr(str(path)), "restore it, or delete it to do without that step"):
+        table = pq.read_table(path, columns=columns, page_checksum_verification=True).replace_schema_metadata()
         table.validate(full=True)
-        if lacking := [name for name in needed if name not in table.column_names]:
-            raise ValueError(f"it has no column {lacking[0]!r}")
         return table
-    except Exception as error:  # pyarrow's own kinds, OSError, and whatever damaged bytes decode to
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"{str(path)!r} cannot be read ({reason}); restore it, or delete it to do without that step"
-        ) from error
 
 
 class Lines(NamedTuple):
@@ -79,22 +73,16 @@ def read_lines(path: Path) -> Lines:
     """
     saved = max(steps_in(path.parent / "checkpoints"), default=0)  # read first: a run writes its lines before
     stored, metrics, needed = steps_in(path.parent / path.stem), path.stem == "metrics", _NEEDED[path.stem]
-    try:
+    content = b""
+    with readable(repr(str(path))), suppress(FileNotFoundError):
         content = path.read_bytes()
-    except FileNotFoundError:
-        content = b""
-    except OSError as error:
-        raise ConfigError(f"{str(path)!r} cannot be read ({error.strerror}); check it") from error
     records, sound, reach, fault, last = [], 0, 0, "", 0
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
-            numbers = isinstance(record, dict) and all(
-                v is None or isinstance(v, int | float) for v in record.values()
-            )
-            if not numbers or any(record.get(name) is None for name in needed):
-                raise ValueError(f"it needs numbers, among them {', '.join(needed)}")
-        except (ValueError, RecursionError) as error:
+            if any(record[name] is None for name in needed) or any(isinstance(v, str) for v in record.values()):
+                raise ValueError("a text or nothing stands for a number")
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
             fault = fault or f"line {number} cannot be read ({error})"
             continue
         step = record["step"]
@@ -170,6 +158,19 @@ class Run:
         """Steps with stored traces."""
         return steps_in(self.path / "traces")
 
+    def tables(self, steps: Sequence[int], columns: Sequence[str] | None = None) -> list[pa.Table]:
+        """The traces of each of some steps as they are stored, or some of their columns."""
+        found = []
+        for file in (step_file(self.path / "traces", step) for step in steps):
+            try:
+                table = read_table(file, columns)
+                if self.damage is not None and (lacking := set(columns or TRACE_NEEDED) - set(table.column_names)):
+                    raise ConfigError(f"{str(file)!r} has no column {min(lacking)!r}, which views draw; restore it")
+                found.append(table)
+            except ConfigError as error:
+                self.note(file.name, str(error))
+        return found
+
     def traces(self, *steps: int) -> pd.DataFrame:
         """One row a rollout of the given steps (all without arguments), with per-token lists.
 
@@ -183,15 +184,7 @@ class Run:
         missing = [step for step, file in zip(chosen, files, strict=True) if not file.exists()]
         if missing:
             raise ConfigError(f"{self.path} has no traces of step {missing[0]}; it has {self.steps}")
-        frames = []
-        for file in files:
-            try:
-                needed = () if self.damage is None else TRACE_NEEDED  # views draw them
-                frames.append(read_table(file, needed=needed).to_pandas())
-            except ConfigError as error:
-                if steps:
-                    raise
-                self.note(file.name, str(error))
+        frames = [table.to_pandas() for table in self.tables(chosen)]
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=TRACE_COLUMNS)
 
     def predictions(self, step: int) -> pd.DataFrame:

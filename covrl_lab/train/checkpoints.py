@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..config import RunConfig
-from ..files import check_checksums, read_object, write_checksums, write_whole
+from ..files import CHECKSUMS, check_checksums, checksums, read_object, readable, write_whole
 from ..runs.folder import read_lines, step_file, steps_in
 from ..types import ConfigError
 from .policy import Policy, load_adapter, save_adapter
@@ -75,7 +74,7 @@ def save_checkpoint(
     }
     save_file(state, temporary / OPTIMIZER)
     (temporary / METHOD_STATE).write_text(json.dumps(method_state), encoding="utf-8")
-    write_checksums(temporary)
+    (temporary / CHECKSUMS).write_text(json.dumps(checksums(temporary), indent=2), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     for old in steps_in(folder)[:-KEPT_CHECKPOINTS]:
@@ -113,11 +112,8 @@ def _check_checkpoint(folder: Path) -> None:
     """ConfigError where a file of a checkpoint is missing or damaged."""
     check_checksums(folder)
     for name in ("adapter_model.safetensors", OPTIMIZER):
-        try:
-            with safe_open(folder / name, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{str(folder / name)!r} cannot be read ({error}); restore it") from error
+        with readable(repr(str(folder / name))):
+            load_file(folder / name)
     for name in ("adapter_config.json", METHOD_STATE):
         read_object(folder / name)
 
@@ -136,12 +132,10 @@ def load_checkpoint(run_dir: Path, policy: Policy, optimizer: torch.optim.Optimi
     folder = step_file(run_dir / "checkpoints", step, "")
     load_adapter(policy, folder)
     stored = load_file(folder / OPTIMIZER)
-    for name, parameter in policy.trainable():
-        state = {key: stored.get(f"{name}/{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
-        if any(value is None or value.shape not in ((), parameter.shape) for value in state.values()):
-            raise ConfigError(f"{str(folder / OPTIMIZER)!r} does not fit {policy.name!r}: see {name!r}; restore it")
-        moments = {key: state[key].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": state["step"]} | moments
+    with readable(repr(str(folder / OPTIMIZER))):
+        for name, parameter in policy.trainable():
+            moments = {key: stored[f"{name}/{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": stored[f"{name}/step"]} | moments
     if skipped:
         LOG.warning("the run resumes from step %d, as %s", step, "; ".join(skipped))
         for newer in [other for other in steps_in(folder.parent) if other > step]:

@@ -139,9 +139,7 @@ def load_policy(
         raise ConfigError(f"lora_rank={lora_rank} must be >= 0 and lora_alpha={lora_alpha} must be > 0")
     width = load_config(name).get_text_config().hidden_size
     if lora_rank > width:
-        raise ConfigError(
-            f"lora_rank={lora_rank} is above the width of {name!r}, {width}, which adds nothing; lower it"
-        )
+        raise ConfigError(f"lora_rank={lora_rank} is above {width}, the width of {name!r}, and adds nothing; lower it")
     tokenizer = load_tokenizer(name)
     model = _load_frozen(name, quantization, _DTYPES[dtype], _pick_device(device))
     policy = Policy(model, tokenizer, name)

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from ..files import check_checksums, read_object
+from ..files import check_checksums, read_object, readable
 from ..types import ConfigError
 from .lora import LoraGroup
 from .tree import enable_packing
@@ -94,10 +93,8 @@ def load_adapter(policy: Policy, folder: str | Path) -> None:
     folder = Path(folder)
     check_checksums(folder)
     saved = read_object(folder / "adapter_config.json")
-    try:
+    with readable(f"the adapter in {str(folder)!r}"):
         state = load_file(folder / "adapter_model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"could not read an adapter from {str(folder)!r}: {error}") from error
     live = policy.model.peft_config["default"]
     for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
         if saved.get(name) != getattr(live, name):

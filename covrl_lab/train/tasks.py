@@ -20,9 +20,9 @@ from functools import lru_cache
 from heapq import nlargest
 from pathlib import Path
 from random import Random
-from typing import Any, TextIO
+from typing import Any
 
-from ..types import ConfigError, Demonstration, Example, did_you_mean, is_plain_text
+from ..types import UNFIT, ConfigError, Demonstration, Example, did_you_mean
 from .answers import gym_scorer, match_answer
 from .builtin_tasks import RANGES, TASKS
 
@@ -89,9 +89,6 @@ class _Stream:
                     return example
         raise ConfigError(f"task {self.name!r} gave no training question in {MAX_DRAWS} draws; choose another")
 
-    def unusual(self, count: int, seed: int) -> list[Example]:
-        return []
-
     def held_out(self, count: int) -> list[Example]:
         found: dict[str, Example] = {}
         attempt = last_hit = 0
@@ -122,11 +119,6 @@ class _Rows:
             raise ConfigError(f"data set {self.name!r} has no row left to train on; add rows")
         places = (divmod(index, size) for index in range(start, start + count))
         return [self.train_examples[_epoch_order(size, seed, epoch)[place]] for epoch, place in places]
-
-    def unusual(self, count: int, seed: int) -> list[Example]:
-        used = self.train(0, min(count, len(self.train_examples)), seed)
-        ends = [example for example in used if "\n" in example.answer or "</answer>" in example.answer]
-        return ends[:8] + nlargest(8, used, key=lambda example: len(example.question) + len(example.answer))
 
     def held_out(self, count: int) -> list[Example]:
         if count > len(self.held_out_examples):
@@ -165,7 +157,11 @@ class Task:
     def unusual(self, count: int, seed: int = 0) -> list[Example]:
         """Of the first ``count`` training examples of a data set those that may not fit: the longest, and answers
         that may hold their own end. A generator has none."""
-        return self._source.unusual(count, seed)
+        if isinstance(self._source, _Stream):
+            return []
+        used = self.train(0, min(count, len(self._source.train_examples)), seed)
+        ends = [example for example in used if "\n" in example.answer or "</answer>" in example.answer]
+        return ends[:8] + nlargest(8, used, key=lambda example: len(example.question) + len(example.answer))
 
     def score(self, prediction: str, example: Example) -> float:
         """How right a predicted answer is, 0..1; 1.0 is right."""
@@ -206,6 +202,7 @@ def _gym_task(name: str) -> Task:
 
 def _read_file(path: Path, limit: int | None = None) -> tuple[list[str], Iterable[dict[str, Any]]]:
     """Column names and rows (at most ``limit``) of a data file."""
+    place = 0
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
@@ -215,43 +212,23 @@ def _read_file(path: Path, limit: int | None = None) -> tuple[list[str], Iterabl
         with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":  # the csv module keeps "007" and "NA" as they stand
                 reader = csv.DictReader(file)
-                return list(reader.fieldnames or []), [] if limit else _csv_rows(reader)
+                return list(reader.fieldnames or []), [] if limit else list(reader)
             if path.suffix == ".json":
                 rows = json.load(file)
             else:
-                rows = _json_lines(file, limit)
+                rows = []
+                for line in file:
+                    place += 1
+                    if line.strip():
+                        rows.append(json.loads(line))
+                    if len(rows) == limit:
+                        break
     except Exception as error:  # pyarrow, csv and json have kinds of their own
-        reason = " ".join(str(error).split())[:200]
+        reason = f"line {place}: " * (place > 0) + " ".join(str(error).split())[:200]
         raise ConfigError(f"data file {str(path)!r} cannot be read: {reason}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ConfigError(f"data file {str(path)!r} must hold a list of objects, one per question")
     return list(rows[0]) if rows else [], rows
-
-
-def _json_lines(file: TextIO, limit: int | None) -> list[Any]:
-    """What the lines hold, at most ``limit`` of them. ValueError with the number of a line that is no JSON."""
-    rows: list[Any] = []
-    for number, line in enumerate(file, start=1):
-        try:
-            if line.strip():
-                rows.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"line {number}: {error}") from error
-        if len(rows) == limit:
-            break
-    return rows
-
-
-def _csv_rows(reader: csv.DictReader) -> list[dict[str, Any]]:
-    """The rows. ValueError where a name stands twice, or a row has more cells than names."""
-    if twice := [name for name in reader.fieldnames or [] if reader.fieldnames.count(name) > 1]:
-        raise ValueError(f"two columns are called {twice[0]!r}; rename one")
-    rows = []
-    for number, row in enumerate(reader, start=1):
-        if None in row:
-            raise ValueError(f"row {number} has more cells than the {len(row) - 1} columns; put quotes around commas")
-        rows.append(row)
-    return rows
 
 
 def _read_hub(name: str, config: str | None, split: str | None) -> tuple[list[str], Iterable[dict[str, Any]]]:
@@ -269,6 +246,8 @@ def _check_columns(name: str, found: list[str], wanted: Iterable[str | None]) ->
     if not found:
         raise ConfigError(f"data set {name!r} is empty; it needs one row per question")
     for column in wanted:
+        if found.count(column) > 1:
+            raise ConfigError(f"data set {name!r} has two columns {column!r}; rename one")
         if column is not None and column not in found:
             hint = did_you_mean(column, found)
             raise ConfigError(f"data set {name!r} has columns {found} but not {column!r}{hint}")
@@ -281,7 +260,7 @@ def _cell(row: dict[str, Any], column: str | None, place: str) -> str:
         found = f"a {type(value).__name__}"
     elif isinstance(value, float | Decimal) and not math.isfinite(value):
         found = str(value)
-    elif not is_plain_text(text := "" if value is None else str(value).strip()):
+    elif UNFIT.search(text := "" if value is None else str(value).strip()):
         found = "a NUL or half a surrogate pair"
     else:
         return text
@@ -297,6 +276,8 @@ def _row_task(name: str, rows: Iterable[dict], question: str, answer: str, trace
     train, held_out, demonstrations = [], [], []
     for number, row in enumerate(rows, start=1):
         place = f"row {number} of {name!r}"
+        if None in row:
+            raise ConfigError(f"{place} has more cells than there are columns; put quotes around commas")
         asked = _cell(row, question, place)
         answered = _cell(row, answer, place).rpartition("####")[2].strip()
         for column, text in ((question, asked), (answer, answered)):

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 import pyarrow as pa
 from IPython.display import HTML
 
-from ..runs.folder import Run, read_table, step_file
+from ..runs.folder import Run
 from ..runs.reweight import Settings, answer_logprob
 from ..types import ConfigError
 from .html import alarms_html, html_number, html_table, html_text
@@ -49,12 +49,7 @@ def trace_index(run: Run) -> pd.DataFrame:
 
     Columns: step, rollout, example_id, question, answer, source, trace, and total, log p(y|x,z) in nats.
     """
-    tables = []
-    for file in (step_file(run.path / "traces", step) for step in run.steps):
-        try:
-            tables.append(read_table(file, _LIGHT))
-        except ConfigError as error:
-            run.note(file.name, str(error))
+    tables = run.tables(run.steps, _LIGHT)
     frame = pa.concat_tables(tables).to_pandas() if tables else pd.DataFrame(columns=_LIGHT)
     return frame.drop(columns="answer_logp").assign(total=answer_logprob(frame))
 
@@ -68,17 +63,16 @@ class TraceExplorer(Panel):
     """
 
     def __init__(self, run: Run | str | Path, step: int | None = None):
-        self.run, step = open_run(run, step)
-        self.config = self.run.config
+        run, step = open_run(run, step)
+        self.run, self.config = run.forgiving(), run.config
         self.settings = Settings.of(self.config)
         self._frame = pd.DataFrame()
         self.found = widgets.HTML()
         self._read()
 
         narrow, sources = {"width": "110px"}, [("all sources", ""), ("prior", "prior"), ("posterior", "posterior")]
-        self.step = widgets.Dropdown(
-            options=self._steps(), value=step if step in set(self.index["step"]) else 0, layout=narrow
-        )
+        shown = step if step in set(self.index["step"]) else 0  # all
+        self.step = widgets.Dropdown(options=self._steps(), value=shown, layout=narrow)
         self.search = widgets.Text(placeholder="search questions, answers, traces", layout={"flex": "1 1 150px"})
         self.source = widgets.Dropdown(options=sources, layout=narrow)
         about = "Read the run folder again; filters, order and question stay"
@@ -161,11 +155,10 @@ class TraceExplorer(Panel):
         """Show a question, named "step/example_id", with the likeliest trace of each source."""
         step, _, example = question.partition("/")
         if int(step) != self._step:
-            try:
-                self._step, self._all = int(step), self.run.traces(int(step))
-            except ConfigError as error:
-                self.heading.value = alarms_html({"damage": str(error)})
-                return
+            self._step, self._all = int(step), self.run.traces(int(step))
+        if self._all.empty:
+            self.heading.value = alarms_html(self.run.damage)
+            return
         frame = self._all[self._all["example_id"] == example].reset_index(drop=True)
         frame = frame.assign(total=answer_logprob(frame), length=frame["tokens"].map(len))
         frame["id"] = frame["rollout"].astype(str)
@@ -198,9 +191,8 @@ class TraceExplorer(Panel):
 
     def _show(self) -> None:
         self._list_rollouts()
-        self.heading.value = alarms_html(self.run.damage or {}) + _heading(
-            self.run, self.settings, self._frame.iloc[0]
-        )
+        damage = alarms_html(self.run.damage)
+        self.heading.value = damage + _heading(self.run, self.settings, self._frame.iloc[0])
         pair = self.pair()
         self.view.show(pair, self.settings)
         # Start where prior and posterior disagree most.

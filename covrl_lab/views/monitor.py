@@ -201,10 +201,9 @@ def traces_html(shot: Snapshot, questions: int = 2) -> str:
     stored = shot.run.steps
     if not stored:
         return "<p>no traces yet</p>"
-    try:
-        traces = shot.run.traces(stored[-1])
-    except ConfigError as error:
-        return f"<p>⚠ {html_text(error)}</p>"
+    traces = shot.run.traces(stored[-1])
+    if traces.empty:
+        return alarms_html(shot.run.damage)
     shown = traces[traces["example_id"].isin(traces["example_id"].unique()[:questions])]
     return f"<b>Traces of step {stored[-1]}</b>{trace_table(shown)}"
 

@@ -52,12 +52,8 @@ def page(run: Run) -> str:
     """The report as one HTML document."""
     config, metrics, evaluations = run.config, run.metrics, run.evaluations
     settings = Settings.of(config)
-    traces = {}
-    for step in sorted({*run.steps[:1], *run.steps[-1:]}):
-        try:
-            traces[step] = run.traces(step)
-        except ConfigError as error:
-            run.note(f"traces of step {step}", str(error))
+    traces = {step: run.traces(step) for step in sorted({*run.steps[:1], *run.steps[-1:]})}
+    traces = {step: frame for step, frame in traces.items() if len(frame)}
     reward = config.get("reward", "")
     unit = "probability" if "probability" in reward else "share" if reward == "verdict" else "nats"
     curves = _figure(plot_training_curves(metrics, evaluations, unit))
