@@ -13,7 +13,7 @@ import torch
 from helpers import CLOCK, TRAINED, adapter_change, lines, make_trainer, move_adapter, unpacked
 
 from covrl_lab.config import RunConfig
-from covrl_lab.runs.folder import load_run, read_jsonl, step_file, steps_in
+from covrl_lab.runs.folder import load_run, read_lines, step_file, steps_in
 from covrl_lab.train import step as step_module
 from covrl_lab.train.models import load_policy
 from covrl_lab.train.policy import load_adapter
@@ -371,7 +371,7 @@ def test_a_row_that_turns_out_unusable_later_costs_no_step(tmp_path, answer, wor
     write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(ConfigError, match=words):
         make_trainer(tmp_path / "run", task=task, prompt_style="few_shot", **settings).run()
-    assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 4
+    assert len(read_lines(tmp_path / "run" / "metrics.jsonl").records) == 4
     assert steps_in(tmp_path / "run" / "checkpoints")[-1] == 4  # not 3, where the last regular one was
 
 

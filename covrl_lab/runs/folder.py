@@ -14,7 +14,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..config import check_numbers
 from ..files import read_object, readable, write_whole
 from ..types import ConfigError
 from .alarms import alarms
@@ -24,11 +23,9 @@ step rollout example_id question answer source finished trace tokens token_ids l
 reward advantage answer_weight posterior_advantage no_trace_logp
 """.split()
 TRACE_NEEDED = TRACE_COLUMNS[:17]  # older versions lack the others
-# What no line may lack; older versions lack others.
-_NEEDED = {
-    "metrics": ("step", "seconds", "finished_share"),
-    "evaluations": ("step", "accuracy", "accuracy_low", "accuracy_high"),
-}
+# What no line may lack.
+_NEEDED = {"metrics": "step seconds finished_share".split()}
+_NEEDED["evaluations"] = "step accuracy accuracy_low accuracy_high".split()
 
 
 def step_file(folder: Path, step: int, suffix: str = ".parquet") -> Path:
@@ -60,9 +57,16 @@ class Lines(NamedTuple):
     """What ``metrics.jsonl`` or ``evaluations.jsonl`` holds."""
 
     records: list[dict[str, Any]]  # of every line that can be read
-    sound: int  # how many of them stand before the first fault
-    reach: int  # the last step up to which nothing is missing, where there is a fault
-    fault: str  # what is wrong first, as part of a sentence; empty where nothing is
+    reach: int  # the last step before the first fault
+    fault: str  # a sentence about it; empty where there is none
+
+
+def _record(line: bytes, needed: Sequence[str]) -> dict[str, Any] | None:
+    """What a line holds; None where it is no object of numbers with these names."""
+    with suppress(LookupError, TypeError, AttributeError, ValueError, RecursionError):
+        record = json.loads(line)
+        values = [record[name] for name in needed] + [v for v in record.values() if v is not None]
+        return record if all(isinstance(value, int | float) for value in values) else None
 
 
 def read_lines(path: Path) -> Lines:
@@ -72,37 +76,23 @@ def read_lines(path: Path) -> Lines:
     and a missing one: of a step before the newest checkpoint, or of an evaluation whose generations are stored.
     """
     saved = max(steps_in(path.parent / "checkpoints"), default=0)  # read first: a run writes its lines before
-    stored, metrics, needed = steps_in(path.parent / path.stem), path.stem == "metrics", _NEEDED[path.stem]
-    content = b""
+    stored, metrics, content = steps_in(path.parent / path.stem), path.stem == "metrics", b""
     with readable(repr(str(path))), suppress(FileNotFoundError):
         content = path.read_bytes()
-    records, sound, reach, fault, last = [], 0, 0, "", 0
-    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
-        try:
-            record = json.loads(line)
-            if any(record[name] is None for name in needed) or any(isinstance(v, str) for v in record.values()):
-                raise ValueError("a text or nothing stands for a number")
-        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            fault = fault or f"line {number} cannot be read ({error})"
-            continue
-        step = record["step"]
-        if step != last + 1 if metrics else step < last:
-            fault = fault or f"line {number} is of step {step}, after step {last}"
-        records.append(record)
-        last = step
-        if not fault:
-            sound, reach = len(records), step
-    if not fault:
-        expected = range(1, saved + 1) if metrics else [step for step in stored if step <= max(saved, last)]
-        there = {record["step"] for record in records}
-        if missing := [step for step in expected if step not in there]:
+    records = [_record(line, _NEEDED[path.stem]) for line in content.split(b"\n")[:-1]]
+    reach, fault = 0, ""
+    for number, record in enumerate(records, start=1):
+        step = record and record["step"]
+        if record is None or (step != reach + 1 if metrics else step < reach):
+            found = "cannot be read" if record is None else f"is of step {step}, after step {reach}"
+            fault = f"line {number} {found}"
+            break
+        reach = step
+    else:
+        expected = range(1, saved + 1) if metrics else [step for step in stored if step <= max(saved, reach)]
+        if missing := sorted(set(expected) - {record["step"] for record in records}):
             fault, reach = f"there is no line of step {missing[0]}", missing[0] - 1
-    return Lines(records, sound, reach, fault and f"{str(path)!r} is damaged: {fault}")
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of ``metrics.jsonl`` or ``evaluations.jsonl`` that can be read."""
-    return read_lines(path).records
+    return Lines([r for r in records if r], reach, fault and f"{str(path)!r} is damaged: {fault}")
 
 
 @dataclass(frozen=True)
@@ -131,11 +121,8 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Settings by name. ConfigError where a number is none."""
-        path = self.path / "config.json"
-        settings = read_object(path)
-        check_numbers(settings, path)
-        return settings
+        """Settings by name."""
+        return read_object(self.path / "config.json")
 
     @property
     def metrics(self) -> pd.DataFrame:

@@ -27,7 +27,7 @@ from typing import Any, TextIO
 from ..config import RunConfig
 from ..files import read_object, write_whole
 from ..types import ConfigError
-from .folder import read_jsonl
+from .folder import read_lines
 
 try:
     import fcntl
@@ -97,7 +97,7 @@ def status(folder: str | Path) -> tuple[str, str]:
 
 
 def steps_done(folder: Path) -> int:
-    return len(read_jsonl(folder / "metrics.jsonl"))
+    return len(read_lines(folder / "metrics.jsonl").records)
 
 
 # --- the process that executes a run

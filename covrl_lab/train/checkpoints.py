@@ -29,6 +29,7 @@ ALLOWED_SUFFIXES = {".ipynb", ".ipynb_checkpoints", ".html", ".log", ".tmp", ".y
 MIN_FREE_BYTES = 200 * 2**20  # a run folder of the embedded model with its checkpoints stays below this
 METHOD_STATE, OPTIMIZER = "memory.json", "optimizer.safetensors"
 KEPT_CHECKPOINTS = 2
+RESTORE = "; restore it"  # how the sentences about damaged files end
 LOG = logging.getLogger(__name__)
 
 
@@ -92,30 +93,25 @@ def find_checkpoint(run_dir: Path) -> tuple[int, list[str]]:
     lines = [read_lines(run_dir / name) for name in ("metrics.jsonl", "evaluations.jsonl")]
     skipped: list[str] = []
     for step in reversed(saved):
-        found = [one.fault for one in lines if one.fault and one.reach < step]
+        folder = step_file(run_dir / "checkpoints", step, "")
         try:
-            if not found:
-                _check_checkpoint(step_file(run_dir / "checkpoints", step, ""))
-                return step, list(dict.fromkeys(skipped))
+            if faults := [one.fault for one in lines if one.fault and one.reach < step]:
+                raise ConfigError(faults[0] + RESTORE)
+            check_checksums(folder)
+            for name in ("adapter_model.safetensors", OPTIMIZER):
+                with readable(repr(str(folder / name))):
+                    load_file(folder / name)
+            for name in ("adapter_config.json", METHOD_STATE):
+                read_object(folder / name)
+            return step, list(dict.fromkeys(skipped))
         except ConfigError as error:
-            found = [str(error)]
-        skipped += found
+            skipped.append(str(error).removesuffix(RESTORE))
     if saved:
+        folder = str(run_dir / "checkpoints")
         raise ConfigError(
-            f"{skipped[0]}; no older checkpoint is whole either: restore the file, or remove the folder "
-            f"{str(run_dir / 'checkpoints')!r} and the run begins again"
+            f"{skipped[0]}{RESTORE}, as no older checkpoint will do, or remove {folder!r} to begin again"
         )
     return 0, []
-
-
-def _check_checkpoint(folder: Path) -> None:
-    """ConfigError where a file of a checkpoint is missing or damaged."""
-    check_checksums(folder)
-    for name in ("adapter_model.safetensors", OPTIMIZER):
-        with readable(repr(str(folder / name))):
-            load_file(folder / name)
-    for name in ("adapter_config.json", METHOD_STATE):
-        read_object(folder / name)
 
 
 def load_checkpoint(run_dir: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, float]]:
@@ -146,13 +142,15 @@ def load_checkpoint(run_dir: Path, policy: Policy, optimizer: torch.optim.Optimi
 
 
 def keep_lines(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Drop the lines of steps after ``last_step`` from a JSON-lines file; return the lines that stay."""
+    """Drop what steps after ``last_step`` left in a JSON-lines file and its folder; return the lines that stay."""
+    for step in steps_in(path.parent / path.stem):
+        if step > last_step:
+            step_file(path.parent / path.stem, step).unlink(missing_ok=True)
     if not path.exists():
         return []
-    lines = read_lines(path)
-    kept = [record for record in lines.records[: lines.sound] if record["step"] <= last_step]
-    write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
-    return kept
+    lines = list({r["step"]: r for r in read_lines(path).records if r["step"] <= last_step}.values())
+    write_whole(path, "".join(json.dumps(r) + "\n" for r in lines))
+    return lines
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..files import readable
 from ..types import ConfigError, Demonstration, Example, Prompt
 
 INSTRUCTION = (
@@ -104,11 +105,8 @@ class Prompter:
         for d in self.demonstrations:
             content += f"{d.question}\n<think>\n{d.trace}\n</think>\n<answer> {d.answer} </answer>\n\n"
         messages = [{"role": "user", "content": content + question}]
-        try:
+        with readable("the model's chat template", "use prompt_style='few_shot'"):
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"the model's chat template fails ({reason}); use prompt_style='few_shot'") from error
         # Reasoning models' templates may open the thinking themselves; ours opens it in both contexts.
         return self._encode(text.rstrip().removesuffix("<think>") if text.rstrip().endswith("<think>") else text)
 

@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import lru_cache
 from heapq import nlargest
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from ..files import readable
 from ..types import UNFIT, ConfigError, Demonstration, Example, did_you_mean
 from .answers import gym_scorer, match_answer
 from .builtin_tasks import RANGES, TASKS
@@ -202,8 +204,8 @@ def _gym_task(name: str) -> Task:
 
 def _read_file(path: Path, limit: int | None = None) -> tuple[list[str], Iterable[dict[str, Any]]]:
     """Column names and rows (at most ``limit``) of a data file."""
-    place = 0
-    try:
+    what = f"data file {str(path)!r}"
+    with readable(what, "mend it"):
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
@@ -216,16 +218,10 @@ def _read_file(path: Path, limit: int | None = None) -> tuple[list[str], Iterabl
             if path.suffix == ".json":
                 rows = json.load(file)
             else:
-                rows = []
-                for line in file:
-                    place += 1
-                    if line.strip():
+                lines, rows = ((n, line) for n, line in enumerate(file, start=1) if line.strip()), []
+                for number, line in islice(lines, limit):
+                    with readable(f"line {number} of {what}", "mend it"):
                         rows.append(json.loads(line))
-                    if len(rows) == limit:
-                        break
-    except Exception as error:  # pyarrow, csv and json have kinds of their own
-        reason = f"line {place}: " * (place > 0) + " ".join(str(error).split())[:200]
-        raise ConfigError(f"data file {str(path)!r} cannot be read: {reason}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ConfigError(f"data file {str(path)!r} must hold a list of objects, one per question")
     return list(rows[0]) if rows else [], rows
@@ -256,15 +252,11 @@ def _check_columns(name: str, found: list[str], wanted: Iterable[str | None]) ->
 def _cell(row: dict[str, Any], column: str | None, place: str) -> str:
     """The text of a cell. ConfigError, which gives its place, where it is no text and no finite number."""
     value = row.get(column)
-    if hasattr(value, "__len__") and not isinstance(value, str):
-        found = f"a {type(value).__name__}"
-    elif isinstance(value, float | Decimal) and not math.isfinite(value):
-        found = str(value)
-    elif UNFIT.search(text := "" if value is None else str(value).strip()):
-        found = "a NUL or half a surrogate pair"
-    else:
-        return text
-    raise ConfigError(f"{place} has {found} in {column!r}; put text or a number there, or remove the row")
+    text = "" if value is None else str(value).strip()
+    several = hasattr(value, "__len__") and not isinstance(value, str)
+    if several or UNFIT.search(text) or (isinstance(value, float | Decimal) and not math.isfinite(value)):
+        raise ConfigError(f"{place} has {value!r:.60} in {column!r}; put text or a finite number there, or remove it")
+    return text
 
 
 def _row_task(name: str, rows: Iterable[dict], question: str, answer: str, trace: str | None, shown: int) -> Task:

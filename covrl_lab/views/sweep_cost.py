@@ -8,7 +8,7 @@ import numpy as np
 
 from ..config import RunConfig
 from ..files import read_object
-from ..runs.folder import read_jsonl
+from ..runs.folder import read_lines
 from ..runs.sweep import Sweep
 from ..runs.worker import ENDS
 
@@ -32,7 +32,7 @@ def measured(sweep: Sweep) -> tuple[float, float, int] | None:
     seconds, around = [], []
     for path in sweep.folder.glob("*/config.json"):
         if step_time_settings(RunConfig.load(path)) in wanted:
-            own = [record["seconds"] for record in read_jsonl(path.parent / "metrics.jsonl")]
+            own = [record["seconds"] for record in read_lines(path.parent / "metrics.jsonl").records]
             seconds += own
             done = path.parent / "done.json"
             if done.exists() and not (ended := read_object(done)).get("first_step"):
