@@ -173,7 +173,7 @@ DATA = [
     ("x.csv", "question,answer\nq,1\nr,1,2\n", "row 2 of", "has more cells than there are columns"),
     ("x.csv", "question,answer,answer\nq,1,2\n", "has two columns 'answer'"),
     ("x.csv", "question,answer\nq\n", "row 1 of", "empty 'answer'"),
-    ("x.csv", "question,answer\nq,a\0b\n", "NUL"),
+    ("x.csv", "question,answer\nq,a\0b\n", "row 1 of", "has 'a\\x00b' in 'answer'"),
     ("x.csv", "question\nq\n", "not 'answer'"),
     ("x.csv", "question;answer\nq;1\n", "not 'question'"),
     ("x.csv", "\0\0\0", "not 'question'"),
