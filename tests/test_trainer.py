@@ -360,7 +360,9 @@ def test_unusable_questions_are_refused(tmp_path, no_model, rows, words):
     [("7\n8", "ends an answer"), ("7" * 9000, "context of 8192")],  # a few-shot answer is one line
     ids=["lines", "length"],
 )
-def test_a_row_that_turns_out_unusable_later_costs_no_step(tmp_path, answer, words):
+def test_a_row_that_turns_out_unusable_later_costs_no_step(tmp_path, monkeypatch, answer, words):
+    """Set-up finds such rows (tests/test_bad_inputs.py); here it does not look for them."""
+    monkeypatch.setattr("covrl_lab.train.tasks.Task.unusual", lambda *arguments: [])
     questions = [q for q in (f"Which number is {i}?" for i in range(60)) if not is_held_out(q)][:6]
     held_out = next(q for q in (f"Which number is {i}?" for i in range(60)) if is_held_out(q))
     rows = [{"question": q, "answer": "7"} for q in [*questions, held_out]]
