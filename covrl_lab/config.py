@@ -36,12 +36,8 @@ Count = Annotated[int, Range(1, 1e6, "1 or more and at most 1,000,000")]
 CountOrZero = Annotated[int, Range(0, 1e6, "0 or more and at most 1,000,000")]
 
 _LITERALS = str | int | float | bool | None | list | tuple | dict
-_KINDS = {
-    float: "a finite number",
-    int: "a whole number",
-    str: "text of at most 1,000 characters without NUL",
-    bool: "True or False",
-}
+_KINDS = {float: "a finite number", int: "a whole number", bool: "True or False"}
+_KINDS[str] = "text of at most 1,000 characters without NUL"
 
 
 class FieldType(NamedTuple):

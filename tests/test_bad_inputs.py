@@ -509,6 +509,15 @@ def test_without_a_whole_checkpoint_nothing_is_trained_anew(whole_run, tmp_path)
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("value", ["many", [1], {}], ids=str)
+@pytest.mark.parametrize("name", ["steps", "eval_every", "alpha", "clip_range"])
+def test_a_setting_of_another_kind_in_a_run_folder(name, value, whole_run, tmp_path):
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    edit("config.json", **{name: value})(run)
+    for look in DOORS.values():
+        sentence_of(lambda look=look: look(run), "config.json", name)
+
+
 def test_files_of_older_versions_still_open(whole_run, tmp_path):
     """Parquet files without checksums of their pages, checkpoints without theirs."""
     run = shutil.copytree(whole_run, tmp_path / "run")

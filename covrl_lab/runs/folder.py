@@ -121,8 +121,12 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Settings by name."""
-        return read_object(self.path / "config.json")
+        """Settings by name. ConfigError where a number that views need is none."""
+        settings = read_object(self.path / "config.json")
+        for name in "steps eval_every alpha composite_weight clip_range clip_range_high".split():
+            if isinstance(settings.get(name), str | list | dict):
+                raise ConfigError(f"{str(self.path / 'config.json')!r} has no number for {name!r}; restore it")
+        return settings
 
     @property
     def metrics(self) -> pd.DataFrame:

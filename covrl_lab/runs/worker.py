@@ -88,10 +88,10 @@ def status(folder: str | Path) -> tuple[str, str]:
     """("queued" | "running" | "done" | "cancelled" | "failed", reason in one sentence) of a run folder."""
     folder = Path(folder)
     for how in ENDS:
-        if (folder / f"{how}.json").exists():
-            try:
-                return how, str(read_object(folder / f"{how}.json", "delete it to run again").get("reason", ""))
-            except ConfigError as error:
+        try:
+            return how, str(read_object(folder / f"{how}.json", "delete it to run again").get("reason", ""))
+        except ConfigError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
                 return how, str(error)
     return ("running" if _locked(folder) else "queued"), ""
 
