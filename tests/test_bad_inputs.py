@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from random import Random
 
 import pandas as pd
 import pyarrow as pa
@@ -13,6 +14,7 @@ from helpers import TINY_RUN, assert_one_sentence, make_trainer, numbers
 from covrl_lab import RunConfig, load_run, load_task
 from covrl_lab.__main__ import main
 from covrl_lab.runs import compare
+from covrl_lab.runs.folder import read_table
 from covrl_lab.train.checkpoints import find_checkpoint
 from covrl_lab.train.models import load_config, load_policy, load_tokenizer
 from covrl_lab.types import ConfigError
@@ -450,6 +452,21 @@ def test_damage_is_named_at_every_door(name, how, whole_run, tmp_path, monkeypat
             assert_one_sentence(found)
         if door in doors.split() and how != unseen:
             assert name.split("/")[-1].removesuffix(".parquet") in found, (door, found[:2000])
+
+
+def test_a_flipped_bit_anywhere_in_a_parquet_file(whole_run, tmp_path):
+    """The file reads as before or is refused in one sentence. Of a stored value no flip passes unseen."""
+    path, random = tmp_path / "step_00004.parquet", Random(0)
+    whole, content = (whole_run / "traces" / path.name), (whole_run / "traces" / path.name).read_bytes()
+    expected, footer = read_table(whole).to_pandas(), len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    for at in random.sample(range(len(content)), 150):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << random.randrange(8)]) + content[at + 1 :])
+        try:
+            found = read_table(path).to_pandas()
+        except ConfigError as error:
+            assert_one_sentence(str(error))
+        else:
+            assert at >= footer or found.equals(expected)
 
 
 LINES = [

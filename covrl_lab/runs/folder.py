@@ -47,8 +47,9 @@ def write_parquet(frame: pd.DataFrame, path: Path) -> None:
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """A Parquet file, or some of its columns. ConfigError where it is damaged."""
-    with readable(repr(str(path)), "restore it, or delete it to do without that step"):
-        table = pq.read_table(path, columns=columns, page_checksum_verification=True).replace_schema_metadata()
+    remedy = "restore it, or delete it to do without that step"
+    with readable(repr(str(path)), remedy), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        table = file.read(columns).replace_schema_metadata()  # pandas' own may be damaged
         table.validate(full=True)
         return table
 
