@@ -526,6 +526,14 @@ def test_without_a_whole_checkpoint_nothing_is_trained_anew(whole_run, tmp_path)
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_without_its_checkpoints_says_that_it_begins_again(whole_run, tmp_path, caplog):
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    with caplog.at_level(logging.WARNING):
+        assert make_trainer(run, RUN).setup().step == 0
+    assert f"{str(run)!r} holds no checkpoint, so the run begins again" in caplog.messages
+
+
 @pytest.mark.parametrize("value", ["many", [1], {}], ids=str)
 @pytest.mark.parametrize("name", ["steps", "eval_every", "alpha", "clip_range"])
 def test_a_setting_of_another_kind_in_a_run_folder(name, value, whole_run, tmp_path):

@@ -124,6 +124,8 @@ def load_checkpoint(run_dir: Path, policy: Policy, optimizer: torch.optim.Optimi
         shutil.rmtree(half) if half.is_dir() else half.unlink()
     step, skipped = find_checkpoint(run_dir)
     if not step:
+        if (run_dir / "metrics.jsonl").exists():
+            LOG.warning("%r holds no checkpoint, so the run begins again", str(run_dir))
         return 0, {}
     folder = step_file(run_dir / "checkpoints", step, "")
     load_adapter(policy, folder)
