@@ -24,8 +24,7 @@ reward advantage answer_weight posterior_advantage no_trace_logp
 """.split()
 TRACE_NEEDED = TRACE_COLUMNS[:17]  # older versions lack the others
 # What no line may lack.
-_NEEDED = {"metrics": "step seconds finished_share".split()}
-_NEEDED["evaluations"] = "step accuracy accuracy_low accuracy_high".split()
+_NEEDED = {"metrics": ["step", "seconds"], "evaluations": "step accuracy accuracy_low accuracy_high".split()}
 
 
 def step_file(folder: Path, step: int, suffix: str = ".parquet") -> Path:

@@ -81,7 +81,7 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
     # Nothing is written while an evaluation runs, and before the first step a model is loaded as well.
     evaluation, patience = _evaluation_seconds(run), 600.0
     if len(metrics):
-        metrics["truncated_share"] = 1 - metrics["finished_share"]
+        metrics["truncated_share"] = 1 - metrics.get("finished_share", np.nan)
         step, median = int(metrics["step"].iloc[-1]), float(metrics["seconds"].tail(5).median())
         patience = max(120.0, 10 * median, 3 * (evaluation or 0.0))
     if step and step < steps:
