@@ -43,6 +43,8 @@ _NAMES = {
     "views.mixing": "MixingRatio",
     "views.monitor": "RunMonitor",
     "views.report": "report",
+    "views.run_browser": "RunBrowser list_runs",
+    "views.side_by_side": "TraceComparison",
     "views.sweep_cost": "describe_cost",
     "views.token_figures": "plot_coherence plot_token_comparison",
     "views.token_view": "token_html",

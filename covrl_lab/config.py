@@ -143,6 +143,7 @@ class RunConfig(metaclass=_Checked):
     eval_questions: Count = 64
     eval_samples: CountOrZero = 0  # sampled generations a question for avg@k; 0: greedy only
     max_answer_tokens: Count = 12
+    judge_traces: bool = False  # also mark each trace right or wrong, by the model's own answer after it; costs time
     checkpoint_every: Count = 10  # steps
     run_dir: str | None = None  # None: runs/<task>-<method>-<hash of this configuration>
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
@@ -208,7 +209,7 @@ class RunConfig(metaclass=_Checked):
 
     def _numbers(self) -> dict[str, Any]:
         """The settings that change a run's numbers."""
-        others = ("run_dir", "tracker", "checkpoint_every")
+        others = ("run_dir", "tracker", "checkpoint_every", "judge_traces")
         return {k: v for k, v in self.to_dict().items() if k not in others}
 
 

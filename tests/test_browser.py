@@ -414,3 +414,31 @@ def test_a_slider_move_redraws_soon(lab, capsys):
     with capsys.disabled():
         print(f"\nslider to new plot in the browser: median {np.median(times):.0f} ms, most {max(times):.0f} ms")
     assert len(times) == 12 and not lab.errors
+
+
+def test_copies_follow_the_panel_and_stand_alone_without_a_kernel(lab):
+    """Saved after a click, the notebook holds what was clicked; opened again, it shows that and no error."""
+    place = str(EXAMPLE_RUN)
+    lab.write("copies.ipynb", f"from covrl_lab import TraceExplorer\nexplorer = TraceExplorer({place!r}, 1)\nexplorer")
+    lab.open("copies.ipynb")
+    lab.run_all()
+    page = lab.page
+    page.wait_for_selector(".covrl-plot.js-plotly-plot")
+    first = page.locator(".covrl-table tbody tr[aria-selected=true], .covrl-table tbody tr.marked").first.inner_text()
+    other = page.locator(".covrl-table").first.locator("tbody tr").nth(2)
+    question = other.locator("td").nth(1).inner_text()
+    assert question not in first
+    other.click()
+    copies = page.locator(".jp-OutputArea-child:not(:visible)")
+    wait_until(page, lambda: any(question in text for text in copies.all_text_contents()))
+    assert page.locator(".js-plotly-plot:visible").count() == 1  # the live one: copies drawn anew stay hidden
+    page.keyboard.press("Control+s")
+    stored = lab.folder / "copies.ipynb"
+    wait_until(page, lambda: question in stored.read_text(encoding="utf-8"))
+
+    lab.open("copies.ipynb")  # with a kernel of its own, which does not know the widget
+    page.wait_for_timeout(3000)
+    assert page.locator(".jp-OutputArea-output:visible", has_text=question).count() == 1
+    assert page.locator(".js-plotly-plot:visible").count() == 1
+    for text in ("Error displaying widget", "Loading widget"):
+        assert not page.get_by_text(text).locator("visible=true").count()

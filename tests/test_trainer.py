@@ -392,3 +392,21 @@ def test_tensorboard_gets_every_step(tmp_path):
     make_trainer(tmp_path / "run", steps=2, eval_every=0, tracker="tensorboard").run()
     events = list((tmp_path / "run").rglob("events.out.tfevents.*"))
     assert events and all(p.stat().st_size > 0 for p in events)
+
+
+def test_judging_traces_marks_them_and_changes_nothing_else(reference, tmp_path, monkeypatch):
+    """A shade of the answer's text as score, so that some are right: what is stored is the score of what is stored."""
+    trainer = make_trainer(tmp_path / "judged", TRAINED | {"judge_traces": True}).setup()
+    monkeypatch.setattr(type(trainer.task), "score", lambda task, answer, example: float(len(answer) % 2))
+    trainer.run()
+    assert reference.config.differences(trainer.config) == {}  # a run begun without may resume with it
+    plain, judged = (lines(run / "metrics.jsonl") for run in (reference.run_dir, trainer.run_dir))
+    timed = {"seconds", "seconds_sampling", "seconds_update", "peak_memory_gib", "accuracy", "right_prior"}
+    for before, after in zip(plain, judged, strict=True):
+        differing = {name for name in before if before[name] != after[name]}
+        assert differing <= timed | {"right_posterior"} and before["right_prior"] is None
+        traces = load_run(trainer.run_dir).traces(after["step"])
+        assert (traces["right"] == (traces["prediction"].str.len() % 2 == 1)).all()
+        for source, own in traces.groupby("source"):
+            assert after[f"right_{source}"] == pytest.approx(own["right"].mean(), abs=1e-6)  # float32
+    assert 0 < np.mean([step["right_prior"] for step in judged]) < 1

@@ -36,6 +36,8 @@ class StepRecord:
     reward_posterior: float | None
     answer_logprob_prior: float | None  # log p(y|x,z), also after unfinished traces
     answer_logprob_posterior: float | None
+    right_prior: float | None  # share of traces after which the model's own answer is right, where it is judged
+    right_posterior: float | None
     prior_share: float  # traces that the prior prompt drew: alpha as it was used
     finished_share: float
     trace_tokens: float
@@ -80,8 +82,10 @@ def step_record(
 
     lengths, prior, by_source = batch.mask.sum(1), batch.from_prior, {}
     traces = {"reward": credit.reward, "answer_logprob": old.answer.sum(1), "trace_tokens": lengths}
+    traces["right"] = None if batch.verifier_reward is None else batch.verifier_reward >= 1
     for name, values in traces.items():
-        by_source |= {f"{name}_prior": mean(values, prior), f"{name}_posterior": mean(values, ~prior)}
+        for source, keep in (("prior", prior), ("posterior", ~prior)):
+            by_source[f"{name}_{source}"] = None if values is None else mean(values, keep)
     weight = log_ratio(old, config).sum(1).double()
     weight = (weight - weight.max()).exp()
     rho = gap = None

@@ -54,6 +54,7 @@ class Trainer:
         check_run_dir(config)
         self.records: list[dict[str, Any]] = []  # one dictionary a finished step, those on disk too
         self.method = METHODS[config.method]
+        self._judges = config.judge_traces or "verifier_reward" in self.method.needs
         self.policy: Policy | None = None
         self._tracker: Tracker | None = None
         self._unrecorded = False  # whether the weights have been updated since the last whole record
@@ -72,8 +73,7 @@ class Trainer:
         self.held_out = self.task.held_out(config.eval_questions)
         self.max_context = load_config(config.model).get_text_config().max_position_embeddings
         self._prompts([*self._questions(0), *self._questions(1)])
-        verified = "verifier_reward" in self.method.needs
-        check_examples(config, self.task, self.prompter, self.held_out, verified, self.max_context)
+        check_examples(config, self.task, self.prompter, self.held_out, self._judges, self.max_context)
         policy = open_policy(config)
         self.optimizer = torch.optim.AdamW(
             [p for _, p in policy.trainable()], lr=config.learning_rate, weight_decay=config.weight_decay
@@ -198,7 +198,7 @@ class Trainer:
         limits = {"max_tokens": config.max_trace_tokens, "temperature": config.temperature, "top_p": config.top_p}
         batch = sample_traces(self.policy, self.prompter, prompts, sources, generator=generator, **limits)
         batch = batch.to(self.policy.device)
-        if "verifier_reward" in self.method.needs:
+        if self._judges:
             answers, rewards = verifier_rewards(
                 self.policy, self.prompter, self.task, examples, prompts, batch, config.max_answer_tokens
             )

@@ -132,9 +132,9 @@ class BenchResults(Panel):
         return figure
 
     def static(self) -> list[Any]:
-        """The last results as HTML and a plotly figure; nothing before the first."""
+        """The last results as HTML and a plotly figure; room for them before the first."""
         if not self.frames:
-            return []
+            return [HTML(""), HTML("")]
         tables = "".join(f"<h4>{html.escape(name)}</h4>{token_html(f)}" for name, f in self.frames.items())
         return [HTML(summary_html(self.frames) + tables), self.lines()]
 

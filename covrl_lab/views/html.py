@@ -112,10 +112,11 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[str] | str]) -> st
 
 
 def trace_table(frame: pd.DataFrame) -> str:
-    """HTML table of traces, grouped by question: source, trace, log p(y|x,z) in nats, finished."""
+    """HTML table of traces by question: source, trace, log p(y|x,z) in nats, finished, the own answer if judged."""
     if frame.empty:
         return "<p>no traces</p>"
     rows: list[Sequence[str] | str] = []
+    judged = "right" in frame and bool(frame["right"].notna().any())
     for _, group in frame.assign(total=answer_logprob(frame)).groupby("example_id", sort=False):
         question, answer = (html_text(group[name].iloc[0]) for name in ("question", "answer"))
         plain = '<span style="font-weight: normal">reference answer</span>'
@@ -123,8 +124,9 @@ def trace_table(frame: pd.DataFrame) -> str:
         for row in group.itertuples():
             # <code>: no page's formula renderer looks for dollars in it.
             trace = f'<code style="overflow-wrap: anywhere">{html_text(row.trace)}</code>'
-            rows.append([html_source(row.source), trace, f"{row.total:.2f}", "yes" if row.finished else "no"])
-    return html_table(["drawn from", "trace z", "log p(y|x,z), nats", "finished"], rows)
+            cells = [html_source(row.source), trace, f"{row.total:.2f}", "yes" if row.finished else "no"]
+            rows.append([*cells, html_mark(row.right, row.prediction)] if judged else cells)
+    return html_table(["drawn from", "trace z", "log p(y|x,z), nats", "finished", *["its answer"] * judged], rows)
 
 
 def accuracy_table(evaluations: pd.DataFrame) -> str:

@@ -38,6 +38,8 @@ _SIGNS = {
 _ROWS = {
     "reward_prior": ("reward, prior traces", "", PRIOR, ".4g"),  # its unit is the method's
     "reward_posterior": ("reward, posterior traces", "", POSTERIOR, ".4g"),
+    "right_prior": ("right, prior traces", "of all", PRIOR, ".1%"),
+    "right_posterior": ("right, posterior traces", "of all", POSTERIOR, ".1%"),
     "kl": ("KL(p′‖p)", "nats a token", BOTH, ".4g"),
     "nll": ("answer term (NLL)", "nats", BOTH, ".4g"),
     "trace_tokens_prior": ("trace length, prior", "tokens", PRIOR, ".4g"),

@@ -8,6 +8,7 @@ common colour-vision deficiencies.
 from __future__ import annotations
 
 import codecs
+import difflib
 import html
 import math
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,9 @@ SCALES: dict[str, dict[str, Any]] = {
     ),
     "ratio": _scale("importance ratio p′/h", math.log(2), _LESS, _MORE, log=True),
     "kl": _scale("KL contribution, nats", 1.0, None, _MORE),
+    "difference": _scale(
+        "log p here − in the other trace, nats", 4.0, _LESS, _MORE, "less likely here", "more likely"
+    ),
     "gradient_weight": _scale("gradient weight A·f′(r)·r", 2.0, _LESS, _MORE, "made less likely", "more likely"),
 }
 
@@ -101,8 +105,28 @@ def spelled(tokens: Sequence[str], text: str) -> list[str]:
     return shown
 
 
+LABELS = reweight.LABELS | {"difference": ("log p here − in the other trace", "nats")}
+
+
+def align(a: dict[str, Any], b: dict[str, Any]) -> int:
+    """Add ``difference`` to two traces of ``payload``, in place; how many tokens they have in common.
+
+    Tokens are matched in order by their text (``difflib``). A token's difference is its log p minus that of its match,
+    and None where it has none: such tokens are marked as standing in one trace only.
+    """
+    matches = difflib.SequenceMatcher(None, a["tokens"], b["tokens"], autojunk=False).get_matching_blocks()
+    pairs = [(block.a + k, block.b + k) for block in matches for k in range(block.size)]
+    for trace, other, mine in ((a, b, 0), (b, a, 1)):
+        found: list[float | None] = [None] * len(trace["tokens"])
+        for pair in pairs:
+            here, there = trace["values"]["logp"][pair[mine]], other["values"]["logp"][pair[1 - mine]]
+            found[pair[mine]] = None if here is None or there is None else round(here - there, 6)
+        trace["values"] = trace["values"] | {"difference": found}
+    return len(pairs)
+
+
 def payload(frame: pd.DataFrame, settings: reweight.Settings, alternatives: Sequence[Any] | None = None) -> list[dict]:
-    """What the widget draws of each row: texts made visible, numbers rounded, None for unknown."""
+    """What the widget draws of each row: texts made visible, numbers rounded, None for unknown; two are aligned."""
     found = reweight.quantities(reweight.Traces.of(frame), settings)
     drawn = []
     for i, (row, total) in enumerate(zip(frame.to_dict("records"), answer_logprob(frame), strict=True)):
@@ -120,6 +144,8 @@ def payload(frame: pd.DataFrame, settings: reweight.Settings, alternatives: Sequ
                 "alternatives": alternatives and [_visible_alternatives(token) for token in alternatives[i]],
             }
         )
+    if len(drawn) == 2:
+        align(*drawn)
     return drawn
 
 
@@ -145,7 +171,7 @@ class TokenView(anywidget.AnyWidget):
     _esm = static_text("token_view.js")
     _css = static_text("token_view.css")
     traces = traitlets.List().tag(sync=True)
-    labels = traitlets.Dict(reweight.LABELS).tag(sync=True)
+    labels = traitlets.Dict(LABELS).tag(sync=True)
     scales = traitlets.Dict(SCALES).tag(sync=True)
     colour = traitlets.Unicode("log_gap").tag(sync=True)
     fitted = traitlets.Bool(False).tag(sync=True)
@@ -180,15 +206,22 @@ def _known_colour(name: str) -> str:
 
 def token_html(frame: pd.DataFrame, settings: reweight.Settings | None = None, colour: str = "log_gap") -> str:
     """The rows of ``frame`` as plain HTML: escaped, no script, numbers in each token's title."""
+    return traces_html(payload(frame, settings or reweight.Settings()), colour)
+
+
+def traces_html(traces: Sequence[Mapping[str, Any]], colour: str) -> str:
+    """What ``payload`` gives as plain HTML."""
     scale, boxes = SCALES[_known_colour(colour)], []
-    for trace in payload(frame, settings or reweight.Settings()):
+    for trace in traces:
         spans = []
         for t, text in enumerate(trace["tokens"]):
             numbers = {name: row[t] for name, row in trace["values"].items() if row[t] is not None}
             clipped = numbers.pop("clipped", 0)
             title, style = [text], _fill(numbers.get(colour), scale)
+            if colour == "difference" and colour not in numbers:
+                style = "text-decoration: underline dotted"
             for name, value in numbers.items():
-                label, unit = reweight.LABELS[name]
+                label, unit = LABELS[name]
                 title.append(f"{label} {html_number(value, '.3f')} {unit}".strip())
             if clipped:
                 title.append("held back by the clip")
@@ -207,7 +240,8 @@ def token_html(frame: pd.DataFrame, settings: reweight.Settings | None = None, c
     low, high = (f'<span style="{_background(scale[end], _STRONGEST)}">&emsp;</span>' for end in ("low", "high"))
     legend = (
         f"<p><b>{html.escape(scale['title'])}</b>: {low} {html.escape(scale['low_text'])}"
-        f" … {html.escape(scale['high_text'])} {high}</p>"
+        f" … {html.escape(scale['high_text'])} {high}"
+        f"{'; dotted: in this trace only' * (colour == 'difference')}</p>"
     )
     return f'{legend}<div style="display: flex; flex-wrap: wrap">{"".join(boxes)}</div>'
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import ipywidgets as widgets
 import pandas as pd
 import plotly.graph_objects as go
 import traitlets
-from IPython.display import display
+from IPython.display import HTML, DisplayHandle, display
 from plotly.offline import get_plotlyjs
 
 from ..runs.folder import Run, load_run
@@ -136,20 +137,49 @@ class StaticCopy(anywidget.AnyWidget):
     outputs = traitlets.Int().tag(sync=True)
 
 
+# A saved widget that finds no kernel is a line of text alone, with an error: its copy stands before it.
+_NO_ERRORS = "<style>.jp-OutputArea-output.jupyter-widgets:not(:has(*)) { display: none }</style>"
+
+
 class Panel:
-    """A widget with a copy of itself that needs no kernel."""
+    """A widget with a copy of itself that needs no kernel. The copy follows what the widget shows, a second later."""
 
     widget: widgets.Box
+    _copies: Sequence[DisplayHandle] = ()
+    _timer = threading.Timer(0, lambda: None)
 
     def static(self) -> list[Any]:
         """What the panel shows now, as plain HTML and plotly figures."""
         raise NotImplementedError
 
+    def _bundles(self) -> list[dict[str, Any]]:
+        """``static()`` by media type."""
+        return [
+            {"text/html": copy.data} if isinstance(copy, HTML) else copy._repr_mimebundle_() for copy in self.static()
+        ]
+
     def _ipython_display_(self) -> None:
-        copies = self.static()
-        for copy in copies:
-            display(copy)
-        display(widgets.VBox([self.widget, StaticCopy(outputs=len(copies))]))
+        display(HTML(_NO_ERRORS))
+        self._copies = [display(bundle, raw=True, display_id=True) for bundle in self._bundles()]
+        self._follow_changes(self.widget)
+        display(widgets.VBox([self.widget, StaticCopy(outputs=len(self._copies))]))
+
+    def _follow_changes(self, widget: widgets.Widget) -> None:
+        widget.observe(self._changed)
+        for child in getattr(widget, "children", ()):
+            self._follow_changes(child)
+
+    def _changed(self, change: Any) -> None:
+        self._timer.cancel()
+        self._timer = threading.Timer(1.0, self._update_copies)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _update_copies(self) -> None:
+        with suppress(OSError, ValueError, KeyError):  # a run's file was replaced while it was read: the next change
+            for handle, bundle in zip(self._copies, self._bundles(), strict=False):
+                handle.update(bundle, raw=True)
+        self._follow_changes(self.widget)  # also what was added since
 
 
 def open_run(run: Run | str | Path, step: int | None) -> tuple[Run, int]:

@@ -108,7 +108,10 @@ function render({ model, el }) {
     const traces = model.get("traces");
     spans.forEach((found, i) => {
       const values = traces[i].values[name] || [];
-      found.forEach((span, t) => (span.style.backgroundColor = fill(values[t], scale)));
+      found.forEach((span, t) => {
+        span.style.backgroundColor = fill(values[t], scale);
+        span.classList.toggle("only", name === "difference" && values.length > 0 && values[t] === null);
+      });
     });
     const bar = element("span", "bar");
     const ends = [scale.low, scale.high].map((c) => (c ? `rgba(${c}, ${STRONGEST})` : "transparent"));
@@ -123,6 +126,7 @@ function render({ model, el }) {
     if (traces.some((trace) => trace.values.clipped?.some((c) => c))) {
       legend.append(element("span", "key", "held back by the clip"));
     }
+    if (name === "difference" && !missing) legend.append(element("span", "key only", "in this trace only"));
   }
 
   function mark() {

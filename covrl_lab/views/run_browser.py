@@ -1,0 +1,145 @@
+"""Every run below some folders in one table, and the chosen one in any panel."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+import pandas as pd
+from IPython.display import HTML
+
+from ..types import ConfigError
+from .evaluations import EvaluationBrowser
+from .explorer import TraceExplorer
+from .html import html_number, html_table, html_text
+from .mixing import MixingRatio
+from .monitor import RunMonitor, snapshot
+from .side_by_side import TraceComparison
+from .widgets import Panel, Table, field, row, table_column
+
+# Where commands (here) and notebooks (in their own folder) write runs.
+FOLDERS = ("runs", "../runs", "notebooks/runs")
+_COLUMNS = [
+    table_column("name", "run", "text"),
+    table_column("method", "method", "text"),
+    table_column("task", "task", "text"),
+    table_column("state", "state", "text"),
+    table_column("step", "step", "number"),
+    table_column("before", "before, %", "number", "held-out accuracy at the first evaluation", 1),
+    table_column("accuracy", "accuracy, %", "number", "held-out accuracy at the last evaluation", 1),
+    table_column("alarms", "alarms", "number", "signs that the run goes wrong; the monitor says which"),
+    table_column("written", "last written", "text"),
+]
+_OPEN: dict[str, Callable[[Path], Panel]] = {
+    "Traces": TraceExplorer,
+    "Side by side": TraceComparison,
+    "Held-out questions": EvaluationBrowser,
+    "Mixing": MixingRatio,
+    "Monitor": RunMonitor,
+}
+
+
+def list_runs(folders: Sequence[str | Path] = FOLDERS, depth: int = 3) -> pd.DataFrame:
+    """The runs in ``folders`` and up to ``depth`` folders below them, the last written first.
+
+    Columns: id (the run folder's path), name (the same below its folder), method, task, state (as in the monitor),
+    step, before and accuracy (per cent, first and last evaluation), alarms (their number), written (local time). A
+    folder that cannot be read has its reason as state.
+    """
+    rows, seen = [], set()
+    for folder in map(Path, folders):
+        found = [path for d in range(1, depth + 1) for path in folder.glob("*/" * d + "config.json")]
+        for path in (file.parent for file in found if file.parent.resolve() not in seen):
+            seen.add(path.resolve())
+            line = {"id": path.as_posix(), "name": path.relative_to(folder).as_posix()}
+            try:
+                shot = snapshot(path)
+                config, scores = shot.run.config, 100 * shot.evaluations.get("accuracy", pd.Series(dtype=float))
+                line |= {name: str(config.get(name, "")) for name in ("method", "task")}
+                line |= {
+                    "state": shot.status if shot.steps else shot.message,
+                    "step": shot.step,
+                    "alarms": len(shot.run.alarms),
+                }
+                line |= {"before": scores.iloc[0], "accuracy": scores.iloc[-1]} if len(scores) else {}
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                line["state"] = f"cannot be read: {error}"
+            rows.append(line | {"time": max(file.stat().st_mtime for file in path.iterdir())})
+    columns = [column["name"] for column in _COLUMNS]
+    frame = pd.DataFrame(rows, columns=["id", *columns[:-1], "time"]).sort_values("time", ascending=False)
+    written = [time.strftime("%Y-%m-%d %H:%M", time.localtime(moment)) for moment in frame.pop("time")]
+    return frame.assign(written=written).reset_index(drop=True)
+
+
+class RunBrowser(Panel):
+    """The runs below some folders, and panels of the one that is picked.
+
+    folders: where to look (default: ``runs`` here, beside and below this folder). A click on a run picks it, a click on
+    a button opens it below. ``picked`` is the run's path; ``panel`` what is open.
+    """
+
+    def __init__(self, *folders: str | Path) -> None:
+        self.folders = folders or FOLDERS
+        self.table = Table(label="runs", columns=_COLUMNS)
+        self.sought = field(widgets.Text, "filter", "", "300px", "40px", placeholder="name, method, task or state")
+        self.again = widgets.Button(description="Refresh", icon="refresh", layout={"width": "auto"})
+        self.buttons = [widgets.Button(description=name, layout={"width": "auto"}) for name in _OPEN]
+        self.chosen, self.below = widgets.HTML(), widgets.VBox()
+        self.panel: Panel | None = None
+        self.again.on_click(lambda _: self.refresh())
+        for button in self.buttons:
+            button.on_click(lambda button: self.open(button.description))
+        self.sought.observe(self._list, names="value")
+        self.table.observe(self._list, names="sort")
+        self.table.observe(self._pick, names="picked")
+        parts = [row(self.sought, self.again), self.table, row(self.chosen, *self.buttons), self.below]
+        self.widget = widgets.VBox(parts)
+        self.widget.add_class("covrl-runs")
+        self._pick()
+        self.refresh()
+
+    @property
+    def picked(self) -> str:
+        """The picked run's folder; empty where there is none."""
+        return self.table.picked
+
+    def refresh(self) -> None:
+        """Look through the folders again."""
+        self.runs = list_runs(self.folders)
+        self._list()
+        if self.picked not in set(self.runs["id"]):
+            self.table.picked = self.runs["id"].iloc[0] if len(self.runs) else ""
+
+    def _list(self, change: Any = None) -> None:
+        sought, texts = self.sought.value.strip().lower(), self.runs[["name", "method", "task", "state"]].fillna("")
+        fits = [sought in " ".join(line).lower() for line in texts.itertuples(index=False)]
+        self.kept = self.runs.loc[pd.Series(fits, self.runs.index, dtype=bool)]
+        self.table.fill(self.kept, len(self.kept), [self.picked])
+        if self.kept.empty:
+            places = ", ".join(str(Path(folder).absolute()) for folder in self.folders)
+            self.table.note = "no run fits the filter" if len(self.runs) else f"no runs in {places}"
+
+    def _pick(self, change: Any = None) -> None:
+        self.table.marked = [self.picked]
+        self.chosen.value = f"open <code>{html_text(self.picked)}</code> in"
+        for button in self.buttons:
+            button.disabled = not self.picked
+
+    def open(self, name: str) -> None:
+        """Show the picked run below, in the panel of the button ``name``."""
+        if isinstance(self.panel, RunMonitor):
+            self.panel.close()
+        try:
+            self.panel = _OPEN[name](Path(self.picked))
+            self.below.children = (self.panel.widget,)
+        except (ConfigError, OSError, ValueError, KeyError) as error:
+            self.panel = None
+            self.below.children = (widgets.HTML(f"<p>⚠ {html_text(error)}</p>"),)
+
+    def static(self) -> list[Any]:
+        """The table of runs as HTML."""
+        rows = [[html_number(line[c["name"]], c["form"]) for c in _COLUMNS] for line in self.table.rows]
+        return [HTML(html_table([html_text(c["label"]) for c in _COLUMNS], rows))]

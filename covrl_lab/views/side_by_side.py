@@ -1,0 +1,173 @@
+"""Two traces of one question beside each other, aligned by their tokens: of two runs, two steps, or both sources."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+import pandas as pd
+from IPython.display import HTML
+
+from ..runs.folder import Run
+from ..runs.reweight import Settings
+from ..types import ConfigError, did_you_mean
+from .explorer import trace_index
+from .html import html_number, html_passage, html_text
+from .token_view import TokenView, align, colours, payload, traces_html
+from .widgets import Panel, Table, field, open_run, row, table_column
+
+_MEAN = "mean log p(y|x,z) of the traces that {} offers, nats"
+_COLUMNS = [
+    table_column("question", "question", "text"),
+    table_column("answer", "answer", "text", "reference answer y"),
+    table_column("a", "A", "number", _MEAN.format("A"), 1),
+    table_column("b", "B", "number", _MEAN.format("B"), 1),
+    table_column("gain", "B − A", "number", "", 1),
+]
+_MOST_QUESTIONS = 300
+
+
+class _Side:
+    """Which traces one side offers, and the one that is shown."""
+
+    def __init__(self, name: str, run: Run, step: int | None, source: str) -> None:
+        self.name, self.run, self.settings = name, open_run(run, step)[0], Settings.of(run.config)
+        self.index = trace_index(run)
+        steps = [("all steps", 0), *((f"step {s}", s) for s in run.steps)]
+        sources = ["any source", *sorted(self.index["source"].unique(), reverse=True)]
+        narrow = {"width": "120px"}
+        self.step = widgets.Dropdown(options=steps, value=step or 0, layout=narrow)
+        self.source = widgets.Dropdown(options=sources, value=source if source in sources else "prior", layout=narrow)
+        self.trace = field(widgets.Dropdown, "trace", None, "330px", "40px", options=[])
+        title = widgets.HTML(f"<b>{name}</b> {html_text(run.path.name)}")
+        self.widget = row(title, self.step, self.source, self.trace)
+
+    def offered(self) -> pd.DataFrame:
+        """The rows of ``trace_index`` that step and source leave."""
+        keep = pd.Series(True, self.index.index)
+        if self.step.value:
+            keep &= self.index["step"] == self.step.value
+        if self.source.value in ("prior", "posterior"):
+            keep &= self.index["source"] == self.source.value
+        return self.index[keep]
+
+    def choices(self, question: str) -> list[tuple[str, tuple[int, int]]]:
+        """(description, (step, rollout)) of the question's traces, the likeliest answer first."""
+        own = self.offered().query("example_id == @question").sort_values("total", ascending=False)
+        marks = own["right"].map({1.0: " ✓", 0.0: " ✗"}).fillna("")
+        return [
+            (f"step {t.step}, {t.source} #{t.rollout}, {html_number(t.total, '.1f')} nats{mark}", (t.step, t.rollout))
+            for t, mark in zip(own.itertuples(), marks, strict=True)
+        ]
+
+    def drawn(self) -> list[dict[str, Any]]:
+        """The chosen trace as ``payload`` gives it; nothing where none is chosen."""
+        if self.trace.value is None:
+            return []
+        step, rollout = self.trace.value
+        frame = self.run.traces(step).query("rollout == @rollout")
+        return [
+            trace | {"title": f"{self.name}: {trace['title']}, step {step}"} for trace in payload(frame, self.settings)
+        ]
+
+
+class TraceComparison(Panel):
+    """Two traces of the same question, token by token: where they agree, and how much more probable each token became.
+
+    a, b: runs or their folders; without ``b`` both sides show ``a``. step_a, step_b: whose traces a side offers
+    (default: every step's). With two runs both sides start with prior traces, else B with the posterior's. Only
+    questions that both sides hold are listed. ``agreement`` is (tokens in common, sum over them of log p in B minus
+    log p in A, nats). ConfigError where there is no such question.
+    """
+
+    def __init__(
+        self,
+        a: Run | str | Path,
+        b: Run | str | Path | None = None,
+        *,
+        step_a: int | None = None,
+        step_b: int | None = None,
+        question: str = "",
+        colour: str = "difference",
+    ) -> None:
+        runs = [open_run(run, step)[0] for run, step in ((a, step_a), (a if b is None else b, step_b))]
+        alike = b is None and step_a == step_b
+        self.a, self.b = (
+            _Side("A", runs[0], step_a, "prior"),
+            _Side("B", runs[1], step_b, "posterior" if alike else "prior"),
+        )
+        self.agreement: tuple[int, float] = 0, 0.0
+        self.questions = Table(label="questions of both sides", columns=_COLUMNS, sort=["gain", True])
+        self.heading, self.view = widgets.HTML(), TokenView(colour=colour)
+        self.colour = field(widgets.Dropdown, "colour", colour, "330px", "50px", options=colours())
+        widgets.dlink((self.colour, "value"), (self.view, "colour"))
+        for side in (self.a, self.b):
+            for control in (side.step, side.source):
+                control.observe(self._list, names="value")
+            side.trace.observe(self._show, names="value")
+        self.questions.observe(self._list, names="sort")
+        self.questions.observe(self._open, names="picked")
+        parts = [self.a.widget, self.b.widget, self.questions, self.heading, self.colour, self.view]
+        self.widget = widgets.VBox(parts)
+        self.widget.add_class("covrl-side-by-side")
+        self._list()
+        if self.listed.empty:
+            raise ConfigError(
+                f"{runs[0].path} and {runs[1].path} have no question in common; compare runs of one task and seed"
+            )
+        names = list(self.listed["id"])
+        if question and question not in names:
+            raise ConfigError(f"both sides have no question {question!r}{did_you_mean(question, names)}")
+        self.questions.picked = question or names[0]
+
+    def _list(self, change: Any = None) -> None:
+        means = [
+            side.offered().groupby("example_id")["total"].mean().rename(side.name.lower()) for side in (self.a, self.b)
+        ]
+        texts = self.a.index.drop_duplicates("example_id").set_index("example_id")[["question", "answer"]]
+        listed = pd.concat(means, axis=1, join="inner").join(texts)
+        listed = listed.assign(gain=listed["b"] - listed["a"]).rename_axis("id").reset_index()
+        self.listed = listed.astype({"id": str})
+        self.questions.fill(self.listed, _MOST_QUESTIONS, [self.questions.picked])
+        if listed.empty:
+            self.questions.note = "the two sides have no question in common; choose other steps or sources"
+        if self.questions.picked not in set(self.listed["id"]):
+            self.questions.picked = self.questions.rows[0]["id"] if len(listed) else ""
+        elif change is not None and change["name"] == "value":
+            self._open()
+
+    def _open(self, change: Any = None) -> None:
+        self.questions.marked = [self.questions.picked]
+        for side in (self.a, self.b):
+            choices = side.choices(self.questions.picked)
+            side.trace.unobserve(self._show, names="value")
+            side.trace.options = choices
+            side.trace.value = choices[0][1] if choices else None
+            side.trace.observe(self._show, names="value")
+        self._show()
+
+    def _show(self, change: Any = None) -> None:
+        traces: Sequence[dict[str, Any]] = [*self.a.drawn(), *self.b.drawn()]
+        with self.view.hold_sync():
+            self.view.selected = []
+            common = align(*traces) if len(traces) == 2 else 0
+            self.view.traces = list(traces)
+        moved = sum(x or 0.0 for x in traces[1]["values"]["difference"]) if common else 0.0
+        self.agreement = common, moved
+        self.heading.value = self._heading(traces) if len(traces) == 2 else ""
+
+    def _heading(self, traces: Sequence[dict[str, Any]]) -> str:
+        first = self.listed[self.listed["id"] == self.questions.picked].iloc[0]
+        lengths, (common, moved) = [len(trace["tokens"]) for trace in traces], self.agreement
+        return (
+            f'<div style="line-height: 1.5; overflow-wrap: anywhere">{html_passage(first["question"])}'
+            f"reference answer <b><bdi>{html_text(first['answer'])}</bdi></b><br>"
+            f"<b>{common}</b> tokens in common, of {lengths[0]} in A and {lengths[1]} in B; over them log p in B is "
+            f"<b>{html_number(moved, '+.2f')}</b> nats against A</div>"
+        )
+
+    def static(self) -> list[Any]:
+        """The chosen question with both traces as HTML."""
+        return [HTML(self.heading.value + traces_html(self.view.traces, self.view.colour))]
