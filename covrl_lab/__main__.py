@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if signal.getsignal(number) is signal.SIG_DFL:  # nohup has it ignored
                 signal.signal(number, _interrupt)
         status = options.run(settings, options) or 0
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         options.parser.error(str(error))
     except KeyboardInterrupt as error:
         number = signal.Signals(error.args[0] if error.args else signal.SIGINT)

@@ -15,8 +15,8 @@ from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin
 
 from .defaults import METHOD_DEFAULTS, METHOD_SETTINGS, UNREAD
-from .files import write_whole
-from .types import ConfigError, did_you_mean
+from .files import read_object, write_whole
+from .types import UNFIT, ConfigError, did_you_mean
 
 
 class Range(NamedTuple):
@@ -27,14 +27,17 @@ class Range(NamedTuple):
     words: str
 
 
+# The upper ends lie where memory or float32 cannot follow, or where a slip of the keyboard is the likelier reason.
 Share = Annotated[float, Range(0, 1, "between 0 and 1")]
-Positive = Annotated[float, Range(math.ulp(0.0), math.inf, "above 0")]
-NotNegative = Annotated[float, Range(0, math.inf, "0 or more")]
-Count = Annotated[int, Range(1, math.inf, "1 or more")]
-CountOrZero = Annotated[int, Range(0, math.inf, "0 or more")]
+Positive = Annotated[float, Range(1e-12, 1e9, "above 0, from 1e-12 to 1e9")]
+NotNegative = Annotated[float, Range(0, 1e6, "0 or more and at most 1e6")]
+Few = Annotated[int, Range(1, 1000, "1 or more and at most 1,000")]
+Count = Annotated[int, Range(1, 1e6, "1 or more and at most 1,000,000")]
+CountOrZero = Annotated[int, Range(0, 1e6, "0 or more and at most 1,000,000")]
 
 _LITERALS = str | int | float | bool | None | list | tuple | dict
-_KINDS = {float: "a finite number", int: "a whole number", str: "text", bool: "True or False"}
+_KINDS = {float: "a finite number", int: "a whole number", bool: "True or False"}
+_KINDS[str] = "text of at most 1,000 characters without NUL"
 
 
 class FieldType(NamedTuple):
@@ -79,7 +82,7 @@ class RunConfig(metaclass=_Checked):
     model: str = "smollm2-135m"  # "smollm2-135m", "tiny", a Hugging Face id, or a local folder
     quantization: Literal["nf4", "none"] = "nf4"  # "nf4": QLoRA with double quantisation
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # compute type of the base model
-    lora_rank: Count = 16
+    lora_rank: Few = 16
     lora_alpha: Count = 32  # LoRA scaling is lora_alpha / lora_rank
     gradient_checkpointing: bool = False
     device: str = "auto"  # "auto", "cpu", "cuda"
@@ -118,21 +121,21 @@ class RunConfig(metaclass=_Checked):
     alpha_rate: Share | None = None  # 0: alpha stays; else how fast it follows the evidence upwards, a step
     # --- sampling
     steps: CountOrZero = 40
-    questions_per_step: Count = 8
-    rollouts_per_question: Count = 4
+    questions_per_step: Few = 8
+    rollouts_per_question: Few = 4
     max_trace_tokens: Count = 28
     temperature: Annotated[
-        float, Range(math.ulp(0.0), math.inf, "above 0 (greedy decoding belongs to evaluation)")
+        float, Range(1e-4, 1e4, "above 0 (greedy decoding belongs to evaluation), from 1e-4 to 1e4")
     ] = 1.0
     top_p: Annotated[float, Range(math.ulp(0.0), 1, "above 0 and at most 1")] = 1.0
     source_split: Literal["stratified", "bernoulli"] = "stratified"  # per group, or per trace as in the paper
     # --- optimisation
-    learning_rate: Positive = 2e-4
+    learning_rate: Annotated[float, Range(1e-12, 10, "above 0, from 1e-12 to 10")] = 2e-4
     lr_schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: CountOrZero = 4
     max_grad_norm: Positive = 1.0
     weight_decay: NotNegative = 0.0
-    updates_per_step: Count = 1
+    updates_per_step: Few = 1
     max_packed_tokens: Count = 4096  # tokens in one forward; longer steps are cut into micro-batches
     seed: Annotated[int, Range(0, 2**32 - 1, "from 0 to 2**32 - 1")] = 0
     # --- evaluation and output
@@ -157,7 +160,7 @@ class RunConfig(metaclass=_Checked):
         _refuse_unread(self)
         if self.run_dir is None:
             task = Path(self.task).stem if "." in self.task else self.task.replace("/", "-")
-            object.__setattr__(self, "run_dir", f"runs/{task}-{self.method}-{self.run_id()}")
+            object.__setattr__(self, "run_dir", f"runs/{task[:60]}-{self.method}-{self.run_id()}")
 
     # --- JSON in and out
     def to_dict(self) -> dict[str, Any]:
@@ -187,15 +190,13 @@ class RunConfig(metaclass=_Checked):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what ``save`` wrote."""
-        try:
-            settings = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(
-                f"{str(path)!r} cannot be read ({error}); remove it or choose another run_dir"
-            ) from error
+        settings = read_object(path, "restore it, or remove it or choose another run_dir")
         if settings.get("method") == "covrl" and "evidence_floor" not in settings:
             settings["method"] = "covrl_published"  # what earlier versions called covrl
-        return cls.from_dict(settings)
+        try:
+            return cls.from_dict(settings)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (in {str(path)!r})") from error
 
     def differences(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
         """Settings that change the numbers and differ, as ``{name: (self, other)}``."""
@@ -212,6 +213,11 @@ class RunConfig(metaclass=_Checked):
         return {k: v for k, v in self.to_dict().items() if k not in others}
 
 
+def _shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    return f"{value!r:.100}" if not isinstance(value, int) or abs(value) < 10**80 else "a number that long"
+
+
 def _checked(field: dataclasses.Field, value: Any) -> Any:
     """Convert what papermill delivers (ints for floats, numbers as text); ConfigError where it does not fit."""
     kind, optional, choices, allowed = field_type(field)
@@ -219,20 +225,23 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         return None
     if choices:
         if value not in choices:
-            raise ConfigError(f"unknown {field.name} {value!r}{did_you_mean(value, choices)}")
+            near = did_you_mean(value if isinstance(value, str) else "", choices)
+            raise ConfigError(f"unknown {field.name} {_shown(value)}{near}")
         return value
     try:
         if kind in (str, bool):
             if not isinstance(value, str | Path if kind is str else bool):
+                raise ValueError
+            if kind is str and (UNFIT.search(str(value)) or len(str(value)) > 1000):
                 raise ValueError
             return kind(value)
         number = float(value)
         if isinstance(value, bool) or not math.isfinite(number) or kind(number) != number:
             raise ValueError
     except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{field.name} must be {_KINDS[kind]}, not {value!r}") from None
+        raise ConfigError(f"{field.name} must be {_KINDS[kind]}, not {_shown(value)}") from None
     if allowed and not allowed.low <= number <= allowed.high:
-        raise ConfigError(f"{field.name} must be {allowed.words}, not {value!r}")
+        raise ConfigError(f"{field.name} must be {allowed.words}, not {_shown(value)}")
     return kind(number)
 
 
@@ -254,6 +263,9 @@ def _refuse_combinations(config: RunConfig) -> None:
         if not ok:
             raise ConfigError(f"{name} must be {rule}, not {getattr(config, name)!r}")
 
+    need(config.run_dir != "", "run_dir", "the name of a folder, or left out")
+    rule = "at most 100,000 / rollouts_per_question, as a step's traces are in memory together"
+    need(config.questions_per_step * config.rollouts_per_question <= 100_000, "questions_per_step", rule)
     if config.n_sample > 1:
         need(config.method == "jlb", "n_sample", "1 unless method='jlb'")
         need(config.reward == "sum_logprob", "reward", "'sum_logprob' when n_sample is above 1")

@@ -14,12 +14,16 @@ Log-probabilities are in nats, float32 or better, and exactly 0 where the mask i
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+UNFIT = re.compile("[\0\ud800-\udfff]")  # what no file can hold: NUL, and half a surrogate pair
 
 
 class ConfigError(ValueError):
@@ -29,7 +33,7 @@ class ConfigError(ValueError):
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest valid name, else a list of all (at most 12)."""
     valid = [str(v) for v in valid]
-    near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(name)[:100], valid, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"
     shown = ", ".join(sorted(valid)[:12]) + (", ..." if len(valid) > 12 else "")
@@ -47,6 +51,11 @@ class Example:
     question: str
     answer: str
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def place(self) -> str:
+        """Its id, and its row where it comes from a data set."""
+        return f"{self.id}, row {self.metadata['row']}" if "row" in self.metadata else self.id
 
     def __post_init__(self) -> None:
         if not self.question.strip():

@@ -98,6 +98,15 @@ def until(happened, what="a condition", seconds=420):
     raise AssertionError(f"never happened: {what}")
 
 
+# --- messages
+
+
+def assert_one_sentence(message):
+    """A ConfigError's text: one line, no full stop at its end, and nothing of Python's own."""
+    assert message and "\n" not in message and len(message) < 1500, message[:2000]
+    assert "Traceback" not in message and " object at 0x" not in message, message
+
+
 # --- run folders
 
 

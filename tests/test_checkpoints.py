@@ -1,7 +1,6 @@
 """Run folders and checkpoints: no interruption or crash changes a number, and nothing foreign is touched."""
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -16,7 +15,7 @@ import pytest
 from helpers import ROOT, TRAINED, contents, flags, lines, make_trainer, numbers
 from safetensors import SafetensorError
 
-from covrl_lab.runs.folder import read_jsonl, step_file, steps_in
+from covrl_lab.runs.folder import read_lines, step_file, steps_in
 from covrl_lab.train import checkpoints
 from covrl_lab.train import step as step_module
 from covrl_lab.train import trainer as trainer_module
@@ -47,9 +46,7 @@ def assert_same_run(left, right) -> None:
     last = steps_in(left / "checkpoints")[-1]
     assert last == steps_in(right / "checkpoints")[-1]
     mine, theirs = (contents(step_file(run / "checkpoints", last, "")) for run in (left, right))
-    # PEFT writes the set of adapted layers in an order that differs between processes.
-    layers = [sorted(json.loads(c.pop("adapter_config.json"))["target_modules"]) for c in (mine, theirs)]
-    assert mine == theirs and layers[0] == layers[1]
+    assert mine == theirs and "adapter_config.json" in mine and "checksums.json" in mine
     assert not [p for run in (left, right) for p in run.rglob("*.tmp*")]
 
 
@@ -93,12 +90,12 @@ def test_a_killed_process_resumes_to_the_same_numbers(tmp_path):
     # Meanwhile, the same run without interruption.
     uninterrupted = make_trainer(tmp_path / "uninterrupted", base).setup()
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 500
-    while len(read_jsonl(metrics)) < 4 and process.poll() is None and time.monotonic() < deadline:
+    while len(read_lines(metrics).records) < 4 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert process.poll() is None, (tmp_path / "log").read_text()
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    done = len(read_jsonl(metrics))
+    done = len(read_lines(metrics).records)
     saved = steps_in(tmp_path / "run" / "checkpoints")
     assert 4 <= done < 8 and saved[-1] in (3, 6)
     killed = shutil.copytree(tmp_path / "run", tmp_path / "killed")

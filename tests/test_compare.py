@@ -28,7 +28,8 @@ def write_run(folder, scores, step=4, **settings):
     (folder / "evaluations").mkdir()
     rows = [{"example_id": i, "sample": k, "score": s if k < 0 else 0.5} for i, s in scores.items() for k in (-1, 0)]
     pd.DataFrame(rows).to_parquet(folder / "evaluations" / f"step_{step:05d}.parquet")
-    line = {"step": step, "accuracy": float(np.mean(list(scores.values())))}
+    accuracy = float(np.mean(list(scores.values())))
+    line = {"step": step, "accuracy": accuracy, "accuracy_low": accuracy, "accuracy_high": accuracy}
     (folder / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
     return folder
 

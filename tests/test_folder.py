@@ -58,8 +58,13 @@ def test_some_columns_are_those_of_the_whole_frames(run, least, monkeypatch):
 
 def test_only_what_has_changed_is_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "CACHE_FROM", 2)
-    read, original = [], folders._read
-    monkeypatch.setattr(folders, "_read", lambda file, *rest: read.append(int(file.stem[5:])) or original(file, *rest))
+    read, original = [], folders.read_table
+
+    def read_table(file, *rest):
+        read.extend([int(file.stem[5:])] if file.name != CACHE else [])
+        return original(file, *rest)
+
+    monkeypatch.setattr(folders, "read_table", read_table)
     run = made_up_run(tmp_path / "run", steps=3)
 
     def steps_read():

@@ -225,7 +225,9 @@ def test_half_written_and_replaced_files_are_read_again(folder):
 def test_the_file_s_text_is_shown_as_text(folder):
     hostile = "<script>alert(1)</script>\u202e\x1b[31m"
     row = {"step": 5, "example_id": "a", "question": hostile, "answer": "<img onerror=alert(1)>"}
-    row |= {"source": "prior", "finished": True, "trace": hostile, "answer_logp": [-1.0]}
+    row |= {"source": "prior", "finished": True, "trace": hostile, "answer_logp": [-1.0], "rollout": 0, "reward": -1.0}
+    row |= {"tokens": [hostile], "advantage": 0.0, "answer_weight": 0.0}
+    row |= dict.fromkeys(("token_ids", "logp", "logq", "log_ratio"), [0])
     (folder / "traces").mkdir()
     pd.DataFrame([row]).to_parquet(folder / "traces/step_00005.parquet")
     page = traces_html(snapshot(folder))

@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers import TRAINED, checkout_environment, flags, lines, make_trainer, numbers, until
 
-from covrl_lab.runs.folder import read_jsonl, steps_in
+from covrl_lab.runs.folder import read_lines, steps_in
 from covrl_lab.types import ConfigError
 
 BASE = TRAINED | {"eval_samples": 0, "checkpoint_every": 100, "eval_every": 0}
@@ -27,7 +27,7 @@ def _heed_signals():
 
 
 def steps(run_dir):
-    return len(read_jsonl(run_dir / "metrics.jsonl"))
+    return len(read_lines(run_dir / "metrics.jsonl").records)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
@@ -60,7 +60,7 @@ def test_a_second_process_is_refused_with_the_name_of_the_first(tmp_path):
         assert f"is being trained by process {first.pid} on " in said.decode() and b"Traceback" not in said
         with pytest.raises(ConfigError, match=f"process {first.pid} on"):
             make_trainer(run, BASE, steps=100_000).setup()
-        written = [record["step"] for record in read_jsonl(run / "metrics.jsonl")]
+        written = [record["step"] for record in read_lines(run / "metrics.jsonl").records]
         assert written == list(range(1, len(written) + 1))
     finally:
         first.kill()  # the lock is the system's: a killed owner holds nothing

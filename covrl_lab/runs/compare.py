@@ -176,8 +176,10 @@ def scores(methods: Methods, step: int | None = None) -> pd.DataFrame:
     for label, run, config in _each(methods):
         steps = steps_in(run.path / "evaluations")
         last = steps[-1] if step is None and steps else step
+        if step is None and steps and len(told := run.evaluations) and last != told["step"].max():
+            last = int(told["step"].max())  # its generations have been lost
         if last not in steps:
-            wanted = "any step" if step is None else f"step {step}"
+            wanted = "any step" if last is None else f"step {last} (step_{last:05d}.parquet)"
             raise ConfigError(f"{run.path} has no evaluation of {wanted}; leave it out or resume it")
         found = run.predictions(last).query("sample < 0")
         frames.append(found.assign(method=label, task=_task(config), seed=config.seed, step=last))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..files import write_whole
+from ..files import read_object, readable, write_whole
 from ..types import ConfigError
 from .alarms import alarms
 
@@ -23,6 +24,10 @@ reward advantage answer_weight posterior_advantage no_trace_logp prediction righ
 """.split()
 CACHE = "traces_cache.parquet"  # beside traces/, whose time says when the run last wrote; safe to delete
 CACHE_FROM = 500  # files; a run of fewer is read soon enough without
+# What no line may lack, and no table that a view draws: older versions lack other columns.
+_IN_LINES = {"metrics": ["step", "seconds"], "evaluations": "step accuracy accuracy_low accuracy_high".split()}
+_IN_TABLES = {"traces": TRACE_COLUMNS[:17]}
+_IN_TABLES["evaluations"] = "example_id sample question answer prediction score finished trace trace_tokens".split()
 
 
 def step_file(folder: Path, step: int, suffix: str = ".parquet") -> Path:
@@ -39,32 +44,74 @@ def steps_in(folder: Path) -> list[int]:
 def write_parquet(frame: pd.DataFrame, path: Path) -> None:
     """Write a Parquet file, which nobody ever sees half-written, and its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, frame.to_parquet(index=False))
+    write_whole(path, frame.to_parquet(index=False, write_page_checksum=True))
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; a last line that is still being written is left out."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet file, or those of its columns that it has. ConfigError where it is damaged."""
+    remedy = "restore it, or delete it to do without that step"
+    # Most are small: ``pd.read_parquet`` takes five times as long.
+    with readable(repr(str(path)), remedy), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        table = file.read(columns, use_threads=False).replace_schema_metadata()  # pandas' own may be damaged
+        table.validate(full=True)
+        return table
 
 
-def _read(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """A small Parquet file, or those of its columns that it has; ``pd.read_parquet`` takes five times as long."""
-    return pq.ParquetFile(file, pre_buffer=False).read(columns, use_threads=False).replace_schema_metadata()
+class Lines(NamedTuple):
+    """What ``metrics.jsonl`` or ``evaluations.jsonl`` holds."""
+
+    records: list[dict[str, Any]]  # of every line that can be read
+    reach: int  # the last step before the first fault
+    fault: str  # a sentence about it; empty where there is none
+
+
+def _record(line: bytes, needed: Sequence[str]) -> dict[str, Any] | None:
+    """What a line holds; None where it is no object of numbers with these names."""
+    with suppress(LookupError, TypeError, AttributeError, ValueError, RecursionError):
+        record = json.loads(line)
+        values = [record[name] for name in needed] + [v for v in record.values() if v is not None]
+        return record if all(isinstance(value, int | float) for value in values) else None
+
+
+def read_lines(path: Path) -> Lines:
+    """Read and check ``metrics.jsonl`` or ``evaluations.jsonl``; what is not there has no lines.
+
+    A last line that is still being written is left out. Faults are a line that cannot be read or is out of order,
+    and a missing one: of a step before the newest checkpoint, or of an evaluation whose generations are stored.
+    """
+    saved = max(steps_in(path.parent / "checkpoints"), default=0)  # read first: a run writes its lines before
+    stored, metrics, content = steps_in(path.parent / path.stem), path.stem == "metrics", b""
+    with readable(repr(str(path))), suppress(FileNotFoundError):
+        content = path.read_bytes()
+    records = [_record(line, _IN_LINES[path.stem]) for line in content.split(b"\n")[:-1]]
+    reach, fault = 0, ""
+    for number, record in enumerate(records, start=1):
+        step = record and record["step"]
+        if record is None or (step != reach + 1 if metrics else step < reach):
+            found = "cannot be read" if record is None else f"is of step {step}, after step {reach}"
+            fault = f"line {number} {found}"
+            break
+        reach = step
+    else:
+        expected = range(1, saved + 1) if metrics else [step for step in stored if step <= max(saved, reach)]
+        if missing := sorted(set(expected) - {record["step"] for record in records}):
+            fault, reach = f"there is no line of step {missing[0]}", missing[0] - 1
+    return Lines([r for r in records if r], reach, fault and f"{str(path)!r} is damaged: {fault}")
 
 
 def _cached(path: Path, about: dict[str, Any]) -> tuple[list[pa.Table], int]:
     """([rows], of how many files they are) that ``trace_columns`` kept; nothing where one has changed since."""
-    try:
-        table = pq.ParquetFile(path).read()
-        known = json.loads(table.schema.metadata[b"covrl_lab"])
+    with suppress(OSError, ValueError, KeyError, TypeError):  # none, damaged, or not ours
+        known = json.loads(pq.read_schema(path).metadata[b"covrl_lab"])
         count = len(known["files"])
-    except (OSError, ValueError, KeyError, TypeError):  # none, or not ours
-        return [], 0
-    same = known == about | {"files": about["files"][:count]}
-    return ([table.replace_schema_metadata()], count) if same else ([], 0)
+        if known == about | {"files": about["files"][:count]}:
+            return [read_table(path)], count
+    return [], 0
+
+
+def steps_done(folder: Path) -> int:
+    """How many steps a run folder has metrics of."""
+    return len(read_lines(folder / "metrics.jsonl").records)
 
 
 @dataclass(frozen=True)
@@ -72,39 +119,78 @@ class Run:
     """A run folder: running, finished, or somebody else's."""
 
     path: Path
+    # What is wrong with files that were read, a sentence by file, of ``forgiving``; None: it raises a ConfigError.
+    damage: dict[str, str] | None = field(default=None, compare=False)
+
+    def forgiving(self) -> Run:
+        """The same run for a view: what is damaged is left out, and stands in ``damage`` and ``alarms``."""
+        return replace(self, damage={})
+
+    def note(self, name: str, sentence: str) -> None:
+        """Take note that a file is damaged."""
+        if self.damage is None:
+            raise ConfigError(sentence)
+        self.damage[name] = sentence
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        lines = read_lines(self.path / name)
+        if lines.fault:
+            self.note(name, f"{lines.fault}; restore it, or resume the run, which goes back to a checkpoint before")
+        return lines.records
 
     @property
     def config(self) -> dict[str, Any]:
-        """Settings by name."""
-        return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        """Settings by name. ConfigError where a number that views need is none."""
+        settings = read_object(self.path / "config.json")
+        for name in "steps eval_every alpha composite_weight clip_range clip_range_high".split():
+            if isinstance(settings.get(name), str | list | dict):
+                raise ConfigError(f"{str(self.path / 'config.json')!r} has no number for {name!r}; restore it")
+        return settings
 
     @property
     def foreign(self) -> str:
         """Why ``config.json`` is not one of ours, in a sentence; empty where it is."""
         config, where = self.config, str(self.path.absolute())
-        known = isinstance(config, dict) and {"method", "steps"} <= set(config)
+        known = None not in (config.get("method"), config.get("steps"))
         return "" if known else f"{where!r} is not a run of covrl_lab: its config.json has no method or no steps"
 
     @property
     def metrics(self) -> pd.DataFrame:
         """One row a finished step; see ``trainer.StepRecord`` for the columns."""
-        return pd.DataFrame(read_jsonl(self.path / "metrics.jsonl"))
+        return pd.DataFrame(self._lines("metrics.jsonl"))
 
     @property
     def evaluations(self) -> pd.DataFrame:
         """One row an evaluation: step, accuracy with its interval, ...; see ``evaluation.summarise``."""
-        return pd.DataFrame(read_jsonl(self.path / "evaluations.jsonl"))
+        return pd.DataFrame(self._lines("evaluations.jsonl"))
 
     @property
     def alarms(self) -> dict[str, str]:
-        """Signs that the run goes wrong, a sentence each by kind; see ``runs.alarms``."""
-        lines = (read_jsonl(self.path / name) for name in ("metrics.jsonl", "evaluations.jsonl"))
-        return alarms(*lines)
+        """Signs that the run goes wrong, a sentence each by kind or file; see ``runs.alarms``."""
+        found = alarms(*(self._lines(name) for name in ("metrics.jsonl", "evaluations.jsonl")))
+        return (self.damage or {}) | found
 
     @property
     def steps(self) -> list[int]:
         """Steps with stored traces."""
         return steps_in(self.path / "traces")
+
+    def _tables(self, kind: str, steps: Sequence[int], columns: Sequence[str] | None = None) -> list[pa.Table]:
+        """The traces or evaluations of some steps, a table each as it is stored, or some of their columns."""
+        found, needed = [], set(_IN_TABLES[kind]).intersection(columns or _IN_TABLES[kind])
+        for file in (step_file(self.path / kind, step) for step in steps):
+            try:
+                table = read_table(file, columns)
+                if self.damage is not None and (lacking := needed.difference(table.column_names)):
+                    raise ConfigError(f"{str(file)!r} has no column {min(lacking)!r}, which views draw; restore it")
+                found.append(table)
+            except ConfigError as error:
+                self.note(f"{kind}/{file.name}", str(error))
+        return found
+
+    def _joined(self, tables: Sequence[pa.Table]) -> pa.Table:
+        with readable(f"the files in {str(self.path / 'traces')!r} together"):  # columns of other kinds
+            return pa.concat_tables(tables, promote_options="permissive")
 
     def traces(self, *steps: int) -> pd.DataFrame:
         """One row a rollout of the given steps (all without arguments), with per-token lists.
@@ -120,38 +206,41 @@ class Run:
         missing = [step for step, file in zip(chosen, files, strict=True) if not file.exists()]
         if missing:
             raise ConfigError(f"{self.path} has no traces of step {missing[0]}; it has {self.steps}")
-        if not files:
-            return pd.DataFrame(columns=TRACE_COLUMNS)
-        return pa.concat_tables(map(_read, files), promote_options="permissive").to_pandas()
+        tables = self._tables("traces", chosen)
+        return self._joined(tables).to_pandas() if tables else pd.DataFrame(columns=TRACE_COLUMNS)
 
     def trace_columns(self, columns: Sequence[str]) -> pd.DataFrame:
         """Some columns of ``traces()``, all steps; empty where a step's file lacks one.
 
         A run of many files keeps what was read in one more, ``CACHE``, and reads only later files again.
         """
-        files = [step_file(self.path / "traces", step) for step in self.steps]
+        steps = self.steps
+        files = [step_file(self.path / "traces", step) for step in steps]
         about = {"columns": list(columns), "files": [[file.name, file.stat().st_mtime_ns] for file in files]}
         many, cache = len(files) >= CACHE_FROM, self.path / CACHE
         tables, count = _cached(cache, about) if many else ([], 0)
-        tables += [_read(file, columns) for file in files[count:]]
+        tables += self._tables("traces", steps[count:], columns)
         if not tables:
             return pd.DataFrame(columns=columns)
-        table = pa.concat_tables(tables, promote_options="permissive")
-        if many and count < 0.98 * len(files):  # a growing run does not write it anew each time
+        table = self._joined(tables)
+        # Not where a file is damaged; and a growing run does not write it anew each time.
+        if many and not self.damage and count < 0.98 * len(files):
             sink = pa.BufferOutputStream()
-            pq.write_table(table.replace_schema_metadata({"covrl_lab": json.dumps(about)}), sink)
+            kept = table.replace_schema_metadata({"covrl_lab": json.dumps(about)})
+            pq.write_table(kept, sink, write_page_checksum=True)
             with suppress(OSError):  # somebody else's folder
                 write_whole(cache, sink.getvalue().to_pybytes())
         return table.to_pandas().reindex(columns=columns)
 
     def predictions(self, step: int) -> pd.DataFrame:
         """One row a held-out generation of the evaluation after ``step``; see ``evaluation.evaluate``."""
-        return pd.read_parquet(step_file(self.path / "evaluations", step))
+        tables = self._tables("evaluations", [step])
+        return tables[0].to_pandas() if tables else pd.DataFrame(columns=_IN_TABLES["evaluations"])
 
 
 def load_run(path: str | Path) -> Run:
     """Open a run folder. ConfigError where there is none."""
     path = Path(path)
-    if not (path / "config.json").is_file():
+    if not os.path.isfile(path / "config.json"):
         raise ConfigError(f"{str(path)!r} is not a run folder (it has no config.json); check the path")
     return Run(path)

@@ -14,9 +14,11 @@ OUTCOMES = {(0, 1): "gained", (1, 0): "lost", (1, 1): "right at both", (0, 0): "
 def history(run: Run) -> pd.DataFrame:
     """One row a question and evaluation: the columns of ``Run.predictions``, step, and right (a full score)."""
     steps = steps_in(run.path / "evaluations")
-    if not steps:
-        raise ConfigError(f"{run.path} has no evaluations yet; a run makes its first before its first step")
-    found = pd.concat([run.predictions(step).query("sample < 0").assign(step=step) for step in steps])
+    frames = [frame.query("sample < 0").assign(step=step) for step in steps if len(frame := run.predictions(step))]
+    if not frames:
+        none = f"{run.path} has no evaluations yet; a run makes its first before its first step"
+        raise ConfigError(next(iter((run.damage or {}).values()), none))
+    found = pd.concat(frames)
     return found.assign(right=found["score"] >= 1).reset_index(drop=True)
 
 

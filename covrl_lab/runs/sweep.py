@@ -13,6 +13,7 @@ Every process that sees the folder sees the same table. An interrupted run resum
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -28,8 +29,8 @@ import pandas as pd
 
 from ..config import RunConfig
 from ..types import ConfigError
-from .folder import read_jsonl
-from .worker import ENDS, POLL_SECONDS, check_platform, first_line, status, steps_done, supervise, write_end
+from .folder import read_lines, steps_done
+from .worker import ENDS, POLL_SECONDS, check_platform, first_line, status, supervise, write_end
 
 # In a checkout the notebooks lie beside the package; an installed wheel holds this one inside it.
 _PLACES = [Path(__file__).resolve().parents[up] / "notebooks" / "03_train.ipynb" for up in (2, 1)]
@@ -80,6 +81,9 @@ class Sweep:
         self.folder, self.notebook = Path(folder), Path(notebook or NOTEBOOK)
         self.base = dict(base or {})
         self.threads, self.timeout_minutes = threads, timeout_minutes
+        for name, value in (("threads", threads), ("timeout_minutes", timeout_minutes)):
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} must be above 0, not {value!r}")
         if not self.notebook.is_file():
             raise ConfigError(f"there is no notebook {str(self.notebook)!r}; give notebook= its path")
         self.runs: dict[str, RunConfig] = {}  # id -> configuration
@@ -125,7 +129,9 @@ class Sweep:
         for run_id, config in self.runs.items():
             path = self.path(run_id)
             how, reason = status(path)
-            metrics, evaluations = read_jsonl(path / "metrics.jsonl"), read_jsonl(path / "evaluations.jsonl")
+            metrics, evaluations = (read_lines(path / name) for name in ("metrics.jsonl", "evaluations.jsonl"))
+            reason = reason or metrics.fault or evaluations.fault
+            metrics, evaluations = metrics.records, evaluations.records
             row = {"id": run_id} | {name: getattr(config, name) for name in varied}
             row |= {"status": how, "reason": reason, "step": len(metrics), "steps": config.steps}
             row["accuracy"] = evaluations[-1]["accuracy"] if evaluations else None
@@ -160,6 +166,8 @@ class Sweep:
         if self.driven:
             return self
         check_platform()
+        if workers is not None and workers < 1:
+            raise ConfigError(f"workers must be 1 or more, not {workers!r}")
         for run_id, config in self.runs.items():
             path = self.path(run_id) / "config.json"
             if not path.exists():

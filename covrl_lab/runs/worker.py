@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..config import RunConfig
-from ..files import fcntl, lock, locked, write_whole
+from ..files import fcntl, lock, locked, read_object, write_whole
 from ..types import ConfigError
-from .folder import read_jsonl
+from .folder import steps_done
 
 ENDS = ("done", "cancelled", "failed")  # markers a run folder can hold, the first one present counts
 POLL_SECONDS = 0.3
@@ -58,14 +58,11 @@ def status(folder: str | Path) -> tuple[str, str]:
     folder = Path(folder)
     for how in ENDS:
         try:
-            return how, json.loads((folder / f"{how}.json").read_text(encoding="utf-8"))["reason"]
-        except FileNotFoundError:
-            continue
+            return how, str(read_object(folder / f"{how}.json", "delete it to run again").get("reason", ""))
+        except ConfigError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                return how, str(error)
     return ("running" if locked(folder / "lock") else "queued"), ""
-
-
-def steps_done(folder: Path) -> int:
-    return len(read_jsonl(folder / "metrics.jsonl"))
 
 
 # --- the process that executes a run

@@ -1,13 +1,15 @@
 """The files of a run: checks of its folder, checkpoints, and lines of metrics and evaluations.
 
-A checkpoint is the adapter, the optimiser and the method's state. It is written under another name and then
-renamed, so that a checkpoint folder is always whole.
+A checkpoint is the adapter, the optimiser and the method's state, with their checksums. It is written under another
+name and then renamed, so that a checkpoint folder is always whole. What a disk or a hand has damaged since is found
+by its checksum; a run then resumes from an older checkpoint.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,20 +20,26 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..config import RunConfig
-from ..files import write_whole
-from ..runs.folder import read_jsonl, step_file, steps_in
+from ..files import CHECKSUMS, check_checksums, checksums, read_object, readable, write_whole
+from ..runs.folder import read_lines, step_file, steps_in
 from ..types import ConfigError
 from .policy import Policy, load_adapter, save_adapter
 
 ALLOWED_SUFFIXES = {".ipynb", ".ipynb_checkpoints", ".html", ".log", ".tmp", ".yaml", ".lock"}
 MIN_FREE_BYTES = 200 * 2**20  # a run folder of the embedded model with its checkpoints stays below this
-METHOD_STATE = "memory.json"
+METHOD_STATE, OPTIMIZER = "memory.json", "optimizer.safetensors"
 KEPT_CHECKPOINTS = 2
+RESTORE = "; restore it"  # how the sentences about damaged files end
+LOG = logging.getLogger(__name__)
 
 
 def check_run_dir(config: RunConfig) -> None:
     """Raise ConfigError where this configuration cannot write its run folder; writes nothing."""
     run_dir = Path(config.run_dir)
+    try:
+        run_dir.exists()
+    except OSError as error:
+        raise ConfigError(f"{config.run_dir[:80]!r} cannot be a run_dir ({error.strerror}); choose another") from error
     parent = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         problem = "cannot be written" if parent.is_dir() else "is a file"
@@ -43,6 +51,7 @@ def check_run_dir(config: RunConfig) -> None:
                 f"{str(run_dir)!r} holds a run with another configuration ({name} is {theirs!r} "
                 f"there, {mine!r} here); choose another run_dir"
             )
+        find_checkpoint(run_dir)
     elif run_dir.exists() and any((p.suffix or p.name) not in ALLOWED_SUFFIXES for p in run_dir.iterdir()):
         raise ConfigError(f"{str(run_dir)!r} is not empty and not a run folder; choose another run_dir")
     if shutil.disk_usage(parent).free < MIN_FREE_BYTES:
@@ -64,8 +73,9 @@ def save_checkpoint(
         for name, parameter in policy.trainable()
         for key, value in optimizer.state[parameter].items()
     }
-    save_file(state, temporary / "optimizer.safetensors")
+    save_file(state, temporary / OPTIMIZER)
     (temporary / METHOD_STATE).write_text(json.dumps(method_state), encoding="utf-8")
+    (temporary / CHECKSUMS).write_text(json.dumps(checksums(temporary), indent=2), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     for old in steps_in(folder)[:-KEPT_CHECKPOINTS]:
@@ -73,30 +83,74 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(run_dir: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, float]]:
-    """Restore the last checkpoint; its step and the method's state, or 0 and nothing where there is none.
+def find_checkpoint(run_dir: Path) -> tuple[int, list[str]]:
+    """The step of the newest checkpoint that a run can resume from, 0 without any, and why newer ones will not do.
 
-    Files that an interrupted run left half-written are removed.
+    A checkpoint will do if its files are whole and metrics and evaluations are, up to its step. ConfigError where
+    there are checkpoints and none will.
     """
-    for half in run_dir.glob("*/*.tmp"):  # checkpoints, and files of traces and evaluations
-        shutil.rmtree(half) if half.is_dir() else half.unlink()
     saved = steps_in(run_dir / "checkpoints")
-    if not saved:
+    lines = [read_lines(run_dir / name) for name in ("metrics.jsonl", "evaluations.jsonl")]
+    skipped: list[str] = []
+    for step in reversed(saved):
+        folder = step_file(run_dir / "checkpoints", step, "")
+        try:
+            if faults := [one.fault for one in lines if one.fault and one.reach < step]:
+                raise ConfigError(faults[0] + RESTORE)
+            check_checksums(folder)
+            for name in ("adapter_model.safetensors", OPTIMIZER):
+                with readable(repr(str(folder / name))):
+                    load_file(folder / name)
+            for name in ("adapter_config.json", METHOD_STATE):
+                read_object(folder / name)
+            return step, list(dict.fromkeys(skipped))
+        except ConfigError as error:
+            skipped.append(str(error).removesuffix(RESTORE))
+    if saved:
+        folder = str(run_dir / "checkpoints")
+        raise ConfigError(
+            f"{skipped[0]}{RESTORE}, as no older checkpoint will do, or remove {folder!r} to begin again"
+        )
+    return 0, []
+
+
+def load_checkpoint(run_dir: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, float]]:
+    """Restore the newest checkpoint that will do; its step and the method's state, or 0 and nothing without any.
+
+    What was skipped is said in the log and set aside under another name. Files that an interrupted run left
+    half-written are removed.
+    """
+    for half in (*run_dir.glob("*/*.tmp"), *run_dir.glob("*.json*.*.tmp")):  # checkpoints, and files of all kinds
+        shutil.rmtree(half) if half.is_dir() else half.unlink()
+    step, skipped = find_checkpoint(run_dir)
+    if not step:
+        if (run_dir / "metrics.jsonl").exists():
+            LOG.warning("%r holds no checkpoint, so the run begins again", str(run_dir))
         return 0, {}
-    folder = step_file(run_dir / "checkpoints", saved[-1], "")
+    folder = step_file(run_dir / "checkpoints", step, "")
     load_adapter(policy, folder)
-    stored = load_file(folder / "optimizer.safetensors")
-    for name, parameter in policy.trainable():
-        moments = {key: stored[f"{name}/{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": stored[f"{name}/step"]} | moments
-    return saved[-1], json.loads((folder / METHOD_STATE).read_text(encoding="utf-8"))
+    stored = load_file(folder / OPTIMIZER)
+    with readable(repr(str(folder / OPTIMIZER))):
+        for name, parameter in policy.trainable():
+            moments = {key: stored[f"{name}/{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": stored[f"{name}/step"]} | moments
+    if skipped:
+        LOG.warning("the run resumes from step %d, as %s", step, "; ".join(skipped))
+        for newer in [other for other in steps_in(folder.parent) if other > step]:
+            aside = folder.with_name(f"skipped_{newer:05d}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(step_file(folder.parent, newer, ""), aside)
+    return step, read_object(folder / METHOD_STATE)
 
 
 def keep_lines(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Drop the lines of steps after ``last_step`` from a JSON-lines file; return the lines that stay."""
+    """Drop what steps after ``last_step`` left in a JSON-lines file and its folder; return the lines that stay."""
+    for step in steps_in(path.parent / path.stem):
+        if step > last_step:
+            step_file(path.parent / path.stem, step).unlink(missing_ok=True)
     if not path.exists():
         return []
-    lines = [record for record in read_jsonl(path) if record["step"] <= last_step]
+    lines = list({r["step"]: r for r in read_lines(path).records if r["step"] <= last_step}.values())
     write_whole(path, "".join(json.dumps(r) + "\n" for r in lines))
     return lines
 

@@ -7,10 +7,11 @@ holds a ``config.json``, or a Hugging Face id such as ``owner/name``.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -66,16 +67,17 @@ def check_model(name: str) -> None:
     """Raise ConfigError when `name` cannot be a model; cheap, no network, nothing is loaded."""
     if name in _ALIASES:
         return
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if name and os.path.isdir(folder):
         if (folder / "config.json").is_file():
             return
         hint = "holds an adapter, not a model" if (folder / "adapter_config.json").is_file() else "is no model"
         raise ConfigError(f"the folder {name!r} {hint}: it has no config.json; pass one from save_pretrained")
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return
-    if re.fullmatch(r"\w[\w.-]*", name) and isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return
+    with suppress(ValueError):  # the hub's rules for names
+        if re.fullmatch(r"\w[\w.-]*", name) and isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
     raise ConfigError(
         f"unknown model {name!r}: neither a built-in name, an existing folder, nor a Hugging Face id "
         f"like owner/name{did_you_mean(name, _ALIASES)}"
@@ -104,7 +106,11 @@ def load_config(name: str) -> PretrainedConfig:
             pad_token_id=tokenizer.pad_token_id,
         )
     with _loading(name) as source:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        for field in ("hidden_size", "vocab_size", "max_position_embeddings"):
+            if not isinstance(getattr(config.get_text_config(), field, None), int):
+                raise ValueError(f"its config.json gives no {field}")
+        return config
 
 
 def load_policy(
@@ -131,6 +137,9 @@ def load_policy(
             raise ConfigError(f"{field}={value!r} is not known{did_you_mean(value, valid)}")
     if lora_rank < 0 or lora_alpha <= 0:
         raise ConfigError(f"lora_rank={lora_rank} must be >= 0 and lora_alpha={lora_alpha} must be > 0")
+    width = load_config(name).get_text_config().hidden_size
+    if lora_rank > width:
+        raise ConfigError(f"lora_rank={lora_rank} is above {width}, the width of {name!r}, and adds nothing; lower it")
     tokenizer = load_tokenizer(name)
     model = _load_frozen(name, quantization, _DTYPES[dtype], _pick_device(device))
     policy = Policy(model, tokenizer, name)
@@ -138,7 +147,7 @@ def load_policy(
         _checkpoint_layers(policy.decoder)
     if lora_rank:
         lora = LoraConfig("CAUSAL_LM", r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear")
-        with _own_seed(seed), warnings.catch_warnings():
+        with _loading(name), _own_seed(seed), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
             policy.model = get_peft_model(model, lora)
         policy.model.peft_config["default"].base_model_name_or_path = name  # not a path of this machine
@@ -223,7 +232,9 @@ def _pick_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         picked = torch.device(device)
-    except RuntimeError as error:
+        if picked.type != "cuda" or torch.cuda.is_available():
+            torch.zeros(1, device=picked).item()  # "meta", and what this machine has not, fail
+    except Exception as error:
         raise ConfigError(f"device={device!r} is not known; choose auto, cpu, cuda or cuda:0") from error
     if picked.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda', but torch sees no CUDA GPU here; use device='auto' or 'cpu'")
@@ -241,10 +252,10 @@ def _own_seed(seed: int) -> Iterator[None]:
 @contextmanager
 def _loading(name: str) -> Iterator[str]:
     """Yield where transformers finds the model; its failures become one sentence."""
-    source = embedded_model_path() if name == EMBEDDED else Path(name).expanduser()
+    source = embedded_model_path() if name == EMBEDDED else Path(os.path.expanduser(name))
     try:
         with quiet():
             yield str(source) if source.is_dir() else name
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # damaged files fail in many ways
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise ConfigError(f"could not load the model {name!r}: {reason}") from error

@@ -30,11 +30,11 @@ def check_examples(
     limits = (config.max_trace_tokens, max_context)
     for example in [*evaluated, *(rows if verified else ())]:
         prompt = prompter(example)
-        prompter.check_length(prompt, *limits, example.id, config.max_answer_tokens)
+        prompter.check_length(prompt, *limits, example.place, config.max_answer_tokens)
         needed = len(prompt.answer)
         if needed > config.max_answer_tokens:
             raise ConfigError(
-                f"the answer of example {example.id!r} takes {needed} tokens with its end, and max_answer_tokens="
+                f"the answer of example {example.place!r} takes {needed} tokens with its end, and max_answer_tokens="
                 f"{config.max_answer_tokens} would cut it and count it wrong; set max_answer_tokens to {needed} or more"
             )
     if verified or not rows:
@@ -44,7 +44,7 @@ def check_examples(
         prompter.check_answer(example)
         size = len(example.question.encode()) + 2 * len(example.answer.encode())
         if wrapper + size + config.max_trace_tokens + config.max_answer_tokens > max_context:
-            prompter.check_length(prompter(example), *limits, example.id, config.max_answer_tokens)
+            prompter.check_length(prompter(example), *limits, example.place, config.max_answer_tokens)
 
 
 def open_policy(config: RunConfig, *, adapter: bool = True) -> Policy:

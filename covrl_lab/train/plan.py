@@ -408,6 +408,10 @@ def plan(
     answer_tokens: of one question and one answer; trace_tokens: the mean trace, by default the longest.
     """
     config = config or RunConfig(**settings)
+    given = {"prompt_tokens": prompt_tokens, "question_tokens": question_tokens, "answer_tokens": answer_tokens}
+    for name, value in (given | {"trace_tokens": trace_tokens}).items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be 1 or more, not {value!r}")
     if device in ("auto", "cpu", "cuda"):
         device = measure_device()
     elif isinstance(device, str):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from ..files import check_checksums, read_object, readable
 from ..types import ConfigError
 from .lora import LoraGroup
 from .tree import check_logits, enable_packing
@@ -79,6 +79,9 @@ def save_adapter(policy: Policy, folder: str | Path) -> None:
     state = {key: value.contiguous() for key, value in _adapter_state(policy).items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     policy.model.peft_config["default"].save_pretrained(str(folder))
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = {name: sorted(v) if isinstance(v, list) else v for name, v in settings.items()}  # PEFT's are sets
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def load_adapter(policy: Policy, folder: str | Path) -> None:
@@ -89,11 +92,10 @@ def load_adapter(policy: Policy, folder: str | Path) -> None:
     if not isinstance(policy.model, PeftModel):
         raise ConfigError("this policy has no adapter to load into; load it with lora_rank > 0")
     folder = Path(folder)
-    try:
-        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    check_checksums(folder)
+    saved = read_object(folder / "adapter_config.json")
+    with readable(f"the adapter in {str(folder)!r}"):
         state = load_file(folder / "adapter_model.safetensors")
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise ConfigError(f"could not read an adapter from {str(folder)!r}: {error}") from error
     live = policy.model.peft_config["default"]
     for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
         if saved.get(name) != getattr(live, name):

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..files import readable
 from ..types import ConfigError, Demonstration, Example, Prompt
 
 INSTRUCTION = (
@@ -104,7 +105,8 @@ class Prompter:
         for d in self.demonstrations:
             content += f"{d.question}\n<think>\n{d.trace}\n</think>\n<answer> {d.answer} </answer>\n\n"
         messages = [{"role": "user", "content": content + question}]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        with readable("the model's chat template", "use prompt_style='few_shot'"):
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         # Reasoning models' templates may open the thinking themselves; ours opens it in both contexts.
         return self._encode(text.rstrip().removesuffix("<think>") if text.rstrip().endswith("<think>") else text)
 
@@ -113,7 +115,7 @@ class Prompter:
         style, y = self.style, example.answer.strip()
         if style.answer_end in y:
             raise ConfigError(
-                f"the answer of example {example.id!r} contains {style.answer_end!r}, which ends an answer "
+                f"the answer of example {example.place!r} contains {style.answer_end!r}, which ends an answer "
                 f"in prompt_style={style.name!r}; " + ("use 'chat'" if style is FEW_SHOT else "rewrite that answer")
             )
 

@@ -10,16 +10,21 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from decimal import Decimal
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from ..config import RunConfig
-from ..types import ConfigError, Demonstration, Example, did_you_mean
+from ..files import readable
+from ..types import UNFIT, ConfigError, Demonstration, Example, did_you_mean
 from .answers import gym_scorer, match_answer
 from .builtin_tasks import RANGES, TASKS
 
@@ -195,7 +200,8 @@ def _gym_task(name: str) -> Task:
 
 def _read_file(path: Path, limit: int | None = None) -> tuple[list[str], Iterable[dict[str, Any]]]:
     """Column names and rows (at most ``limit``) of a data file."""
-    try:
+    what = f"data file {str(path)!r}"
+    with readable(what, "mend it"):
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
@@ -208,10 +214,10 @@ def _read_file(path: Path, limit: int | None = None) -> tuple[list[str], Iterabl
             if path.suffix == ".json":
                 rows = json.load(file)
             else:
-                lines = (line for line in file if line.strip())
-                rows = [json.loads(line) for line, _ in zip(lines, range(limit or 2**62), strict=False)]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data file {str(path)!r} cannot be read: {error}") from error
+                lines, rows = ((n, line) for n, line in enumerate(file, start=1) if line.strip()), []
+                for number, line in islice(lines, limit):
+                    with readable(f"line {number} of {what}", "mend it"):
+                        rows.append(json.loads(line))
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ConfigError(f"data file {str(path)!r} must hold a list of objects, one per question")
     return list(rows[0]) if rows else [], rows
@@ -232,14 +238,21 @@ def _check_columns(name: str, found: list[str], wanted: Iterable[str | None]) ->
     if not found:
         raise ConfigError(f"data set {name!r} is empty; it needs one row per question")
     for column in wanted:
+        if found.count(column) > 1:
+            raise ConfigError(f"data set {name!r} has two columns {column!r}; rename one")
         if column is not None and column not in found:
             hint = did_you_mean(column, found)
             raise ConfigError(f"data set {name!r} has columns {found} but not {column!r}{hint}")
 
 
-def _cell(row: dict[str, Any], column: str | None) -> str:
+def _cell(row: dict[str, Any], column: str | None, place: str) -> str:
+    """The text of a cell. ConfigError, which gives its place, where it is no text and no finite number."""
     value = row.get(column)
-    return "" if value is None else str(value).strip()
+    text = "" if value is None else str(value).strip()
+    several = hasattr(value, "__len__") and not isinstance(value, str)
+    if several or UNFIT.search(text) or (isinstance(value, float | Decimal) and not math.isfinite(value)):
+        raise ConfigError(f"{place} has {value!r:.60} in {column!r}; put text or a finite number there, or remove it")
+    return text
 
 
 def _row_task(name: str, rows: Iterable[dict], question: str, answer: str, trace: str | None, shown: int) -> Task:
@@ -250,16 +263,20 @@ def _row_task(name: str, rows: Iterable[dict], question: str, answer: str, trace
     seen: set[str] = set()
     train, held_out, demonstrations = [], [], []
     for number, row in enumerate(rows, start=1):
-        asked, answered = _cell(row, question), _cell(row, answer).rpartition("####")[2].strip()
+        place = f"row {number} of {name!r}"
+        if None in row:
+            raise ConfigError(f"{place} has more cells than there are columns; put quotes around commas")
+        asked = _cell(row, question, place)
+        answered = _cell(row, answer, place).rpartition("####")[2].strip()
         for column, text in ((question, asked), (answer, answered)):
             if not text:
-                raise ConfigError(f"row {number} of {name!r} has an empty {column!r}; fill it in or remove it")
+                raise ConfigError(f"{place} has an empty {column!r}; fill it in or remove it")
         digest = _digest(asked)
         if digest in seen:
             continue
         seen.add(digest)
         example = Example(f"{Path(name).stem}:{digest[:16]}", asked, answered, {"row": number})
-        worked = " ".join(_cell(row, trace).partition("####")[0].split())  # one line, as prompts need it
+        worked = " ".join(_cell(row, trace, place).partition("####")[0].split())  # one line, as prompts need it
         if is_held_out(asked):
             held_out.append(example)
         elif worked and len(demonstrations) < shown:
@@ -318,7 +335,7 @@ def check_task(name: str, settings: TaskSettings) -> None:
     if name in TASKS:
         return
     if on_hub:
-        if not re.fullmatch(r"hf/[\w.-]+/[\w.-]+", name):
+        if not re.fullmatch(r"hf/\w[\w.-]*/\w[\w.-]*", name):
             raise ConfigError(f"Hugging Face task {name!r} must have the form hf/OWNER/NAME")
     elif name.startswith("reasoning_gym/"):
         from reasoning_gym.factory import DATASETS
@@ -327,7 +344,7 @@ def check_task(name: str, settings: TaskSettings) -> None:
         if short not in DATASETS:
             raise ConfigError(f"unknown reasoning-gym task {short!r}{did_you_mean(short, DATASETS)}")
     elif is_file:
-        if not Path(name).is_file():
+        if not os.path.isfile(name):
             raise ConfigError(f"data file {name!r} does not exist; check the path")
         found, _ = _read_file(Path(name), limit=1)
         _check_columns(name, found, (columns[0] or "question", columns[1] or "answer", columns[2]))

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..config import RunConfig
 from ..files import Owner
 from ..runs.alarms import alarms
-from ..runs.folder import read_jsonl, step_file, write_parquet
+from ..runs.folder import step_file, steps_done, write_parquet
 from ..types import ConfigError, Credit, Example, LogProbs, Prompt, TraceBatch
 from .checkpoints import append_line, check_run_dir, is_disk_full, keep_lines, load_checkpoint, save_checkpoint
 from .evaluation import evaluate, summarise
@@ -97,7 +97,7 @@ class Trainer:
     def __iter__(self) -> Iterator[StepRecord]:
         self.setup()
         with self._owner:
-            if len(read_jsonl(self.run_dir / "metrics.jsonl")) != self.step:  # another process has trained meanwhile
+            if steps_done(self.run_dir) != self.step:  # another process has trained meanwhile
                 self.policy = None
                 self.setup()
             yield from self._steps()
@@ -181,7 +181,7 @@ class Trainer:
         config, prompts = self.config, [self.prompter(example) for example in examples]
         for prompt, example in zip(prompts, examples, strict=True):
             limits = config.max_trace_tokens, self.max_context
-            self.prompter.check_length(prompt, *limits, example.id, config.max_answer_tokens)
+            self.prompter.check_length(prompt, *limits, example.place, config.max_answer_tokens)
         return prompts
 
     def sample(self, step: int, draw: int = 0) -> tuple[list[Example], list[Prompt], TraceBatch]:

@@ -47,7 +47,7 @@ def sweep_results(sweep: Sweep) -> pd.DataFrame:
     rows = []
     for record in sweep.table().to_dict("records"):
         if record["step"]:
-            config, metrics = sweep.runs[record["id"]], load_run(sweep.path(record["id"])).metrics
+            config, metrics = sweep.runs[record["id"]], load_run(sweep.path(record["id"])).forgiving().metrics
             last = metrics[["reward_prior", "reward_posterior"]].tail(max(1, len(metrics) // 5)).astype(float).mean()
             own = {"method": config.method, "alpha": config.alpha, "seed": config.seed}
             rows.append(record | own | last.to_dict())
@@ -61,7 +61,7 @@ def sweep_curves(sweep: Sweep) -> dict[str, pd.DataFrame]:
     for run_id, config in sorted(sweep.runs.items(), key=lambda item: (item[1].method, item[1].alpha)):
         path = sweep.path(run_id)
         if (path / "evaluations.jsonl").exists():
-            methods.setdefault(f"{config.method}, α {config.alpha:g}", []).append(load_run(path))
+            methods.setdefault(f"{config.method}, α {config.alpha:g}", []).append(load_run(path).forgiving())
     return next(iter(curves(methods).values()), {})  # a grid has one task
 
 

@@ -14,7 +14,7 @@ from ..runs.folder import Run, load_run
 from ..runs.questions import OUTCOMES, between, by_learning, history
 from ..runs.stats import mcnemar, paired_interval
 from ..types import ConfigError
-from .html import figure_text, html_number, html_table, html_text
+from .html import alarms_html, figure_text, html_number, html_table, html_text
 from .style import BOTH, GREY, POSTERIOR, TEMPLATE
 from .widgets import Panel, Plot, Table, field, offer, row, table_column
 
@@ -108,7 +108,7 @@ class EvaluationBrowser(Panel):
     """
 
     def __init__(self, run: Run | str | Path, before: int | None = None, after: int | None = None):
-        self.run = run if isinstance(run, Run) else load_run(run)
+        self.run = (run if isinstance(run, Run) else load_run(run)).forgiving()
         self.history = history(self.run)
         steps = self.history["step"].unique().tolist()
         before, after = steps[0] if before is None else before, steps[-1] if after is None else after
@@ -146,7 +146,7 @@ class EvaluationBrowser(Panel):
         self.listed = listed = between(self.history, *pair).rename(columns={"example_id": "id"})
         kept = listed if self.kind.value == "all" else listed[listed["outcome"] == self.kind.value]
         self.questions.fill(kept, _MOST_ROWS, [self.questions.picked])
-        self.change.value = change_html(listed, *pair)
+        self.change.value = alarms_html(self.run.damage or {}) + change_html(listed, *pair)
 
     def _open(self, change: Any = None) -> None:
         self.questions.marked = [self.questions.picked]

@@ -18,7 +18,7 @@ from ..config import RunConfig
 from ..runs.folder import Run
 from ..runs.reweight import Settings, Traces, answer_logprob, quantities
 from ..types import ConfigError, Example, did_you_mean
-from .html import html_mark, html_number, html_passage, html_table, html_text
+from .html import alarms_html, html_mark, html_number, html_passage, html_table, html_text
 from .token_figures import plot_token_lines
 from .token_view import SCALES, TokenView, colours, spelled, token_html
 from .widgets import Panel, Plot, Table, Take, field, offer, open_run, row, table_column
@@ -62,6 +62,8 @@ def trace_index(run: Run) -> pd.DataFrame:
     """
     columns = [*_STORED, "answer_logp"]
     frame = run.trace_columns(columns)
+    if frame.empty and run.damage:
+        raise ConfigError(next(iter(run.damage.values())))
     frame = _with_right(frame.assign(total=answer_logprob(frame)), run.config)
     return frame.reindex(columns=[*_STORED, "total"]).astype({"right": float})
 
@@ -138,14 +140,14 @@ class TraceExplorer(Panel):
     """
 
     def __init__(self, run: Run | str | Path, step: int | None = None, question: str = "", colour: str = ""):
-        self.run, step = open_run(run, step)
-        self.settings = Settings.of(self.run.config)
-        self._frame, self._shown = pd.DataFrame(), {}
-        self.found = widgets.HTML()
+        run, step = open_run(run, step)
+        self.run, self._frame, self._shown = run.forgiving(), pd.DataFrame(), {}
+        self.settings, self.found = Settings.of(self.run.config), widgets.HTML()
         self._read()
 
         narrow, sources = {"width": "110px"}, [("all sources", ""), ("prior", "prior"), ("posterior", "posterior")]
-        self.step = widgets.Dropdown(options=self._steps(), value=step, layout=narrow)
+        shown = step if step in set(self.index["step"]) else 0  # all
+        self.step = widgets.Dropdown(options=self._steps(), value=shown, layout=narrow)
         self.search = widgets.Text(placeholder="search questions, answers, traces", layout={"flex": "1 1 150px"})
         self.source = widgets.Dropdown(options=sources, layout=narrow)
         judged = self.index["source"][self.index["right"].notna()].nunique()  # of how many sources verdicts are known
@@ -294,7 +296,7 @@ class TraceExplorer(Panel):
 
     def _show(self) -> None:
         self._list_rollouts()
-        self.heading.value = _heading(self.run, self.settings, self._frame) if len(self._frame) else ""
+        self.heading.value = _heading(self.run, self.settings, self._frame)
         self.view.show(self.pair(), self.settings)
         # Start where prior and posterior disagree most.
         gaps = [np.abs(t["values"].get("log_gap", t["values"]["logp"])) for t in self.view.traces]
@@ -356,6 +358,8 @@ _TAKEN["Rows as CSV"] = lambda explorer: (f"{explorer.run.path.name}.csv", explo
 
 def _heading(run: Run, settings: Settings, frame: pd.DataFrame) -> str:
     """Question, reference answer, verdicts and the run's settings as HTML; ``frame`` holds the question's rows."""
+    if frame.empty:
+        return alarms_html(run.damage)
     first, s = frame.iloc[0], settings
     named = [run.path.name, f"step {first['step']}", run.config.get("model", "")]
     named += [f"α {s.alpha:g}, w {s.composite_weight:g}, clip {s.clip} {s.clip_range:g}"]
@@ -364,7 +368,7 @@ def _heading(run: Run, settings: Settings, frame: pd.DataFrame) -> str:
         named += [f"{source} {rows.eq(True).sum()} of {rows.notna().sum()} right" for source, rows in groups]
     code = f'<code style="background: none; font: inherit"><bdi>{html_text(first["answer"])}</bdi></code>'
     return (
-        f'<div style="line-height: 1.5; overflow-wrap: anywhere">'
+        f'{alarms_html(run.damage)}<div style="line-height: 1.5; overflow-wrap: anywhere">'
         f'<div style="font-size: 1.1em">{html_passage(first["question"])}</div>'
         f"reference answer <b>{code}</b><br>"
         f'<span style="opacity: 0.75">{html.escape(" · ".join(map(str, named)))}</span></div>'

@@ -73,7 +73,7 @@ class Snapshot:
 
 def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
     """Read a run folder as it stands; ``now`` is the time in seconds since the epoch, for tests."""
-    run, now = Run(Path(run_dir)), time.time() if now is None else now
+    run, now = Run(Path(run_dir)).forgiving(), time.time() if now is None else now
     if not (run.path / "config.json").is_file():
         return Snapshot(run, "waiting", f"waiting for a run in {str(run.path.absolute())!r}")
     if run.foreign:
@@ -83,7 +83,7 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
     # Nothing is written while an evaluation runs, and before the first step a model is loaded as well.
     evaluation, patience = _evaluation_seconds(run), 600.0
     if len(metrics):
-        metrics["truncated_share"] = 1 - metrics["finished_share"]
+        metrics["truncated_share"] = 1 - metrics.get("finished_share", np.nan)
         step, median = int(metrics["step"].iloc[-1]), float(metrics["seconds"].tail(5).median())
         patience = max(120.0, 10 * median, 3 * (evaluation or 0.0))
     if step and step < steps:
@@ -184,7 +184,7 @@ def status_html(shot: Snapshot) -> str:
         last = shot.evaluations.iloc[-1]
         value = f'held-out accuracy <b data-column="accuracy">{last.accuracy:.1%}</b> after step {last.step:.0f}'
         parts.append(f"{value} (95% interval {last.accuracy_low:.1%} to {last.accuracy_high:.1%})")
-    alarms = alarms_html(shot.run.alarms) if shot.step else ""
+    alarms = alarms_html(shot.run.alarms)
     return f'<div style="line-height: 1.5">{" &nbsp;·&nbsp; ".join(parts)}</div>{alarms}'
 
 
@@ -208,6 +208,8 @@ def traces_html(shot: Snapshot, questions: int = 2) -> str:
     if not stored:
         return "<p>no traces yet</p>"
     traces = shot.run.traces(stored[-1])
+    if traces.empty:
+        return alarms_html(shot.run.damage)
     shown = traces[traces["example_id"].isin(traces["example_id"].unique()[:questions])]
     return f"<b>Traces of step {stored[-1]}</b>{trace_table(shown)}"
 

@@ -19,6 +19,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from .. import __version__
+from ..files import write_whole
 from ..runs.folder import Run, load_run, steps_in
 from ..runs.questions import between, history
 from ..runs.reweight import Settings, Traces, answer_logprob, summarise_traces
@@ -41,13 +42,13 @@ def report(run: Run | str | Path, path: str | Path | None = None) -> Path:
     the first and the last stored step, what mixing the two sources comes to, and the versions that drew it. About
     5 MB, nearly all of it plotly.js. Raises ConfigError for a folder that is not a run.
     """
-    run = run if isinstance(run, Run) else load_run(run)
+    run = (run if isinstance(run, Run) else load_run(run)).forgiving()
     if run.foreign:
         raise ConfigError(run.foreign)
     path = run.path / "report.html" if path is None else Path(path)
     if not path.parent.is_dir():
         raise ConfigError(f"the folder {str(path.parent)!r} does not exist; make it or choose another file")
-    path.write_text(page(run), encoding="utf-8", newline="\n")
+    write_whole(path, page(run))
     return path
 
 
@@ -56,12 +57,14 @@ def page(run: Run) -> str:
     config, metrics, evaluations = run.config, run.metrics, run.evaluations
     settings = Settings.of(config)
     traces = {step: run.traces(step) for step in sorted({*run.steps[:1], *run.steps[-1:]})}
+    traces = {step: frame for step, frame in traces.items() if len(frame)}
+    rows = history(run) if len(steps_in(run.path / "evaluations")) > 1 else pd.DataFrame({"step": []})
     curves = _figure(plot_training_curves(metrics, evaluations, reward_unit(config)))
     parts = [_head(run, config, metrics, evaluations), "<h2>Training</h2>", curves]
     if len(evaluations):
         parts += ["<h2>Held-out accuracy</h2>", f'<div class="wide">{accuracy_table(evaluations)}</div>']
-    if len(asked := steps_in(run.path / "evaluations")) > 1:
-        rows, pair = history(run), (asked[0], asked[-1])
+    if len(asked := rows["step"].unique().tolist()) > 1:
+        pair = asked[0], asked[-1]
         change = change_html(between(rows, *pair), *pair)
         parts += ["<h2>Held-out questions</h2>", f'<div class="wide">{change}</div>', _figure(plot_questions(rows))]
     for step, frame in traces.items():

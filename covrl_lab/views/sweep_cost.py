@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 
 from ..config import RunConfig
-from ..runs.folder import read_jsonl
+from ..files import read_object
+from ..runs.folder import read_lines
 from ..runs.sweep import Sweep
 from ..runs.worker import ENDS
 
@@ -32,11 +32,11 @@ def measured(sweep: Sweep) -> tuple[float, float, int] | None:
     seconds, around = [], []
     for path in sweep.folder.glob("*/config.json"):
         if step_time_settings(RunConfig.load(path)) in wanted:
-            own = [record["seconds"] for record in read_jsonl(path.parent / "metrics.jsonl")]
+            own = [record["seconds"] for record in read_lines(path.parent / "metrics.jsonl").records]
             seconds += own
             done = path.parent / "done.json"
-            if done.exists() and not (ended := json.loads(done.read_text("utf-8")))["first_step"]:
-                around.append(max(0.0, ended["seconds"] - sum(own)))
+            if done.exists() and not (ended := read_object(done)).get("first_step"):
+                around.append(max(0.0, ended.get("seconds", 0.0) - sum(own)))
     return (float(np.median(seconds)), float(np.median(around or [0.0])), len(seconds)) if seconds else None
 
 
