@@ -59,7 +59,7 @@ def test_the_panel_s_own_grid_can_be_launched(tmp_path):
 
 def test_a_grid_without_steps_takes_the_plots_away(tmp_path):
     panel = ablation.Ablation(tmp_path, alphas="0.5", seeds="0", steps=2, model="tiny")
-    assert panel.alpha_plot.figure == ""
+    assert panel.results.alpha.figure == ""
     (run_id,) = panel.sweep.runs
     path = panel.sweep.path(run_id)
     path.mkdir(parents=True)
@@ -68,12 +68,12 @@ def test_a_grid_without_steps_takes_the_plots_away(tmp_path):
     (path / "metrics.jsonl").write_text(json.dumps(step) + "\n")
     panel.refresh()
     assert panel.cost.value.startswith("1 run, 1 to do with 1 steps")
-    assert json.loads(panel.alpha_plot.figure)["layout"]["yaxis"]["range"] == [0, 1], "no accuracy: not up to 400%"
-    assert json.loads(panel.learning_plot.figure)["layout"]["yaxis"]["range"] == [0, 1]
-    lines = json.loads(panel.alpha_plot.figure)["data"]
+    assert json.loads(panel.results.alpha.figure)["layout"]["yaxis"]["range"] == [0, 1], "no accuracy: not up to 400%"
+    assert json.loads(panel.results.learning.figure)["layout"]["yaxis"]["range"] == [0, 1]
+    lines = json.loads(panel.results.alpha.figure)["data"]
     assert {line.get("name") for line in lines} >= {"covrl, prior traces", "covrl, posterior traces"}
     panel.fields["alphas"].value = "0.25"
-    assert panel.alpha_plot.figure == panel.learning_plot.figure == ""
+    assert panel.results.alpha.figure == panel.results.learning.figure == ""
 
 
 @pytest.mark.parametrize(("name", "wrong"), [("task", "arithmetics"), ("task", "nothing.jsonl"), ("model", "smol")])

@@ -133,6 +133,32 @@ def _check(config: RunConfig) -> None:
         check_model(config.model)
 
 
+class _Results:
+    """The figures of a grid, drawn anew when a run has got further."""
+
+    def __init__(self) -> None:
+        self.alpha, self.learning = Plot(), Plot()
+        self._drawn: Any = None
+
+    def draw(self, sweep: Sweep, runs: pd.DataFrame) -> None:
+        """Draw what the runs hold; ``runs`` is ``table(sweep)``."""
+        state = runs[["id", "step", "accuracy"]].astype(str).to_numpy().tolist()
+        if state != self._drawn:
+            self._drawn = state
+            if not runs["step"].any():
+                return self.clear()
+            self.alpha.draw(plot_against_alpha(sweep_results(sweep)))
+            self.learning.draw(plot_evaluation_curve(sweep_curves(sweep)))
+
+    def clear(self) -> None:
+        """Take the figures away."""
+        self.alpha.figure = self.learning.figure = ""
+
+    def figures(self) -> list[go.Figure]:
+        """The figures as they stand."""
+        return [go.Figure(json.loads(plot.figure or "{}")) for plot in (self.alpha, self.learning)]
+
+
 class Ablation(Panel):
     """Widgets that choose a grid and drive it: cost, Launch, a live table, traces of its picked run, results.
 
@@ -163,7 +189,6 @@ class Ablation(Panel):
         given = (_listed(alphas), _listed(methods), _listed(seeds), steps, model, task, workers)
         self._estimates: dict[tuple[Any, ...], float] = {}  # like runs -> seconds a step
         self._watcher: threading.Thread | None = None
-        self._drawn: Any = None
         self.fields = _fields(*given)
         before, kept = self._chosen.get(str(self.folder), (None, {}))
         self._chosen[str(self.folder)] = given, kept if before == given else {}
@@ -185,11 +210,11 @@ class Ablation(Panel):
         self.table.observe(lambda _: self._offer(), names="picked")
         self.table.observe(lambda _: self.refresh(), names="sort")
         self.picked, self.traces, choices = widgets.HTML(), widgets.VBox(), list(self.fields.values())
-        self.alpha_plot, self.learning_plot = Plot(), Plot()
+        self.results = _Results()
         grid = row(widgets.VBox(choices[:3]), widgets.VBox(choices[3:6]), choices[6])
         buttons = widgets.HBox([self.launch_button, self.stop_button, self.estimate_button])
         about_run = row(self.picked, self.act_button, self.traces_button)
-        results = [self.traces, self.alpha_plot, self.learning_plot]
+        results = [self.traces, self.results.alpha, self.results.learning]
         self.widget = widgets.VBox([grid, self.cost, buttons, self.table, about_run, *results])
         self.widget.add_class("covrl-ablation")
         self.sweep: Sweep | None = None
@@ -216,9 +241,8 @@ class Ablation(Panel):
             self.sweep = None
             self._warn(error)
             self.table.rows = []
-            self.alpha_plot.figure = self.learning_plot.figure = ""
+            self.results.clear()
         else:
-            self._drawn = None
             self.refresh()
             if self.table.picked not in self.sweep.runs:
                 self.table.picked = next(iter(self.sweep.runs))
@@ -321,15 +345,7 @@ class Ablation(Panel):
         self.table.fill(frame, len(frame), [self.table.picked])
         self._offer()
         self._show_cost()
-        state = frame[["step", "accuracy"]].astype(str).to_numpy().tolist()
-        if state == self._drawn:
-            return
-        self._drawn = state
-        if frame["step"].any():
-            self.alpha_plot.draw(plot_against_alpha(sweep_results(self.sweep)))
-            self.learning_plot.draw(plot_evaluation_curve(sweep_curves(self.sweep)))
-        else:
-            self.alpha_plot.figure = self.learning_plot.figure = ""
+        self.results.draw(self.sweep, frame)
 
     def show_traces(self, run_id: str) -> None:
         """Open a run's stored traces below the table."""
@@ -340,8 +356,7 @@ class Ablation(Panel):
         """The cost and the table of runs as HTML, and the results as figures."""
         rows = [[html_number(line[c["name"]], c["form"]) for c in _COLUMNS] for line in self.table.rows]
         listed = html_table([c["label"] for c in _COLUMNS], rows)
-        plots = [go.Figure(json.loads(plot.figure or "{}")) for plot in (self.alpha_plot, self.learning_plot)]
-        return [HTML(f"<p>{self.cost.value}</p>{listed}"), *plots]
+        return [HTML(f"<p>{self.cost.value}</p>{listed}"), *self.results.figures()]
 
 
 def _listed(values: Any) -> str:
