@@ -31,12 +31,12 @@ GALLERY = {
 }
 
 
-def write_gallery(lab, name, cell):
-    """A notebook of one cell, with its runs beside it."""
+def write_gallery(lab, name, *cells):
+    """A notebook of ``cells``, with the runs that they show beside it."""
     if not (lab.folder / "example_run").exists():
         shutil.copytree(EXAMPLE_RUN, lab.folder / "example_run")
         shutil.copytree(TRIALS, lab.folder / "trials")
-    lab.write(f"{name}.ipynb", f"from covrl_lab import {cell.split('(')[0]}, World\n{cell}")
+    lab.write(f"{name}.ipynb", *(f"from covrl_lab import {cell.split('(')[0]}, World\n{cell}" for cell in cells))
 
 
 def show(lab, name, theme, width):
@@ -46,7 +46,7 @@ def show(lab, name, theme, width):
     lab.run_all()
     lab.page.set_viewport_size({"width": width, "height": 1400})
     lab.page.wait_for_timeout(3000)
-    return lab.page.locator(".jp-OutputArea-output.jupyter-widgets .widget-vbox").first
+    return lab.page.locator(".jp-OutputArea-output > .widget-vbox").first
 
 
 def main(names):

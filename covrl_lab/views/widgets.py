@@ -105,6 +105,9 @@ def table_column(name: str, label: str, kind: str, about: str = "", digits: int 
     return {"name": name, "label": label, "kind": kind, "about": about, "digits": digits, "form": form}
 
 
+HIDDEN = "0px"  # a label's width that leaves it to screen readers
+
+
 def field(kind: type, label: str, value: Any, width: str, label_width: str = "60px", **settings: Any) -> Any:
     """An input widget with its label before it; ``width`` counts the label in."""
     shape = {"style": {"description_width": label_width}, "layout": {"width": width}}
