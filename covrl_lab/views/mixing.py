@@ -34,11 +34,11 @@ class _Side:
         clips = [("PPO", "ppo"), ("soft (tanh)", "soft"), ("none", "none")]
         self.clip = field(widgets.Dropdown, "clip", own.clip, "150px", HIDDEN, options=clips)
         self.controls = [self.alpha, self.composite_weight, self.clip_range, self.clip]
-        self.plot = Plot(layout={"min_height": "570px"})
+        self.plot = Plot(layout={"min_height": "570px", "flex": "1 1 380px", "min_width": "0"})
         clip = widgets.HBox([self.clip_range, self.clip], layout={"width": "95%"})
         read = [] if own.whole_traces else [self.composite_weight, clip]  # the group bound reads alpha alone
-        parts = [widgets.HTML(f"<b>setting {name}</b>"), self.alpha, *read, self.plot]
-        self.widget = widgets.VBox(parts, layout={"flex": "1 1 380px", "min_width": "0"})
+        parts = [widgets.HTML(f"<b>setting {name}</b>"), self.alpha, *read]
+        self.chosen = widgets.VBox(parts, layout={"flex": "1 1 300px", "min_width": "0"})
 
     @property
     def settings(self) -> reweight.Settings:
@@ -74,7 +74,8 @@ class MixingRatio(Panel):
         for side in self.sides:
             for control in side.controls:
                 control.observe(lambda change, side=side: self._update([side]), names="value")
-        self.mixed = widgets.VBox([self.table, row(*(side.widget for side in self.sides))])
+        chosen, plots = row(*(side.chosen for side in self.sides)), row(*(side.plot for side in self.sides))
+        self.mixed = widgets.VBox([chosen, self.table, plots])
         self.widget = widgets.VBox([row(self.step, self.note), self.mixed])
         self._load()
 
