@@ -55,8 +55,9 @@ def main(names):
         for name in names or GALLERY:
             write_gallery(lab, name, GALLERY[name])
             for theme, width in product(("light", "dark"), WIDTHS):
-                show(lab, name, theme, width).screenshot(path=target / f"{name}-{theme}-{width}.png")
-                print(f"{name}-{theme}-{width}", flush=True)
+                path = target / f"{name}-{theme}{'-800' * (width == 800)}.png"
+                show(lab, name, theme, width).screenshot(path=path)
+                print(path.name, flush=True)
 
 
 if __name__ == "__main__":
