@@ -42,7 +42,8 @@ def test_panels_are_accessible_and_fit(lab, theme):
         assert found == set()
         cut = page.evaluate(
             f"""() => [...document.querySelectorAll('{PANELS} button, {PANELS} input, {PANELS} select')]
-                .filter(e => e.offsetParent && !e.closest('.covrl-table') && e.getBoundingClientRect().right > innerWidth)
+                .filter(e => e.offsetParent && !e.closest('.covrl-table'))
+                .filter(e => e.getBoundingClientRect().right > innerWidth)
                 .map(e => e.outerHTML.slice(0, 160))"""
         )
         assert cut == [], width
