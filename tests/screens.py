@@ -41,10 +41,10 @@ def write_gallery(lab, name, *cells):
 
 def show(lab, name, theme, width):
     """Open the panel ``name`` of ``GALLERY`` and wait until it is drawn; its outermost element."""
-    lab.page.set_viewport_size({"width": 1600, "height": 1400})  # a narrow tool bar hides the kernel's state
+    lab.page.set_viewport_size({"width": 1600, "height": 2200})  # a narrow tool bar hides the kernel's state
     lab.open(f"{name}.ipynb", theme)
     lab.run_all()
-    lab.page.set_viewport_size({"width": width, "height": 1400})
+    lab.page.set_viewport_size({"width": width, "height": 2200})
     lab.page.wait_for_timeout(3000)
     return lab.page.locator(".jp-OutputArea-output > .widget-vbox").first
 
