@@ -123,7 +123,7 @@ def _parser() -> _Parser:
     for command in (train, sweep, plan):
         for field in fields(RunConfig):
             kind, _, choices, _ = field_type(field)
-            shown = "{" + ",".join(choices) + "}" if choices else kind.__name__
+            shown = "{" + ",".join((kind.__name__,) * (kind is not str) + choices) + "}" if choices else kind.__name__
             own[command].add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar=shown)
     return parser
 

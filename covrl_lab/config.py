@@ -35,13 +35,20 @@ Few = Annotated[int, Range(1, 1000, "1 or more and at most 1,000")]
 Count = Annotated[int, Range(1, 1e6, "1 or more and at most 1,000,000")]
 CountOrZero = Annotated[int, Range(0, 1e6, "0 or more and at most 1,000,000")]
 
+Auto = Literal["auto"]  # chosen before the run, from the memory there is (train/plan.py)
+# How a step is cut changes rounding only: what "auto" stands for where runs are named and compared.
+_UNCUT = {"gradient_checkpointing": False, "max_packed_tokens": 4096}
+
 _LITERALS = str | int | float | bool | None | list | tuple | dict
 _KINDS = {float: "a finite number", int: "a whole number", bool: "True or False"}
 _KINDS[str] = "text of at most 1,000 characters without NUL"
 
 
 class FieldType(NamedTuple):
-    """What a field of ``RunConfig`` takes: its plain type, whether None is allowed, choices, range."""
+    """What a field of ``RunConfig`` takes: its plain type, whether None is allowed, choices, range.
+
+    A field of another type than text may have choices besides: "auto".
+    """
 
     kind: type
     optional: bool
@@ -51,13 +58,14 @@ class FieldType(NamedTuple):
 
 def field_type(field: dataclasses.Field) -> FieldType:
     """Read a field's annotation: ``int``, ``Share | None``, ``Literal["a", "b"]`` and the like."""
-    hint, optional = field.type, NoneType in get_args(field.type)
-    if optional:
-        hint = get_args(hint)[0]
+    hint, parts = field.type, get_args(field.type)
+    optional, choices = NoneType in parts, get_args(Auto) if Auto in parts else ()
+    if optional or choices:
+        hint = parts[0]
     if get_origin(hint) is Literal:
         return FieldType(str, optional, get_args(hint), None)
     kind, *rules = get_args(hint) or (hint,)
-    return FieldType(kind, optional, (), rules[0] if rules else None)
+    return FieldType(kind, optional, choices, rules[0] if rules else None)
 
 
 class _Checked(type):
@@ -84,8 +92,9 @@ class RunConfig(metaclass=_Checked):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # compute type of the base model
     lora_rank: Few = 16
     lora_alpha: Count = 32  # LoRA scaling is lora_alpha / lora_rank
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Auto = "auto"  # auto: where activations would not fit
     device: str = "auto"  # "auto", "cpu", "cuda"
+    memory_gib: Positive | None = None  # of the device, for this run; None: all. A run that needs more is refused
     # --- task and prompts
     task: str = "arithmetic"  # built-in, "reasoning_gym/NAME", "hf/OWNER/NAME", or a .jsonl/.csv/.parquet file
     difficulty: int | None = None  # 1..5, built-in tasks only
@@ -136,7 +145,7 @@ class RunConfig(metaclass=_Checked):
     max_grad_norm: Positive = 1.0
     weight_decay: NotNegative = 0.0
     updates_per_step: Few = 1
-    max_packed_tokens: Count = 4096  # tokens in one forward; longer steps are cut into micro-batches
+    max_packed_tokens: Count | Auto = "auto"  # tokens in one forward; longer steps are cut into micro-batches
     seed: Annotated[int, Range(0, 2**32 - 1, "from 0 to 2**32 - 1")] = 0
     # --- evaluation and output
     eval_every: CountOrZero = 10  # steps; 0: only before and after
@@ -209,8 +218,10 @@ class RunConfig(metaclass=_Checked):
 
     def _numbers(self) -> dict[str, Any]:
         """The settings that change a run's numbers."""
-        others = ("run_dir", "tracker", "checkpoint_every", "judge_traces")
-        return {k: v for k, v in self.to_dict().items() if k not in others}
+        others = ("run_dir", "tracker", "checkpoint_every", "judge_traces", "memory_gib")
+        return {
+            k: _UNCUT[k] if v == "auto" and k in _UNCUT else v for k, v in self.to_dict().items() if k not in others
+        }
 
 
 def _shown(value: Any) -> str:
@@ -223,11 +234,12 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     kind, optional, choices, allowed = field_type(field)
     if value is None and optional:
         return None
-    if choices:
-        if value not in choices:
-            near = did_you_mean(value if isinstance(value, str) else "", choices)
-            raise ConfigError(f"unknown {field.name} {_shown(value)}{near}")
+    if isinstance(value, str) and value in choices:
         return value
+    if choices and kind is str:
+        near = did_you_mean(value if isinstance(value, str) else "", choices)
+        raise ConfigError(f"unknown {field.name} {_shown(value)}{near}")
+    words = " or ".join([_KINDS[kind], *map(repr, choices)])
     try:
         if kind in (str, bool):
             if not isinstance(value, str | Path if kind is str else bool):
@@ -239,7 +251,7 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         if isinstance(value, bool) or not math.isfinite(number) or kind(number) != number:
             raise ValueError
     except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{field.name} must be {_KINDS[kind]}, not {_shown(value)}") from None
+        raise ConfigError(f"{field.name} must be {words}, not {_shown(value)}") from None
     if allowed and not allowed.low <= number <= allowed.high:
         raise ConfigError(f"{field.name} must be {allowed.words}, not {_shown(value)}")
     return kind(number)

@@ -14,6 +14,7 @@ from covrl_lab.types import ConfigError
 
 TYPES = {field.name: field_type(field) for field in dataclasses.fields(RunConfig)}
 NUMBERS = [name for name, of in TYPES.items() if of.kind in (int, float)]
+AUTO = [name for name, of in TYPES.items() if of.choices == ("auto",)]
 FLOATS = [name for name, of in TYPES.items() if of.kind is float]
 CHOICES = {name: of.choices for name, of in TYPES.items() if of.choices}
 
@@ -121,7 +122,8 @@ def test_every_choice_is_checked_and_every_valid_one_named(name):
         ({"task": 3}, "text"),
         ({"task": None}, "text"),
         ({"gradient_checkpointing": 1}, "True or False"),
-        ({"gradient_checkpointing": "yes"}, "True or False"),
+        ({"gradient_checkpointing": "yes"}, "True or False or 'auto', not"),
+        ({"max_packed_tokens": "many"}, "a whole number or 'auto', not"),
     ],
     ids=str,
 )
@@ -138,7 +140,7 @@ def test_numbers_may_come_as_papermill_delivers_them():
     assert (config.seed, config.nll_weight, config.difficulty) == (7, 1.0, 3)
     for name in NUMBERS:
         value = getattr(config, name)
-        assert value is None or type(value) is (float if name in FLOATS else int)
+        assert value is None or type(value) is (float if name in FLOATS else int) or (name in AUTO and value == "auto")
     same = RunConfig(learning_rate=1e-5, alpha=0.3, steps=12, seed=7, nll_weight=1.0, difficulty=3)
     assert config == same and config.run_id() == same.run_id()
 
@@ -206,6 +208,16 @@ def test_a_run_of_an_earlier_version_keeps_its_method(tmp_path):
 )
 def test_settings_that_teach_nothing_or_the_wrong_thing_are_refused(settings, message):
     assert refused(**settings).startswith(message)
+
+
+def test_how_a_step_is_cut_names_no_other_run():
+    """Runs from before "auto" keep their names, and memory never decides numbers."""
+    assert AUTO == ["gradient_checkpointing", "max_packed_tokens"]
+    fixed = RunConfig(gradient_checkpointing=False, max_packed_tokens=4096, memory_gib=8)
+    assert fixed.run_id() == RunConfig().run_id() and fixed.differences(RunConfig()) == {}
+    assert RunConfig(max_packed_tokens="2048").max_packed_tokens == 2048
+    assert RunConfig(max_packed_tokens=2048).differences(RunConfig()) == {"max_packed_tokens": (2048, 4096)}
+    assert RunConfig(gradient_checkpointing=True).run_id() != RunConfig().run_id()
 
 
 def test_method_defaults_give_way_to_explicit_values():

@@ -36,7 +36,8 @@ OWN_NAMES = {
     "samples": "int",  # random draws for each point
 }
 FIELDS = {
-    field.name: of.kind.__name__ + " | None" * of.optional
+    # A number or a word ("auto"): text to papermill, whose own type annotations hold one type only.
+    field.name: ("str" if of.choices else of.kind.__name__) + " | None" * of.optional
     for field in dataclasses.fields(RunConfig)
     if (of := field_type(field))
 }

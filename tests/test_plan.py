@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import TINIES
+from helpers import TINIES, make_trainer
 
 from covrl_lab import ConfigError, RunConfig
 from covrl_lab.train import lora, scoring, tree
@@ -14,25 +14,28 @@ from covrl_lab.train.models import load_config, load_policy
 from covrl_lab.train.plan import (
     BLOCK,
     DEVICES,
+    FEW_PACKED,
     GIB,
     MAX_LOGITS_BYTES,
     MAX_MATMUL_KEYS,
     MAX_UNPACKED_BYTES,
-    SHAPES,
+    PACKED,
     Device,
     Plan,
-    Shape,
     Tokens,
     memory_parts,
     plan,
-    shape_of,
 )
 from covrl_lab.train.sampling import PackedRows
 from covrl_lab.train.scoring import packed_tokens
+from covrl_lab.train.shapes import SHAPES, Shape, shape_of
 from covrl_lab.train.tree import count_nodes
 from covrl_lab.types import Prompt, TraceBatch
 
-HERE = Device("a test's", memory=16 * GIB, rate=1e12, bandwidth=1e10, runtime=0, share=0.5)
+HERE = Device("a test's", memory=16 * GIB, rate=1e12, bandwidth=1e10, runtime=0, share=0.5, launch=0)
+
+
+FIXED = {"gradient_checkpointing": False, "max_packed_tokens": 4096}
 
 
 def storage(*tensors):
@@ -59,7 +62,7 @@ def test_weights_adapter_and_optimiser_take_what_the_plan_says(model, quantizati
     optimizer.step()
     moments = [s[name] for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     actual = storage(*parameters, *(p.grad for p in parameters), *moments)
-    config = RunConfig(model=model, quantization=quantization, dtype=dtype, lora_rank=3)
+    config = RunConfig(model=model, quantization=quantization, dtype=dtype, lora_rank=3, **FIXED)
     tokens = Tokens.of(config, 10, 5, 3)
     assert memory_parts(config, shape, tokens, HERE)["adapter"] == actual
 
@@ -68,7 +71,7 @@ def test_weights_adapter_and_optimiser_take_what_the_plan_says(model, quantizati
 def test_keys_and_values_take_what_the_plan_says(model):
     policy = load_policy(model, quantization="none", lora_rank=0, device="cpu")
     config = RunConfig(
-        model=model, quantization="none", questions_per_step=2, rollouts_per_question=3, max_trace_tokens=7
+        model=model, quantization="none", questions_per_step=2, rollouts_per_question=3, max_trace_tokens=7, **FIXED
     )
     tokens = Tokens.of(config, shared=10, question=5, answer=3)
     contexts = [[*range(9, 19), *range(20 * q, 20 * q + 5)] for q in (1, 2)]
@@ -77,6 +80,7 @@ def test_keys_and_values_take_what_the_plan_says(model):
     prompts = storage(*(t for layer in (*rows.store.layers, *rows.prompts) for t in layer))
     shape = shape_of(model)
     prompt = 2 * 2 * shape.layers * shape.kv_heads * shape.head_dim * tokens.prompts
+    own += own // shape.layers  # a layer at a time is moved
     assert memory_parts(config, shape, tokens, HERE)["keys and values"] == own + 3 * prompt
     assert prompts <= 3 * prompt  # as computed, and in the blocks of rows that share them
 
@@ -119,6 +123,8 @@ def test_built_in_shapes_have_the_published_parameter_counts():
         "Qwen/Qwen2.5-3B": 3.09,
         "Qwen/Qwen2.5-7B": 7.62,
         "Qwen/Qwen2.5-14B": 14.77,
+        "Qwen/Qwen3-8B": 8.19,
+        "Qwen/Qwen3-14B": 14.77,
         "meta-llama/Llama-3.1-8B": 8.03,
     }
     assert set(published) == set(SHAPES)
@@ -145,23 +151,24 @@ def test_what_does_not_fit_says_what_to_lower():
     long = {"max_trace_tokens": 1024, "model": "Qwen/Qwen2.5-14B"}
 
     def advice(device=DEVICES["rtx4090"], **settings):
-        return plan(device=device, **(long | settings)).advice
+        return plan(device=device, **(FIXED | long | settings)).advice
 
-    assert not plan(device="rtx4090", **long).fits and "gradient_checkpointing" in advice()
+    assert not plan(device="rtx4090", **FIXED, **long).fits and "gradient_checkpointing" in advice()
     assert advice(gradient_checkpointing=True) == "" and plan(
-        device="rtx4090", gradient_checkpointing=True, **long
+        device="rtx4090", **FIXED | {"gradient_checkpointing": True}, **long
     ).summary().endswith("; fits")
     assert "nf4" in advice(quantization="none")
     assert "smaller model" in advice(dataclasses.replace(HERE, memory=4 * GIB))
     assert "max_packed_tokens" in advice(gradient_checkpointing=True, max_packed_tokens=100_000)
-    crowd = {"questions_per_step": 64, "rollouts_per_question": 16, "max_packed_tokens": 512}
-    assert "rollouts_per_question" in advice(gradient_checkpointing=True, **crowd)
-    line = plan(device="rtx4090", **long).summary()
+    assert "max_trace_tokens" in advice(gradient_checkpointing=True, max_packed_tokens=256, max_trace_tokens=60_000)
+    crowd = {"questions_per_step": 2048, "rollouts_per_question": 16, "max_packed_tokens": 512}
+    assert "questions_per_step" in advice(gradient_checkpointing=True, **crowd)  # their prompts alone
+    line = plan(device="rtx4090", **FIXED, **long).summary()
     assert "does NOT fit" in line and "24 GiB" in line and "\n" not in line
 
 
 def test_every_lever_moves_memory_and_time_the_right_way():
-    base = {"model": "Qwen/Qwen2.5-7B", "max_trace_tokens": 128, "device": HERE}
+    base = FIXED | {"model": "Qwen/Qwen2.5-7B", "max_trace_tokens": 128, "device": HERE}
 
     def sizes(**settings):
         made = plan(**(base | settings))
@@ -202,3 +209,69 @@ def test_the_command_prints_a_table_and_refuses_unknown_devices():
     assert done.returncode == 2 and "did you mean 'rtx4090'?" in done.stderr
     done = run("--device", "a100-40", "--alpha", "2")
     assert done.returncode == 2 and "alpha" in done.stderr and "Traceback" not in done.stderr
+
+
+# --- what is decided before a run
+
+
+@pytest.mark.parametrize("gib", [16, 24, 32, 40, 80, 141])
+@pytest.mark.parametrize("model", ["Qwen/Qwen2.5-7B", "Qwen/Qwen3-8B", "Qwen/Qwen3-14B"])
+def test_long_traces_of_large_models_are_made_to_fit_every_card(model, gib):
+    long = {"model": model, "rollouts_per_question": 8, "max_trace_tokens": 2048}
+    (device,) = [d for d in DEVICES.values() if d.memory == gib * GIB]
+    made = plan(device=device, **long)
+    chosen = made.config
+    assert made.fits and 1 <= made.rows <= 64
+    assert type(chosen.gradient_checkpointing) is bool and chosen.max_packed_tokens in PACKED
+    # The next larger choice would not have fitted, and one row more would not either.
+    if chosen.gradient_checkpointing:
+        assert not plan(device=device, **long, gradient_checkpointing=False, max_packed_tokens=FEW_PACKED).fits
+    if made.rows < 64:
+        tokens = Tokens.of(chosen, 110, 20, 5)
+        more = memory_parts(chosen, shape_of(model), tokens, device, made.rows + 1)
+        assert dataclasses.replace(made, memory=more).bytes_of("sampling") + made.bytes_of() > 0.95 * device.memory
+
+
+def test_waves_take_less_memory_and_more_time():
+    whole = plan(device=HERE, model="Qwen/Qwen2.5-7B", max_trace_tokens=4096, **FIXED)
+    small = plan(device=dataclasses.replace(HERE, memory=12 * GIB), model="Qwen/Qwen2.5-7B", max_trace_tokens=4096)
+    assert small.rows < whole.rows == 32
+    assert small.memory["keys and values"] < whole.memory["keys and values"]
+    assert small.seconds["decoding"] > whole.seconds["decoding"]
+
+
+def test_on_a_cpu_auto_is_what_was_fixed_before_where_it_fits():
+    cpu = dataclasses.replace(HERE, unpacks=False, launch=0)
+    chosen = plan(device=cpu).config
+    assert (chosen.gradient_checkpointing, chosen.max_packed_tokens) == (False, 4096)
+    assert "launches" not in plan(device=cpu).seconds
+
+
+def test_the_hosts_time_for_kernels_counts_where_they_are_short():
+    short = plan(device=dataclasses.replace(DEVICES["h100-80"], launch=1e-4), **FIXED)
+    assert short.seconds["launches"] > 0
+    assert plan(device=dataclasses.replace(DEVICES["h100-80"], launch=1e-9), **FIXED).seconds["launches"] == 0
+
+
+def test_the_tokens_of_given_prompts_are_those_of_their_tree():
+    config = RunConfig(questions_per_step=2, rollouts_per_question=3, max_trace_tokens=5)
+    prompts = [Prompt((1, 2, 3, q), (1, 9, 9, q, 7), (4, 5), (6, 7, 8)) for q in (10, 11)]
+    tokens = Tokens.of_prompts(config, prompts)
+    assert (tokens.rows, tokens.context) == (6, 5)
+    assert tokens.prompts == count_nodes([p for q in prompts for p in (q.prior, q.posterior)]) == 11
+    assert tokens.nodes == 11 + 6 * (2 * 5 + 3) and tokens.rollout == 2 * (5 + 5) + 3
+
+
+def test_the_trainer_refuses_what_cannot_fit_before_it_loads_a_model(tmp_path, no_model):
+    trainer = make_trainer(tmp_path / "run", memory_gib=0.5)
+    with pytest.raises(ConfigError, match=r"needs about 0\.8 GiB, and CPU.* has 0\.5: .*set memory_gib") as caught:
+        trainer.setup()
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_the_trainer_takes_what_the_plan_chose(tmp_path):
+    trainer = make_trainer(tmp_path / "run", memory_gib=16).setup()
+    assert (trainer.plan.config.max_packed_tokens, trainer.plan.config.gradient_checkpointing) == (4096, False)
+    assert trainer.policy.rows_at_once == trainer.plan.rows == 12
+    stored = RunConfig.load(tmp_path / "run" / "config.json")
+    assert stored.max_packed_tokens == "auto" and stored == trainer.config

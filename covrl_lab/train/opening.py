@@ -51,6 +51,7 @@ def open_policy(config: RunConfig, *, adapter: bool = True) -> Policy:
     """Load the model with a new adapter, or without one. Raises ConfigError."""
     names = ("quantization", "dtype", "lora_rank", "lora_alpha", "seed", "device", "gradient_checkpointing")
     settings = {name: getattr(config, name) for name in names}
+    settings["gradient_checkpointing"] = config.gradient_checkpointing is True  # "auto": nothing is trained
     return load_policy(config.model, **settings | ({} if adapter else {"lora_rank": 0}))
 
 

@@ -6,7 +6,8 @@
 A step has N = questions x rollouts traces of T tokens in contexts of w tokens. Its scoring tree has n nodes,
 its prompts m, and s tokens are scored. P are the parameters of the L layers' matrices (in x out each), V the
 vocabulary, h the hidden size, H and K heads and key-value heads of size d, I the intermediate size, r the
-LoRA rank, e the bytes of ``dtype``, and c = min(n, max_packed_tokens) the nodes of one forward.
+LoRA rank, e the bytes of ``dtype``, c = min(n, max_packed_tokens) the nodes of one forward (never less than one
+rollout's), and R <= N the rows decoded at once: as many as fit, the others follow in the places of finished ones.
 
 Memory in bytes is the larger of the two phases, on top of what always stays:
 
@@ -14,7 +15,8 @@ Memory in bytes is the larger of the two phases, on top of what always stays:
                  a CPU keeps what 4 P <= 4 GiB of NF4 matrices unpack to as well: + 4 P
     adapter      16 r L sum(in + out): float32 parameters, gradients and AdamW's two moments
     runtime      what the interpreter and its libraries, or a CUDA context, take
-    sampling     keys and values 2 e L K d (3 m + N T);  logits 20 N V
+    sampling     keys and values 2 e L K d (3 m + R T (1 + 1 / L)), the last while they are moved, a layer at a
+                 time;  logits 20 R V
     update       activations;  attention masks c e (H / K) (w + T + 128);  head 1.5 x 32 MiB + 2 e h min(s, c)
     activations  c (L + 1/2) a, or c (L e h + a) with gradient checkpointing, where one token takes in one
                  layer a = 8 h + e (2 h + 3 H d + 2 K d (1 + (w + T) / 128) + 4 I + 7 r), on a CPU with
@@ -23,10 +25,11 @@ Memory in bytes is the larger of the two phases, on top of what always stays:
 Seconds: a product costs the larger of FLOPs / (share x rate) and bytes / bandwidth.
 
     prompts      2 P m FLOPs
-    decoding     T times 2 N (P + V h) FLOPs, which read all weights, and the keys and values
+    decoding     T N / R times 2 R (P + V h) FLOPs, which read all weights, and the keys and values
     update       2 P n (1 forward + 1 backward, + 1 with gradient checkpointing, + 1 when n > c) + 4 s V h for
                  the head and its gradient; attention adds 4 (w + T + 128) H d L to each 2 P
     dequantise   where weights are unpacked at every use: (1/2 + 2 e) P bytes a pass, besides the products
+    launches     the host's time to start a GPU's kernels, where it is longer than what they do
 """
 
 from __future__ import annotations
@@ -34,111 +37,25 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from ..config import RunConfig
-from ..types import ConfigError, did_you_mean
+from ..types import ConfigError, Prompt, did_you_mean
+from .shapes import Shape, shape_of
 
 GIB = 2**30
 # As in tree.py, scoring.py and lora.py, which need torch; tests/test_plan.py holds them equal.
 BLOCK, MAX_MATMUL_KEYS, MAX_LOGITS_BYTES, MAX_UNPACKED_BYTES = 128, 512, 32 * 2**20, 4 * 2**30
+USABLE = 0.95  # of a device's memory
+# What "auto" tries for max_packed_tokens, the largest first. A CPU gains nothing from more than CPU_PACKED, and
+# below FEW_PACKED shared prompts are computed so often that recomputing activations is cheaper.
+PACKED, CPU_PACKED, FEW_PACKED = (16384, 8192, 4096, 2048, 1024, 512, 256), 4096, 2048
+# Kernels of a layer, forward and backward (tests/bench/gpu_check.py counts them), and the host's seconds for one.
+KERNELS, LAUNCH = 93, 24e-6
 
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a decoder-only transformer with gated feed-forward layers, as in its ``config.json``."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocabulary: int
-    tied: bool  # input and output embeddings are one matrix
-    norms: int = 2  # of the hidden states, in a layer
-    head_norms: bool = False  # each head's queries and keys are normalised, too
-    biases: bool = False  # q, k and v have one
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Shape:
-        """Read a Hugging Face configuration given as a mapping; ConfigError names what it lacks."""
-        config = config.get("text_config") or config
-        kind = config.get("model_type", "llama")
-        gemma = kind.startswith("gemma")
-        try:
-            hidden, heads = config["hidden_size"], config["num_attention_heads"]
-            return cls(
-                hidden=hidden,
-                layers=config["num_hidden_layers"],
-                heads=heads,
-                kv_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or hidden // heads,
-                intermediate=config["intermediate_size"],
-                vocabulary=config["vocab_size"],
-                tied=bool(config.get("tie_word_embeddings", gemma)),
-                norms=4 if gemma else 2,
-                head_norms=kind.startswith(("qwen3", "gemma3")),
-                biases=kind == "qwen2",
-            )
-        except KeyError as error:
-            raise ConfigError(f"a plan needs {error} in the model's config.json") from error
-
-    @property
-    def q(self) -> int:
-        """Width of a token's queries, all heads together."""
-        return self.heads * self.head_dim
-
-    @property
-    def kv(self) -> int:
-        """Width of a token's keys, and of its values."""
-        return self.kv_heads * self.head_dim
-
-    @property
-    def matrices(self) -> list[tuple[int, int]]:
-        """(in, out) of each matrix of a layer: q, k, v, o, gate, up, down."""
-        h, q, kv, i = self.hidden, self.q, self.kv, self.intermediate
-        return [(h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)]
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of all layers' matrices, embeddings not counted."""
-        return self.layers * sum(a * b for a, b in self.matrices)
-
-    @property
-    def embedding(self) -> int:
-        """Parameters of one embedding matrix."""
-        return self.vocabulary * self.hidden
-
-    def weight_bytes(self, quantization: str, width: int) -> int:
-        """Bytes of the frozen model, exact. ``width`` is the bytes of an unquantised parameter."""
-        vectors = self.norms * self.hidden + 2 * self.head_dim * self.head_norms + (self.q + 2 * self.kv) * self.biases
-        rest = self.embedding * (1 if self.tied else 2) + self.layers * vectors + self.hidden
-        if quantization == "none":
-            return (self.parameters + rest) * width
-        # A block of 64 values has an 8-bit scale, 256 scales have a float32 scale of their own; each matrix
-        # holds the 16 values of the code, the 256 of the scales' code, and an offset, in float32.
-        each = [
-            a * b // 2 + math.ceil(a * b / 64) + 4 * math.ceil(a * b / 64 / 256) + 4 * (16 + 256 + 1)
-            for a, b in self.matrices
-        ]
-        return self.layers * sum(each) + rest * width
-
-
-# From the models' published config.json, so that a plan needs no network: hidden size, layers, heads, key-value
-# heads, head size, intermediate size, vocabulary.
-SHAPES = {
-    "smollm2-135m": Shape(576, 30, 9, 3, 64, 1536, 49152, tied=True),
-    "Qwen/Qwen2.5-0.5B": Shape(896, 24, 14, 2, 64, 4864, 151936, tied=True, biases=True),
-    "Qwen/Qwen2.5-1.5B": Shape(1536, 28, 12, 2, 128, 8960, 151936, tied=True, biases=True),
-    "Qwen/Qwen2.5-3B": Shape(2048, 36, 16, 2, 128, 11008, 151936, tied=True, biases=True),
-    "Qwen/Qwen2.5-7B": Shape(3584, 28, 28, 4, 128, 18944, 152064, tied=False, biases=True),
-    "Qwen/Qwen2.5-14B": Shape(5120, 48, 40, 8, 128, 13824, 152064, tied=False, biases=True),
-    "meta-llama/Llama-3.1-8B": Shape(4096, 32, 32, 8, 128, 14336, 128256, tied=False),
-}
 # Measured with ``tests.bench.benchmark`` (notebooks/07_speed.ipynb): on CPUs the share of the machine's own
 # matrix rate. That of GPUs is an assumption: nothing here was measured on one.
 CPU_SHARE, GPU_SHARE = 0.55, 0.35
@@ -150,7 +67,8 @@ class Device:
     """Where a run would be: ``memory`` in bytes, ``rate`` in FLOP/s, ``bandwidth`` in bytes/s.
 
     runtime is the memory in bytes that is gone before any tensor; share is the part of ``rate`` that a whole
-    step's products reach; unpacks says whether NF4 matrices are unpacked at every use.
+    step's products reach; unpacks says whether NF4 matrices are unpacked at every use; launch is the host's time in
+    seconds to start a kernel (0 on CPUs: their share of the rate holds it).
     """
 
     name: str
@@ -160,14 +78,17 @@ class Device:
     runtime: float = RUNTIME
     share: float = GPU_SHARE
     unpacks: bool = True
+    launch: float = LAUNCH
 
 
 # Dense bfloat16 rate and memory bandwidth as published by the vendor.
 DEVICES = {
     "rtx4080": Device("RTX 4080, 16 GB", 16 * GIB, 97.5e12, 717e9),
     "rtx4090": Device("RTX 4090, 24 GB", 24 * GIB, 165e12, 1008e9),
+    "rtx5090": Device("RTX 5090, 32 GB", 32 * GIB, 209.5e12, 1792e9),
     "a100-40": Device("A100, 40 GB", 40 * GIB, 312e12, 1555e9),
     "h100-80": Device("H100 SXM, 80 GB", 80 * GIB, 989e12, 3350e9),
+    "h200-141": Device("H200 SXM, 141 GB", 141 * GIB, 989e12, 4800e9),
 }
 
 
@@ -185,10 +106,22 @@ def fastest(function: Callable[[], Any], seconds: float) -> float:
     return best
 
 
+def find_device(device: str = "auto") -> Device:
+    """The device of a run on this machine and its memory; rate and bandwidth are not known (nan)."""
+    import torch  # only here: a plan for another machine needs no torch
+
+    if device != "cpu" and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0 if device == "auto" else device).total_memory
+        return Device(torch.cuda.get_device_name(), memory, math.nan, math.nan)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    name = f"CPU, {torch.get_num_threads()} threads"
+    return Device(name, memory, math.nan, math.nan, share=CPU_SHARE, unpacks=False, launch=0)
+
+
 @cache
 def measure_device(seconds: float = 1.0) -> Device:
     """This machine: the best bfloat16 matrix rate and read bandwidth seen in about ``seconds`` each."""
-    import torch  # only here: a plan for another machine needs no torch
+    import torch
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -199,12 +132,7 @@ def measure_device(seconds: float = 1.0) -> Device:
     with torch.no_grad():
         rate = 2 * n**3 / fastest(lambda: a @ a, seconds)
         bandwidth = numbers.nbytes / fastest(numbers.sum, seconds)
-    if cuda:
-        memory = torch.cuda.get_device_properties(0).total_memory
-        return Device(torch.cuda.get_device_name(), memory, rate, bandwidth)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    name = f"CPU, {torch.get_num_threads()} threads"
-    return Device(name, memory, rate, bandwidth, share=CPU_SHARE, unpacks=False)
+    return replace(find_device(), rate=rate, bandwidth=bandwidth)
 
 
 @dataclass(frozen=True)
@@ -212,7 +140,7 @@ class Tokens:
     """How many tokens a step has, as a tree of shared prefixes.
 
     N ``rows`` decode ``length`` T tokens each, after ``context`` w tokens. The tree of the prompts has m nodes, that
-    of the update n; s tokens are scored.
+    of the update n, that of one rollout alone ``rollout``; s tokens are scored.
     """
 
     rows: int
@@ -221,6 +149,7 @@ class Tokens:
     nodes: int
     scored: int
     context: int
+    rollout: int = 0
 
     @classmethod
     def of(cls, config: RunConfig, shared: int, question: int, answer: int, length: int | None = None) -> Tokens:
@@ -229,14 +158,31 @@ class Tokens:
         Under each prompt the shared part, the questions and the traces appear once. ``length`` is the mean trace,
         by default the longest allowed.
         """
-        questions, length = config.questions_per_step, length or config.max_trace_tokens
-        rows = questions * config.rollouts_per_question
-        contexts = 1 if config.composite_weight == config.alpha == 1 else 2
+        questions, contexts = config.questions_per_step, _contexts(config)
         prompts = contexts * (shared + questions * question) + (contexts - 1) * questions * answer
+        return cls._under(config, prompts, shared + question, answer, length)
+
+    @classmethod
+    def of_prompts(cls, config: RunConfig, prompts: Sequence[Prompt]) -> Tokens:
+        """Of a configuration and the prompts of a step, if every trace is as long as allowed."""
+        from .tree import count_nodes  # it imports torch
+
+        both = [p.prior for p in prompts] + [p.posterior for p in prompts] * (_contexts(config) - 1)
+        answer = max(len(p.answer) for p in prompts)
+        return cls._under(config, count_nodes(both), max(map(len, both)), answer, None)
+
+    @classmethod
+    def _under(cls, config: RunConfig, prompts: int, context: int, answer: int, length: int | None) -> Tokens:
+        rows, contexts = config.questions_per_step * config.rollouts_per_question, _contexts(config)
+        length = length or config.max_trace_tokens
         scored = rows * (contexts * length + answer)
         # Seam and answer follow each trace under the prior prompt; what is last in a branch is not read.
         nodes = prompts + scored + (2 - contexts) * rows
-        return cls(rows, length, prompts, nodes, scored, shared + question)
+        return cls(rows, length, prompts, nodes, scored, context, contexts * (context + length) + answer)
+
+
+def _contexts(config: RunConfig) -> int:
+    return 1 if config.composite_weight == config.alpha == 1 else 2
 
 
 @dataclass(frozen=True)
@@ -244,13 +190,14 @@ class Plan:
     """What a step would take on a device: bytes by part, and seconds by part.
 
     ``memory`` holds what always stays (weights, adapter, runtime) and both phases. Of the phases only the larger one
-    counts.
+    counts. In ``config`` what was "auto" has its value; ``rows`` are decoded at once.
     """
 
     config: RunConfig
     device: Device
     memory: dict[str, float]
     seconds: dict[str, float]
+    rows: int = 1
 
     def bytes_of(self, phase: str = "") -> float:
         """Bytes of a phase, "sampling" or "update"; without one, of what always stays."""
@@ -269,7 +216,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the step stays below 95% of the device's memory."""
-        return self.peak < 0.95 * self.device.memory
+        return self.peak < USABLE * self.device.memory
 
     @property
     def minutes(self) -> float:
@@ -281,13 +228,13 @@ class Plan:
         """What to change when it does not fit, else nothing."""
         if self.fits:
             return ""
-        if self.bytes_of() > 0.95 * self.device.memory:
+        if self.bytes_of() > USABLE * self.device.memory:
             return "use quantization='nf4'" if self.config.quantization == "none" else "choose a smaller model"
         if self.bytes_of("sampling") > self.bytes_of("update"):
-            return "lower questions_per_step, rollouts_per_question or max_trace_tokens"
+            return "lower questions_per_step or max_trace_tokens"
         if not self.config.gradient_checkpointing:
             return "set gradient_checkpointing=True, or lower max_packed_tokens"
-        return "lower max_packed_tokens"
+        return "lower max_packed_tokens" if self.config.max_packed_tokens > PACKED[-1] else "lower max_trace_tokens"
 
     def summary(self) -> str:
         """One line: memory, minutes, fits or not and what to lower."""
@@ -314,25 +261,18 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def shape_of(model: str) -> Shape:
-    """The sizes of a model named as in ``RunConfig``: from the table here, else from its config.json."""
-    if model in SHAPES:
-        return SHAPES[model]
-    from .models import load_config  # only here: it imports torch
-
-    return Shape.of(load_config(model).to_dict())
-
-
 def keeps_unpacked(config: RunConfig, shape: Shape, device: Device) -> bool:
     """Whether 4-bit matrices stay in memory unpacked, too (``lora.fuse``)."""
     return config.quantization == "nf4" and not device.unpacks and 4 * shape.parameters <= MAX_UNPACKED_BYTES
 
 
-def memory_parts(config: RunConfig, shape: Shape, tokens: Tokens, device: Device) -> dict[str, float]:
-    """Bytes by part; the formula is the module's docstring."""
+def memory_parts(
+    config: RunConfig, shape: Shape, tokens: Tokens, device: Device, rows: int | None = None
+) -> dict[str, float]:
+    """Bytes by part; the formula is the module's docstring. ``rows`` are decoded at once, by default all."""
     e = 2 if config.dtype == "bfloat16" else 4
-    h, q, kv = shape.hidden, shape.q, shape.kv
-    c, length = min(tokens.nodes, config.max_packed_tokens), tokens.context + tokens.length
+    h, q, kv, rows = shape.hidden, shape.q, shape.kv, rows or tokens.rows
+    c, length = min(tokens.nodes, max(config.max_packed_tokens, tokens.rollout)), tokens.context + tokens.length
     scored = min(tokens.scored, c)
     weights = shape.weight_bytes(config.quantization, e)
     if keeps_unpacked(config, shape, device):
@@ -343,21 +283,33 @@ def memory_parts(config: RunConfig, shape: Shape, tokens: Tokens, device: Device
     if not device.unpacks and length + BLOCK <= MAX_MATMUL_KEYS:
         layer += e * shape.heads * (length + BLOCK)  # attention weights
     kept = shape.layers * e * h + layer if config.gradient_checkpointing else (shape.layers + 0.5) * layer
-    stored = 3 * tokens.prompts + tokens.rows * tokens.length  # once as computed, in blocks up to twice
+    # Prompts once as computed, in blocks up to twice. A layer's own keys and values are moved, then the next one's.
+    stored = 3 * tokens.prompts + rows * tokens.length * (1 + 1 / shape.layers)
     return {
         "weights": weights,
         "adapter": 16 * config.lora_rank * shape.layers * sum(a + b for a, b in shape.matrices),
         "runtime": device.runtime,
         "keys and values": 2 * e * shape.layers * kv * stored,
-        "logits": 20 * tokens.rows * shape.vocabulary,
+        "logits": 20 * rows * shape.vocabulary,
         "activations": c * kept,
         "masks": c * e * (shape.heads // shape.kv_heads) * (length + BLOCK),
         "head": 1.5 * min(MAX_LOGITS_BYTES, 4 * scored * shape.vocabulary) + 2 * scored * e * h,
     }
 
 
+def rows_at_once(config: RunConfig, shape: Shape, tokens: Tokens, device: Device) -> int:
+    """How many of a step's rows can be decoded at once, at least 1."""
+
+    def taken(rows: int) -> float:
+        made = Plan(config, device, memory_parts(config, shape, tokens, device, rows), {})
+        return made.bytes_of() + made.bytes_of("sampling")
+
+    room, one, two = USABLE * device.memory, taken(1), taken(2)
+    return tokens.rows if math.isinf(room) else min(tokens.rows, max(1, int((room - one) / (two - one)) + 1))
+
+
 def step_seconds(
-    config: RunConfig, shape: Shape, tokens: Tokens, device: Device, ideal: bool = False
+    config: RunConfig, shape: Shape, tokens: Tokens, device: Device, ideal: bool = False, rows: int | None = None
 ) -> dict[str, float]:
     """Seconds by part; the formula is the module's docstring.
 
@@ -367,7 +319,7 @@ def step_seconds(
     e = 2 if config.dtype == "bfloat16" else 4
     p, head = shape.parameters, shape.embedding
     n, part, length = tokens.nodes, config.max_packed_tokens, tokens.context + tokens.length
-    passes = 2 + config.gradient_checkpointing + (n > part)
+    passes, rows = 2 + config.gradient_checkpointing + (n > part), rows or tokens.rows
 
     def product(flops: float, read: float) -> float:
         return max(flops / (device.share * device.rate), read / device.bandwidth)
@@ -378,17 +330,51 @@ def step_seconds(
     stored, block = e * (p + head), 0 if ideal else BLOCK
     mean = tokens.context + tokens.length / 2
     shared = tokens.prompts if ideal else min(2 * tokens.prompts, tokens.rows * tokens.context)
-    cached = shared + tokens.rows * tokens.length / 2
-    decoding = forward(tokens.rows, mean if ideal else mean + tokens.context) + 2 * tokens.rows * head
+    cached, times = shared + rows * tokens.length / 2, tokens.length * tokens.rows / rows
+    decoding = forward(rows, mean if ideal else mean + tokens.context) + 2 * rows * head
     seconds = {
         "prompts": product(forward(tokens.prompts, tokens.context + block), stored),
-        "decoding": tokens.length * product(decoding, stored + 2 * e * shape.layers * shape.kv * cached),
+        "decoding": times * product(decoding, stored + 2 * e * shape.layers * shape.kv * cached),
         "update": product(passes * forward(n, length + block) + 4 * tokens.scored * head, passes * stored),
     }
     if config.quantization == "nf4" and not ideal and not keeps_unpacked(config, shape, device):
-        times = 1 + tokens.length + passes * math.ceil(n / part)
-        seconds["dequantise"] = times * (0.5 + 2 * e) * p / device.bandwidth
+        uses = 1 + times + passes * math.ceil(n / part)
+        seconds["dequantise"] = uses * (0.5 + 2 * e) * p / device.bandwidth
+    if device.launch and not ideal:
+        host = device.launch * KERNELS * shape.layers * (1 + times + passes * math.ceil(n / part))
+        seconds["launches"] = max(0.0, host - sum(seconds.values()))
     return seconds
+
+
+def make_plan(config: RunConfig, shape: Shape, tokens: Tokens, device: Device, timed: bool = True) -> Plan:
+    """The plan with the first of the settings that "auto" stands for that fit, or the last that might have."""
+    if config.memory_gib:
+        device = replace(device, memory=config.memory_gib * GIB)
+    sizes = [size for size in PACKED if device.unpacks or size <= CPU_PACKED]
+    sizes = sizes if config.max_packed_tokens == "auto" else [config.max_packed_tokens]
+    tried = [(False, size) for size in sizes if len(sizes) == 1 or size >= FEW_PACKED]
+    tried += [(True, size) for size in sizes]
+    if config.gradient_checkpointing != "auto":
+        tried = [(config.gradient_checkpointing, size) for size in sizes]
+    for recompute, size in tried:
+        chosen = replace(config, gradient_checkpointing=recompute, max_packed_tokens=size)
+        rows = rows_at_once(chosen, shape, tokens, device)
+        made = Plan(chosen, device, memory_parts(chosen, shape, tokens, device, rows), {}, rows)
+        if made.fits:
+            break
+    return replace(made, seconds=step_seconds(chosen, shape, tokens, device, rows=rows)) if timed else made
+
+
+def fit(config: RunConfig, prompts: Sequence[Prompt]) -> Plan:
+    """The plan of a run on this machine, from the prompts of a step. ConfigError where it cannot fit."""
+    shape, tokens = shape_of(config.model), Tokens.of_prompts(config, prompts)
+    made = make_plan(config, shape, tokens, find_device(config.device), timed=False)
+    if not made.fits:
+        raise ConfigError(
+            f"this run needs about {made.peak / GIB:.1f} GiB, and {made.device.name} has "
+            f"{made.device.memory / GIB:.1f}: {made.advice}; if you know better, set memory_gib to what there is"
+        )
+    return made
 
 
 def plan(
@@ -420,5 +406,4 @@ def plan(
         device = DEVICES[device]
     shape = shape_of(config.model)
     tokens = Tokens.of(config, prompt_tokens, question_tokens, answer_tokens, trace_tokens)
-    memory = memory_parts(config, shape, tokens, device)
-    return Plan(config, device, memory, step_seconds(config, shape, tokens, device))
+    return make_plan(config, shape, tokens, device)

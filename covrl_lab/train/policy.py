@@ -26,6 +26,7 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     name: str
     packs: bool = field(init=False)  # whether the model can run a prefix tree
+    rows_at_once: int | None = field(init=False, default=None)  # that decoding has memory for; None: any
     lora: list[LoraGroup] = field(init=False, default_factory=list)  # the adapter's layers
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ from .evaluation import evaluate, summarise
 from .methods import METHODS
 from .models import check_model, load_config
 from .opening import check_examples, open_policy, open_task
+from .plan import fit
 from .policy import Policy
 from .records import StepRecord, step_record, trace_rows
 from .sampling import draw_sources, sample_traces
@@ -43,7 +44,7 @@ class Trainer:
     the run after the current step.
 
     Raises ConfigError: a setting, task or model that cannot work, a prompt longer than the model's context,
-    a run folder that holds another configuration or that another process trains, or too little disk space.
+    a run folder that holds another configuration or that another process trains, too little memory or disk space.
     """
 
     def __init__(self, config: RunConfig, progress: bool = True) -> None:
@@ -72,9 +73,11 @@ class Trainer:
         self.task, self.prompter = open_task(config)
         self.held_out = self.task.held_out(config.eval_questions)
         self.max_context = load_config(config.model).get_text_config().max_position_embeddings
-        self._prompts([*self._questions(0), *self._questions(1)])
+        prompts = self._prompts([*self._questions(0), *self._questions(1)])
         check_examples(config, self.task, self.prompter, self.held_out, self._judges, self.max_context)
-        policy = open_policy(config)
+        self.plan = fit(config, prompts[: config.questions_per_step])
+        policy = open_policy(self.plan.config)
+        policy.rows_at_once = self.plan.rows
         self.optimizer = torch.optim.AdamW(
             [p for _, p in policy.trainable()], lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -213,7 +216,7 @@ class Trainer:
         Arguments and results as in ``step.add_gradient``.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        return add_gradient(self.config, self.method, self.policy, prompts, batch, self.method_state, old, credit)
+        return add_gradient(self.plan.config, self.method, self.policy, prompts, batch, self.method_state, old, credit)
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the current policy on the held-out questions; store and return the summary."""

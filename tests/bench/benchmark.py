@@ -46,7 +46,8 @@ from tqdm.auto import tqdm
 
 from covrl_lab.config import RunConfig
 from covrl_lab.files import write_whole
-from covrl_lab.train.plan import GIB, Device, fastest, measure_device, plan, shape_of
+from covrl_lab.train.plan import GIB, Device, fastest, measure_device, plan
+from covrl_lab.train.shapes import shape_of
 from covrl_lab.types import ConfigError, did_you_mean
 
 from .speed import FOLDER, report

@@ -12,7 +12,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from covrl_lab.config import RunConfig
-from covrl_lab.train.plan import DEVICES, GIB, Device, Plan, Tokens, plan, shape_of, step_seconds
+from covrl_lab.train.plan import DEVICES, GIB, Device, Plan, Tokens, plan, step_seconds
+from covrl_lab.train.shapes import shape_of
 from covrl_lab.views.style import BOTH, GREY, PALETTE, POSTERIOR, PRIOR, TEMPLATE
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks" / "results" / "speed"
@@ -99,7 +100,9 @@ def limit_frame(parts: dict[str, dict[str, Any]], trainer: str = "covrl") -> pd.
     decoded and scored tokens, one reading of weights, keys and values a token step.
     """
     limits = parts["limits"]["results"]["machine limits"]
-    config = RunConfig(**parts["step"]["settings"]["config"])
+    config = RunConfig(
+        **{"gradient_checkpointing": False, "max_packed_tokens": 4096} | parts["step"]["settings"]["config"]
+    )
     step, shape = medians(step_frame(parts["step"])).loc[trainer], shape_of(config.model)
     rows, n, m = (int(step[name]) for name in ("rows", "update_tokens", "prompt_tokens"))
     length = math.ceil(step["generated"] / rows)
