@@ -76,6 +76,8 @@ def test_keys_and_values_take_what_the_plan_says(model):
     tokens = Tokens.of(config, shared=10, question=5, answer=3)
     contexts = [[*range(9, 19), *range(20 * q, 20 * q + 5)] for q in (1, 2)]
     rows = PackedRows(policy, [c for c in contexts for _ in range(3)], max_tokens=7)
+    rows.step(torch.empty(0), [], rows.order)
+    rows.step(torch.full((6,), 9))
     own = storage(*(t for layer in rows.own for t in layer))
     prompts = storage(*(t for layer in (*rows.store.layers, *rows.prompts) for t in layer))
     shape = shape_of(model)

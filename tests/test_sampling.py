@@ -217,6 +217,62 @@ def test_rows_do_not_depend_on_their_neighbours(tiny_policies, prompts, bias, na
     assert shuffled == [ids[i] for i in order]
 
 
+class Replayed:
+    """Stands in for a CUDA graph: the same tensors in and out at every call."""
+
+    made = 0
+
+    def __init__(self, function):
+        self.function, self.output = function, function().clone()
+        Replayed.made += 1
+
+    def replay(self):
+        self.output.copy_(self.function())
+
+
+@pytest.mark.parametrize("seats", [1, 4, 9])
+@pytest.mark.parametrize("static", [False, True], ids=["as on a CPU", "as on CUDA"])
+@pytest.mark.parametrize("name", TINIES)
+def test_waves_buckets_and_recorded_steps_change_nothing(
+    tiny_policies, prompts, bias, monkeypatch, name, static, seats
+):
+    """Ragged contexts, rows that end early, others in their seats, a ring that is written over, late looks."""
+    policy = tiny_policies(name)
+    bias(policy, end_of_text=2.5, newline=0.5)
+    contexts = [(*c, *more) for p in prompts for c in (p.prior, p.posterior) for more in ((), (40,), (50, 51, 60))]
+    uniforms = torch.rand(18, 20, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    settings = {"max_tokens": 20, "uniforms": uniforms, "ended": lambda ids: holds_newline(policy, ids[-1])}
+    expected_ids, expected_done, expected = generate(policy, contexts, **settings)
+    lengths = [len(row) for row in expected_ids]
+    assert min(lengths) <= 2 and max(lengths) > 13 and 0 < sum(expected_done) < 18
+    monkeypatch.setattr(policy, "rows_at_once", seats)
+    monkeypatch.setattr(sampling, "BUCKET", 3)
+    Replayed.made, moves, move = 0, [], PackedRows._move
+    monkeypatch.setattr(PackedRows, "_move", lambda rows, kept, to: moves.append(to) or move(rows, kept, to))
+    if static:
+        monkeypatch.setattr(policy, "graphs", True)
+        monkeypatch.setattr(sampling, "record", lambda function: ((graph := Replayed(function)), graph.output))
+        monkeypatch.setitem(sampling.LOOK_EVERY, "cpu", 8)
+        monkeypatch.setitem(sampling.CROWDED, "cpu", 0.5)
+    ids, done, logprobs = generate(policy, contexts, **settings)
+    assert (ids, done) == (expected_ids, expected_done)
+    for row, wanted in zip(logprobs, expected, strict=True):
+        assert np.allclose(row, wanted, atol=1e-4)
+    assert set(moves) == {0, 3, 6, 12, 20} and len(moves) > 6  # grown, and seats given to others
+    assert bool(Replayed.made) == static and Replayed.made <= len(moves)
+
+
+def test_a_look_waits_for_the_device_once_in_a_while(tiny_policies, prompts, monkeypatch):
+    """Between two looks nothing is read from the device, and a row is shown to ``ended`` once a token."""
+    policy, seen = tiny_policies("tiny"), []
+    monkeypatch.setitem(sampling.LOOK_EVERY, "cpu", 5)
+    looks, read = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: looks.append(x.shape) or read(x))
+    ids, _, _ = generate(policy, [prompts[0].prior], max_tokens=20, ended=lambda z: seen.append(len(z)) or len(z) == 7)
+    assert len(ids[0]) == 7 and seen == list(range(1, 8))
+    assert [shape for shape in looks if len(shape) == 3] == [(2, 1, 5), (2, 1, 5)]
+
+
 # --- the sampler's own log-probabilities
 def sampled(policy, prompter, prompts, *, group=4, max_tokens=12, seed=0, **settings):
     sources = draw_sources(len(prompts), group, 0.5, "stratified", torch.Generator().manual_seed(seed))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from ..types import Prompt, TraceBatch
@@ -22,6 +23,10 @@ from .tree import LayerStore, additive, attention_window, build_tree, final_logi
 # multiplies every row with every node, also those off the row's path; up to about this factor, one large
 # product is still faster than one small product a row.
 MAX_NODES_PER_PATH = 2
+BUCKET = 64  # tokens that a row has room for at first
+# By device: the share of the seats that is left before seats are given up (on CUDA a graph is recorded then), and
+# the tokens between two looks at what was decoded (on CUDA each look waits for the device).
+CROWDED, LOOK_EVERY = {"cpu": 0.75, "cuda": 0.5}, {"cpu": 1, "cuda": 8}
 
 
 def draw_sources(
@@ -46,29 +51,56 @@ class PackedRows:
 
     A step's attention is that of ``forward``: each row's own tokens, (rows, key heads, size) a step, and b
     blocks of r rows that have the same m prompt nodes for keys, of which a row sees those on its path.
-    Finished rows are dropped once they are a quarter of all. It stands in for transformers' cache.
+    It stands in for transformers' cache.
+
+    The rows of a step have seats, in the order of their contexts. Every seat writes its own keys and values to the
+    same slot of a ring of ``capacity`` slots, which doubles up to the most tokens a row may have, so that its
+    last tokens are what a row sees. Between two changes of seats or capacity all shapes stay: CUDA records the
+    step once, as a graph, and repeats it. Rows that have ended keep their seats until others take them, or
+    until no more than a share CROWDED of all go on.
     """
 
     is_compileable = False
 
     def __init__(self, policy: Policy, contexts: Sequence[Sequence[int]], max_tokens: int) -> None:
-        self.policy, self.config = policy, policy.decoder.config
-        self.tree, self.store = build_tree(contexts), LayerStore()
+        self.policy, self.config, self.max_tokens = policy, policy.decoder.config, max_tokens
+        self.tree, self.store, device = build_tree(contexts), LayerStore(), policy.device
         last = torch.stack([path[-1] for path in self.tree.paths])
-        self.hidden = run_tree(policy, self.tree, self.store)[last.to(policy.device)]
-        self.length = 0  # tokens of its own that each row has
-        rows = len(contexts)
-        self.own = [
-            tuple(x.new_empty(rows, len(x[0]), max_tokens, x.shape[-1]) for x in layer) for layer in self.store.layers
-        ]
-        # In the tree's order neighbours share the most.
-        order = sorted(range(rows), key=lambda row: contexts[row])
-        self.place = torch.tensor(order).argsort()  # of each unfinished row in the buffers
-        self._share([self.tree.paths[row] for row in order])
+        self.hidden = run_tree(policy, self.tree, self.store)[last.to(device)]
+        self.order = sorted(range(len(contexts)), key=contexts.__getitem__)  # neighbours share the most
+        self.windows = {attention_window(self.config, i) for i in range(len(self.store.layers))}
+        self.seats: list[int] = []  # their contexts
+        self.place: list[int] = []  # the seats of the rows that go on
+        self.capacity, self.written, self.slot = 0, 0, torch.zeros(1, dtype=torch.int64, device=device)
+        self.length = torch.zeros(0, dtype=torch.int64, device=device)  # tokens of its own that each row has
+        self.own = [tuple(x.new_zeros(0, len(x[0]), 0, x.shape[-1]) for x in layer) for layer in self.store.layers]
+        self.prompts = [()] * len(self.own)
+        self.record: tuple | None = None  # CUDA graph of a step, and its output
+
+    def _seat(self, new: Sequence[int] = ()) -> None:
+        """Let the rows at ``place`` stay, and new contexts follow them."""
+        kept = torch.tensor(self.place, dtype=torch.int64, device=self.policy.device)
+        self.seats = [self.seats[i] for i in self.place] + list(new)
+        self.place, self.length = list(range(len(self.seats))), pad(self.length[kept], (0, len(new)))
+        self.fed = torch.zeros(len(self.seats), 1, dtype=torch.int64, device=kept.device)
+        self.index = torch.arange(len(self.seats), device=kept.device)
+        self._move(kept, self.capacity)
+        self._share([self.tree.paths[row] for row in self.seats])
+
+    def _move(self, kept: Tensor, capacity: int) -> None:
+        """Put the keys and values of some rows in buffers for all seats and more tokens, a layer at a time."""
+        self.record = None
+        for i, layer in enumerate(self.own):
+            moved = []
+            for x in layer:  # zeros and not just any numbers: unwritten slots are masked, not left out
+                moved.append(x.new_zeros(len(self.seats), x.shape[1], capacity, x.shape[3]))
+                moved[-1][: len(kept), :, : self.capacity] = x[kept]
+            self.own[i] = tuple(moved)
+        self.capacity = capacity
 
     def _share(self, paths: list[Tensor]) -> None:
         """Halve the rows into blocks until each has at most MAX_NODES_PER_PATH x the longest path nodes."""
-        self.paths, rows, longest = paths, len(paths), max(map(len, paths))
+        rows, longest = len(paths), max(map(len, paths))
         self.block = 2 * rows
         while True:
             self.block = -(-self.block // 2)
@@ -87,20 +119,21 @@ class PackedRows:
         self.back = (lengths.reshape(-1, self.block, 1) - self.tree.position[nodes][:, None]).to(device)
         self.lengths = lengths[:rows].to(device)
         flat = nodes.flatten().to(device)
-        self.prompts = [
-            tuple(x[0].index_select(1, flat).unflatten(1, nodes.shape).transpose(0, 1) for x in layer)
-            for layer in self.store.layers
-        ]
+        for i, layer in enumerate(self.store.layers):
+            self.prompts[i] = tuple(
+                x[0].index_select(1, flat).unflatten(1, nodes.shape).transpose(0, 1) for x in layer
+            )
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append a layer's (rows, key heads, 1, size) keys and values; views of all the rows' own."""
+        for own, x in zip(self.own[layer], (keys, values), strict=True):
+            own.index_copy_(2, self.slot, x)
         k, v = self.own[layer]
-        k[:, :, self.length], v[:, :, self.length] = keys[:, :, 0], values[:, :, 0]
-        return k[:, :, : self.length + 1], v[:, :, : self.length + 1]
+        return k[:, :, : self.width], v[:, :, : self.width]
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Tokens stored, as transformers asks for it."""
-        return self.length
+        return self.width - 1
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, layer: int) -> Tensor:
         """query (rows, heads, 1, size), own key, value (rows, key heads, t, size)."""
@@ -116,40 +149,87 @@ class PackedRows:
 
     def _blocks(self, x: Tensor) -> Tensor:
         """(rows, key heads, g, size) -> (b, key heads, r g, size): a block's rows as its queries."""
-        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, len(self.seen) * self.block - len(x)))
+        x = self._padded(x)
         return x.unflatten(0, (-1, self.block)).transpose(1, 2).flatten(2, 3)
 
     def _rows(self, x: Tensor) -> Tensor:
         """(b, key heads, r g, size) -> (rows, key heads, g, size)"""
-        return x.unflatten(2, (self.block, -1)).transpose(1, 2).flatten(0, 1)[: len(self.paths)]
+        return x.unflatten(2, (self.block, -1)).transpose(1, 2).flatten(0, 1)[: len(self.seats)]
 
-    def step(self, token: Tensor, alive: Sequence[int]) -> Tensor:
-        """Append token (k,) to the rows at ``alive`` of those alive before; their hidden states (k, size)."""
-        policy, self.place = self.policy, self.place[alive]
-        if len(self.place) <= 0.75 * len(self.paths):
-            self.place, order = self.place.sort()
-            kept = self.place.to(policy.device)
-            self.own = [(k[kept], v[kept]) for k, v in self.own]
-            self._share([self.paths[i] for i in self.place])
-            self.place = order.argsort()
-        fed = torch.zeros(len(self.paths), dtype=torch.int64, device=policy.device)
-        place = self.place.to(policy.device)
-        fed[place] = token
-        windows = {attention_window(self.config, i) for i in range(len(self.own))}
-        self.masks = {window: self._mask(window) for window in windows}
-        hidden = forward(policy, fed[:, None], (self.lengths + self.length)[:, None], self, self)
+    def _padded(self, x: Tensor) -> Tensor:
+        """(rows, ...) with further rows to whole blocks."""
+        missing = len(self.seen) * self.block - len(x)
+        return pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) if missing else x
+
+    def step(self, token: Tensor, alive: Sequence[int] | None = None, new: Sequence[int] = ()) -> Tensor:
+        """Append token (k,) to the rows at ``alive`` of those before (None: all), then begin with contexts ``new``.
+
+        Returns the hidden states (k + new, size) that predict the next token of each.
+        """
+        if alive is not None:
+            self.place = [self.place[k] for k in alive]
+            if not new and len(self.place) <= CROWDED[self.policy.device.type] * len(self.seats):
+                self._seat()
+            self.index = torch.tensor(self.place, dtype=torch.int64, device=self.policy.device)
+        hidden = self._append(token) if self.place else self.hidden[:0]
+        if new:
+            self._seat(new)
+            hidden = torch.cat([hidden, self.hidden[list(new)]])
+        return hidden
+
+    def _append(self, token: Tensor) -> Tensor:
+        if self.written == self.capacity < self.max_tokens:
+            self._move(
+                torch.arange(len(self.seats), device=token.device),
+                min(max(BUCKET, 2 * self.capacity), self.max_tokens),
+            )
+        self.fed[self.index, 0] = token
+        self.slot.fill_(self.written % self.capacity)
+        if self.policy.graphs:
+            self.width = self.capacity
+            self.record = self.record or record(self._forward)
+            self.record[0].replay()
+            hidden = self.record[1]
+        else:
+            self.width = min(self.written + 1, self.capacity)
+            hidden = self._forward()
         self.length += 1
-        return hidden[place, 0]
+        self.written += 1
+        return hidden[self.index, 0]
+
+    def _forward(self) -> Tensor:
+        """Hidden states (rows, 1, size) after one more token in every seat."""
+        self.masks = {window: self._mask(window) for window in self.windows}
+        return forward(self.policy, self.fed, (self.lengths + self.length)[:, None], self, self)
 
     def _mask(self, window: int | None) -> Tensor:
         """Additive (b, 1, r, 1, m + t) of the prompt nodes and of the rows' own tokens."""
-        own = torch.ones(self.length + 1, dtype=torch.bool, device=self.seen.device)
-        seen = self.seen
+        age = (self.slot - torch.arange(self.width, device=self.slot.device)) % self.capacity
+        own, seen = age <= self.length[:, None], self.seen
         if window:
-            seen = seen & (self.back + self.length < window)
-            own = torch.arange(self.length, -1, -1, device=own.device) < window
-        allowed = torch.cat([seen, own.expand(*seen.shape[:2], -1)], dim=-1)
+            own = own & (age < window)
+            seen = seen & (self.back + self._padded(self.length).view(-1, self.block, 1) < window)
+        allowed = torch.cat([seen, self._padded(own).unflatten(0, (-1, self.block))], dim=-1)
         return additive(allowed, self.policy.dtype)[:, None, :, None]
+
+
+def record(function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A CUDA graph of a function without host synchronisation, and the tensor that each replay writes.
+
+    RuntimeError where a replay gives something else than the function.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is made at the first call is no part of the graph
+        expected = [function() for _ in range(2)][-1].clone()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = function()
+    graph.replay()
+    if not float((output - expected).float().norm()) <= 0.05 * float(expected.float().norm()):
+        raise RuntimeError("a CUDA graph of decoding gives other numbers than decoding; set policy.graphs = False")
+    return graph, output
 
 
 class PlainRows:
@@ -160,6 +240,7 @@ class PlainRows:
         width = max(map(len, contexts))
         ids = torch.tensor([[0] * (width - len(c)) + list(c) for c in contexts], device=policy.device)
         self.mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=policy.device)
+        self.order = list(range(len(contexts)))
         self.place = torch.arange(len(contexts), device=policy.device)
         self.hidden = self._forward(ids)
 
@@ -171,9 +252,12 @@ class PlainRows:
         self.cache = output.past_key_values
         return output.last_hidden_state[self.place, -1]
 
-    def step(self, token: Tensor, alive: Sequence[int]) -> Tensor:
-        """Append token (k,) to the rows at ``alive`` of those alive before; their hidden states (k, size)."""
-        self.place = self.place[alive]
+    def step(self, token: Tensor, alive: Sequence[int] | None = None, new: Sequence[int] = ()) -> Tensor:
+        """As ``PackedRows.step``; all contexts begin at once."""
+        if new:
+            return self.hidden
+        if alive is not None:
+            self.place = self.place[alive]
         fed = torch.zeros(len(self.mask), dtype=torch.int64, device=self.mask.device)
         fed[self.place] = token
         self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
@@ -201,26 +285,40 @@ def generate(
     stop_ids = {*(eos if isinstance(eos, list) else [eos]), policy.tokenizer.eos_token_id}
     ids: list[list[int]] = [[] for _ in contexts]
     logprobs: list[list[float]] = [[] for _ in contexts]
-    done = [False] * len(contexts)
-    active = list(range(len(contexts)))
+    done, device = [False] * len(contexts), policy.device
+    uniforms = None if uniforms is None else uniforms.to(device)
     with cached_adapters(policy.lora, policy.dtype):
         rows = (PackedRows if policy.packs else PlainRows)(policy, contexts, max_tokens)
-        hidden = rows.hidden
-        for t in range(max_tokens):
+        seats = policy.rows_at_once or len(contexts) if policy.packs else len(contexts)
+        active, waiting, drawn = rows.order[:seats], rows.order[seats:], []
+        hidden = rows.step(torch.empty(0), [], active)
+        index = torch.tensor(active, dtype=torch.int64, device=device)
+        time = torch.zeros_like(index)
+        while active:
             logp = torch.log_softmax(final_logits(policy, hidden) / temperature, dim=-1)
-            token = _pick(logp, None if uniforms is None else uniforms[active, t].to(policy.device), top_p)
-            chosen = logp.gather(1, token[:, None])[:, 0].tolist()
-            alive = []
-            for k, (row, new) in enumerate(zip(active, token.tolist(), strict=True)):
-                ids[row].append(new)
-                logprobs[row].append(chosen[k])
-                done[row] = ended(ids[row])
-                if not done[row] and new not in stop_ids:
+            uniform = None if uniforms is None else uniforms[index, time.clamp_max(max_tokens - 1)]
+            token = _pick(logp, uniform, top_p)
+            drawn.append(torch.stack([token.double(), logp.gather(1, token[:, None])[:, 0].double()]))
+            time += 1
+            if len(drawn) < LOOK_EVERY[device.type]:
+                hidden = rows.step(token)
+                continue
+            (tokens, nats), drawn, alive = torch.stack(drawn, 2).tolist(), [], []
+            for k, row in enumerate(active):
+                for new, logprob in zip(map(int, tokens[k]), nats[k], strict=True):
+                    ids[row].append(new)
+                    logprobs[row].append(logprob)
+                    done[row] = ended(ids[row])
+                    if done[row] or new in stop_ids or len(ids[row]) == max_tokens:
+                        break  # what was decoded after the end is dropped
+                else:
                     alive.append(k)
-            active = [active[k] for k in alive]
-            if not active or t + 1 == max_tokens:
-                break
-            hidden = rows.step(token[alive], alive)
+            begin = waiting[: seats - len(alive)] if len(alive) <= CROWDED[device.type] * seats else []
+            waiting = waiting[len(begin) :]
+            if alive or begin:
+                hidden = rows.step(token[alive], alive, begin)
+            active, time = [active[k] for k in alive] + begin, pad(time[alive], (0, len(begin)))
+            index = torch.tensor(active, dtype=torch.int64, device=device)
     return ids, done, logprobs
 
 
