@@ -38,7 +38,7 @@ from covrl_lab.train.policy import Policy
 from covrl_lab.train.prompts import Prompter
 from covrl_lab.train.sampling import generate
 from covrl_lab.train.scoring import packed_tokens, trace_logprobs
-from covrl_lab.train.tree import BLOCK, TreeAttention, build_tree, count_nodes, run_tree
+from covrl_lab.train.tree import BLOCK, FlexTree, TreeAttention, build_tree, count_nodes, run_tree
 from covrl_lab.types import ConfigError, Demonstration, Example, TraceBatch
 
 LOGPROB_TOLERANCE = 1e-4  # nats a token
@@ -206,6 +206,58 @@ def test_blocks_of_attention_change_nothing(policies, prompts, batch, name, monk
         rows = unpadded(trace_logprobs(policy, prompts, batch), batch)
         assert_same_rows(rows, whole)
         assert_same_gradients(gradients(policy, weighted(rows)), reference)
+
+
+@pytest.mark.parametrize("name", [*TINIES, *FAMILIES])
+@torch.no_grad()  # the kernel has no backward pass on a CPU
+def test_flex_attention_gives_the_same_scores(policies, prompts, batch, name, monkeypatch):
+    policy = policies(name)
+    expected = unpadded(trace_logprobs(policy, prompts, batch), batch)
+    monkeypatch.setattr(policy, "flex", True)
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    calls, kernel = [], tree_module.flex_attention
+    monkeypatch.setattr(tree_module, "flex_attention", lambda *a, **k: calls.append(k) or kernel(*a, **k))
+    tree_module._flex_kernel.cache_clear()
+    assert_same_rows(unpadded(trace_logprobs(policy, prompts, batch), batch), expected)
+    tree_module._flex_kernel.cache_clear()
+    assert len(calls) == policy.decoder.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("window", [None, 8, 150])
+def test_the_blocks_that_flex_attention_computes_are_the_ones_needed(policies, window):
+    """Also those that its backward pass goes through, which a CPU does not run; and few sizes of trees."""
+    draw = random.Random(4)
+    for branches in (3, 40, 120):
+        root = [draw.randrange(1000) for _ in range(100)]
+        tree = build_tree([root + [draw.randrange(1000) for _ in range(draw.randint(1, 40))] for _ in range(branches)])
+        flex = FlexTree(tree, policies("tiny"))
+        mask, n = flex.mask(window), flex.size
+        node = torch.arange(n)
+        seen = mask.mask_mod(0, 0, node[:, None], node[None])
+        ancestors = torch.zeros(n, n, dtype=torch.bool)
+        for i in range(len(tree)):
+            ancestors[i, torch.cat([tree.path(i), node[i : i + 1]])[-(window or n) :]] = True
+        ancestors[node[len(tree) :], node[len(tree) :]] = True  # padding
+        assert torch.equal(seen, ancestors)
+        needed = ancestors.view(n // 128, 128, n // 128, 128).any(3).any(1)
+        computed = mask.to_dense()[0, 0].bool()
+        assert bool(computed[needed].all()) and (window or torch.equal(computed, needed))
+        backward = torch.zeros_like(computed)
+        for key, (count, index) in enumerate(zip(mask.q_num_blocks[0, 0], mask.q_indices[0, 0], strict=True)):
+            backward[index[:count].long(), key] = True
+        assert torch.equal(backward, computed)
+        assert len(tree) <= n == tree_module.padded_size(len(tree))
+    sizes = [tree_module.padded_size(k) for k in range(1, 16_385)]
+    assert all(k <= size < max(k + 256, 1.25 * k) for k, size in enumerate(sizes, 1)) and len(set(sizes)) < 30
+
+
+def test_no_memory_for_the_first_test_is_no_reason_to_stop_packing(policies, monkeypatch):
+    def fails(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tree_module, "run_tree", fails)
+    with pytest.raises(ConfigError, match="'tiny' leaves no memory"):
+        tree_module.enable_packing(policies("tiny"))
 
 
 def test_work_of_attention_grows_with_depth_and_not_with_the_tree(policies):

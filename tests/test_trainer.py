@@ -232,6 +232,27 @@ def test_micro_batches_change_nothing(tmp_path, monkeypatch):
     assert [len(c) for c in counted] == [1, 2, 3, 12]
 
 
+@pytest.mark.parametrize("method", ["covrl", "covrl, alpha moves", "latro", "rlpr"])
+def test_whole_groups_are_scored_once(tmp_path, monkeypatch, method):
+    """Cut between questions: one pass, with gradients, where credit is a matter of the group; the same numbers."""
+    passes, score = [], step_module.trace_logprobs
+    spy = lambda *args, **settings: passes.append(torch.is_grad_enabled()) or score(*args, **settings)  # noqa: E731
+    monkeypatch.setattr(step_module, "trace_logprobs", spy)
+    settings = {"method": method.split(",")[0]} | ({"alpha_rate": 0.5} if "moves" in method else {})
+    whole, record, gradient = gradients(tmp_path / "whole", **settings)
+    assert passes == [True]
+    cut, measured, cut_gradient = gradients(tmp_path / "cut", **settings, max_packed_tokens=record.packed_tokens - 1)
+    assert passes[1:] == ([True] * 2 if method in ("covrl", "latro") else [False] * 2 + [True] * 2)
+    largest = max(float(g.abs().max()) for g in gradient.values())
+    for name, value in gradient.items():
+        torch.testing.assert_close(cut_gradient[name], value, rtol=1e-3, atol=2e-5 * largest)
+    for name, value in dataclasses.asdict(record).items():
+        if name not in CLOCK:
+            expected = None if value is None else pytest.approx(value, rel=1e-4, abs=1e-6)
+            assert getattr(measured, name) == expected, name
+    assert cut.method_state == pytest.approx(whole.method_state)
+
+
 def test_a_second_update_sees_the_traces_with_another_policy(tmp_path):
     """With w = alpha the ratio p'_new / h_old is 1 until the first update has moved the weights."""
     narrow = {"clip_range": 1e-5, "clip_range_high": 1e-5, "learning_rate": 1e-3}

@@ -220,12 +220,14 @@ def grpo_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_stat
 class Method:
     """A method: credit of a step's rollouts, the loss that spends it, and what it needs beyond p, q and y.
 
+    by_group: a group's credit depends on that group alone, and finished traces enter the KL.
     needs: any of "ref_prior", "bare_answer" and "no_trace" (``LogProbs``) and "verifier_reward" (``TraceBatch``).
     """
 
     credit: Callable[[TraceBatch, LogProbs, RunConfig, State], Credit]
     loss: Callable[..., tuple[Tensor, dict[str, Tensor]]] = coupled_loss
     needs: frozenset[str] = frozenset()
+    by_group: bool = True
 
 
 METHODS: dict[str, Method] = {
@@ -234,7 +236,7 @@ METHODS: dict[str, Method] = {
     "jlb": Method(jlb_credit),
     "verifree": Method(verifree_credit),
     "latro": Method(latro_credit, needs=frozenset({"ref_prior"})),
-    "rlpr": Method(rlpr_credit, needs=frozenset({"bare_answer"})),
+    "rlpr": Method(rlpr_credit, needs=frozenset({"bare_answer"}), by_group=False),
     "ravr_like": Method(ravr_like_credit),
     "grpo": Method(grpo_credit, needs=frozenset({"verifier_reward"})),
 }

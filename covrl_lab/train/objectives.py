@@ -233,12 +233,13 @@ class Totals:
     answer_tokens: int
 
     @classmethod
-    def of(cls, batch: TraceBatch, credit: Credit, answer_mask: Tensor) -> Totals:
-        """Count a step; ``answer_mask`` is (N, A)."""
+    def of(cls, batch: TraceBatch, credit: Credit | None, answer_mask: Tensor) -> Totals:
+        """Count a step; ``answer_mask`` is (N, A). Before the credit is known, finished traces enter the KL."""
+        kl_mask = batch.finished if credit is None else credit.kl_mask
         return cls(
             traces=len(batch),
             trace_tokens=int(batch.mask.sum()),
-            kl_tokens=int((batch.mask & credit.kl_mask[:, None]).sum()),
+            kl_tokens=int((batch.mask & kl_mask[:, None]).sum()),
             answer_tokens=int(answer_mask.sum()),
         )
 

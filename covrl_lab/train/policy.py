@@ -26,12 +26,14 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     name: str
     packs: bool = field(init=False)  # whether the model can run a prefix tree
+    flex: bool = field(init=False)  # whether it does so with FlexAttention
     graphs: bool = field(init=False)  # whether decoding is recorded as CUDA graphs
     rows_at_once: int | None = field(init=False, default=None)  # that decoding has memory for; None: any
     lora: list[LoraGroup] = field(init=False, default_factory=list)  # the adapter's layers
 
     def __post_init__(self) -> None:
         check_logits(self)
+        self.flex = self.device.type == "cuda"
         self.packs = enable_packing(self)
         self.graphs = self.packs and self.device.type == "cuda"
 

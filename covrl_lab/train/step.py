@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .methods import Method
 from .objectives import Totals, needs_posterior
 from .policy import Policy
 from .prompts import Prompter
-from .scoring import Part, join, micro_batches, own_prompts, reference, trace_logprobs
+from .scoring import Part, join, micro_batches, own_prompts, pad_rows, reference, trace_logprobs
 from .tasks import Task
 
 
@@ -58,7 +58,8 @@ def add_gradient(
 
     ``old`` and ``credit`` are those of the step's first update; without them, those of the current policy are
     used. Returns both, and the loss with its parts. The result does not depend on how ``max_packed_tokens`` cuts
-    the step.
+    the step. Where a part holds whole groups, and credit needs no more than the group, each part is scored once, with
+    gradients; otherwise all parts are scored before the first one's credit is known.
     """
     posterior, temperature = needs_posterior(config), config.temperature
     settings = {"temperature": temperature, "posterior": posterior, "no_trace": "no_trace" in method.needs}
@@ -70,24 +71,37 @@ def add_gradient(
     def with_frozen(scores: LogProbs, part: Part) -> LogProbs:
         return replace(scores, **reference(policy, part.prompts, part.batch, method.needs, temperature))
 
-    if old is None and len(parts) > 1:
+    whole = method.by_group and not config.alpha_rate and all(len(p.index) % batch.group_size == 0 for p in parts)
+    once = old is None and credit is None and (whole or len(parts) == 1)
+    if old is None and not once:
         with torch.no_grad():
             old = join([with_frozen(score(part), part) for part in parts])
-    totals: Totals | None = None
+    if credit is None and not once:
+        credit = method.credit(batch, old, config, method_state)
+    answers = pad_rows([torch.ones(len(p.answer), dtype=torch.bool) for p in own_prompts(prompts, batch)])
+    totals = Totals.of(batch, credit, answers)
     losses: dict[str, float] = {}
+    scored, earned = [], []
     for part in parts:
         new = score(part)
-        if old is None:  # with a single part, this pass gives the old policy's numbers, too
-            old = with_frozen(new.detach(), part)
-        if credit is None:
-            credit = method.credit(batch, old, config, method_state)
-        totals = totals or Totals.of(batch, credit, old.answer_mask)
-        index = part.index
-        loss, measured = method.loss(new, old.rows(index), part.batch, credit.rows(index), totals, config)
+        if once:  # this pass gives the old policy's numbers, too
+            scored.append(with_frozen(new.detach(), part))
+            groups = replace(part.batch, group_size=batch.group_size)
+            earned.append(method.credit(groups, scored[-1], config, method_state))
+        before, worth = (scored[-1], earned[-1]) if once else (old.rows(part.index), credit.rows(part.index))
+        loss, measured = method.loss(new, before, part.batch, worth, totals, config)
         loss.backward()
         for name, value in {"loss": loss.detach(), **measured}.items():
             losses[name] = losses.get(name, 0.0) + float(value)
+    if once:
+        old, credit = join(scored), _joined(earned)
     return old, credit, losses
+
+
+def _joined(parts: Sequence[Credit]) -> Credit:
+    """The credit of all rollouts from that of parts in order."""
+    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Credit)}
+    return Credit(**{name: torch.cat(c) if isinstance(c[0], Tensor) else c[0] for name, c in columns.items()})
 
 
 def clip_gradient(policy: Policy, max_norm: float, step: int) -> float:

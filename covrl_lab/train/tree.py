@@ -13,13 +13,15 @@ work and memory grow with nodes x (depth + BLOCK), not with nodes squared.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -35,6 +37,7 @@ BLOCK = 128  # nodes whose attention is computed together
 # Up to this many keys a block, a CPU computes attention with plain matrix products. They are faster there
 # than the flash kernel, but keep the attention weights for the backward pass.
 MAX_MATMUL_KEYS = 512
+FLEX_BLOCK = 128  # nodes of a block that FlexAttention computes or leaves out
 ATTENTION = "covrl_tree"  # the name under which transformers knows ``attend``
 
 log = logging.getLogger(__name__)
@@ -122,13 +125,13 @@ class TreeAttention:
     def mask(self, window: int | None, groups: int) -> Tensor:
         """For layers with this sliding window (tokens) and this many query heads a key head."""
         if (window, groups) not in self._masks:
-            tree, query, key = self.tree, self._query[:, :, None], self._key[:, None]
-            end, position = (pad(x, (0, 2 * BLOCK)) for x in (tree.end, tree.position))
+            tree, device = self.tree, self.device
+            query, key = self._query.to(device)[:, :, None], self._key.to(device)[:, None]
+            end, position = (pad(x, (0, 2 * BLOCK)).to(device) for x in (tree.end, tree.position))
             allowed = (key <= query) & (query < end[key])
             if window:
                 allowed &= position[query] - position[key] < window
-            mask = additive(allowed, self.dtype).repeat(1, groups, 1)
-            self._masks[window, groups] = mask.to(self.device)
+            self._masks[window, groups] = additive(allowed, self.dtype).repeat(1, groups, 1)
         return self._masks[window, groups]
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, layer: int) -> Tensor:
@@ -148,6 +151,59 @@ class TreeAttention:
             out = scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scaling)
         out = out.reshape(shared, blocks, groups, BLOCK, size).permute(1, 3, 0, 2, 4)
         return out.reshape(1, blocks * BLOCK, heads, size)[:, :n]
+
+
+class FlexTree:
+    """The same attention as one kernel that leaves out blocks of keys no query sees (FlexAttention), for CUDA.
+
+    Query i sees key j iff j <= i < end[j], so queries from node a on need a block of keys iff it does not begin after
+    them and one of its subtrees ends after a. Trees are padded, with nodes that see themselves only, to one of a
+    few sizes, because a kernel is compiled for each.
+    """
+
+    def __init__(self, tree: TokenTree, policy: Policy) -> None:
+        self.config, n, self.size = policy.decoder.config, len(tree), padded_size(len(tree))
+        end = torch.cat([tree.end, torch.arange(n, self.size) + 1])
+        self.end, self.position = end.to(policy.device), pad(tree.position, (0, self.size - n)).to(policy.device)
+        self._masks: dict[int | None, BlockMask] = {}
+
+    def mask(self, window: int | None) -> BlockMask:
+        """For layers with this sliding window (tokens)."""
+        if window not in self._masks:
+            end, position = self.end, self.position
+
+            def rule(batch, head, query, key):
+                seen = (key <= query) & (query < end[key])
+                return seen & (position[query] - position[key] < window) if window else seen
+
+            first = torch.arange(0, self.size, FLEX_BLOCK, device=end.device)
+            needed = (first <= first[:, None]) & (end.view(-1, FLEX_BLOCK).amax(1) > first[:, None])
+            if window:
+                low, high = position.view(-1, FLEX_BLOCK).aminmax(dim=1)
+                needed &= low[:, None] - high < window
+            order = needed.int().argsort(dim=1, descending=True, stable=True).int()
+            count, sizes = needed.sum(1, dtype=torch.int32), (self.size, self.size)
+            self._masks[window] = BlockMask.from_kv_blocks(
+                count[None, None], order[None, None], BLOCK_SIZE=FLEX_BLOCK, mask_mod=rule, seq_lengths=sizes
+            )
+        return self._masks[window]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, layer: int) -> Tensor:
+        """As ``TreeAttention``, for the padded tree."""
+        mask, shared = self.mask(attention_window(self.config, layer)), query.shape[1] != key.shape[1]
+        kernel = _flex_kernel(query.device.type)
+        return kernel(query, key, value, block_mask=mask, scale=scaling, enable_gqa=shared).transpose(1, 2)
+
+
+def padded_size(nodes: int) -> int:
+    """The size of a tree for FlexAttention: at most a quarter more, or 255 nodes."""
+    step = max(2 * FLEX_BLOCK, 2 ** (nodes.bit_length() - 3))
+    return -(-nodes // step) * step
+
+
+@cache
+def _flex_kernel(device: str) -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -222,7 +278,11 @@ def forward(policy: Policy, ids: Tensor, position: Tensor, tree, cache=None) -> 
 
 def run_tree(policy: Policy, tree: TokenTree, store: LayerStore | None = None) -> Tensor:
     """Forward a whole tree; returns hidden states (n, hidden) before the output head."""
-    return forward(policy, tree.ids[None], tree.position[None], TreeAttention(tree, policy), store)[0]
+    if not policy.flex:
+        return forward(policy, tree.ids[None], tree.position[None], TreeAttention(tree, policy), store)[0]
+    attention = FlexTree(tree, policy)
+    ids = pad(tree.ids, (0, attention.size - len(tree)))
+    return forward(policy, ids[None], attention.position[None], attention, store)[0, : len(tree)]
 
 
 def logit_cap(policy: Policy) -> float | None:
@@ -259,7 +319,8 @@ def check_logits(policy: Policy) -> None:
 def enable_packing(policy: Policy) -> bool:
     """Switch a model's attention to ``attend`` if it then computes a tree right; says so in the log if not.
 
-    Tried on a small tree against plain rows, so that an architecture need not be known here.
+    Tried on a small tree against plain rows, so that an architecture need not be known here. So is
+    FlexAttention, where ``policy.flex`` asks for it. Raises ConfigError where there is no memory for that.
     """
     lm = policy.causal_lm
     before, config = lm.config._attn_implementation, policy.decoder.config
@@ -272,15 +333,38 @@ def enable_packing(policy: Policy) -> bool:
             for s in sequences
         ]
         lm.set_attn_implementation(ATTENTION)
-        tree = build_tree(sequences)
-        hidden = run_tree(policy, tree)
-        # A wrong neighbour changes a state by about its own size, rounding to bfloat16 by a hundredth.
-        gap = max(float((hidden[p] - r).norm() / r.norm()) for p, r in zip(tree.paths, rows, strict=True))
-        if not gap < 0.1:
-            raise NotImplementedError("attention that does not follow the tree")
+        if policy.device.type == "cuda":
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a plan for every new shape
+        if policy.flex:
+            try:
+                _check_tree(policy, sequences, rows)
+                return True
+            except (torch.OutOfMemoryError, torch.AcceleratorError):
+                raise
+            except Exception as error:  # no compiler, or heads of a size that it does not take
+                policy.flex = False
+                log.warning("FlexAttention does not run here (%s): a slower kernel is used", type(error).__name__)
+        _check_tree(policy, sequences, rows)
+    except torch.AcceleratorError:  # a kernel failed: nothing on this device can be trusted from here on
+        raise
     except Exception as error:  # whatever an unknown architecture does not understand
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            raise ConfigError(
+                f"{policy.name!r} leaves no memory for a forward of a few tokens; choose a smaller model, or "
+                "quantization='nf4'"
+            ) from error
         lm.set_attn_implementation(before)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         log.warning("%s cannot run as a prefix tree (%s): padded rows are used, which is slower", policy.name, reason)
         return False
     return True
+
+
+def _check_tree(policy: Policy, sequences: Sequence[Sequence[int]], rows: Sequence[Tensor]) -> None:
+    """NotImplementedError where the packed sequences' hidden states are not those of plain rows."""
+    tree = build_tree(sequences)
+    hidden = run_tree(policy, tree)
+    # A wrong neighbour changes a state by about its own size, rounding to bfloat16 by a hundredth.
+    gap = max(float((hidden[p] - r).norm() / r.norm()) for p, r in zip(tree.paths, rows, strict=True))
+    if not gap < 0.1:
+        raise NotImplementedError("attention that does not follow the tree")
