@@ -19,6 +19,7 @@ from covrl_lab.train.plan import (
     MAX_LOGITS_BYTES,
     MAX_MATMUL_KEYS,
     MAX_UNPACKED_BYTES,
+    MAX_UNPACKED_SHARE,
     PACKED,
     Device,
     Plan,
@@ -90,6 +91,7 @@ def test_keys_and_values_take_what_the_plan_says(model):
 def test_the_sizes_of_the_torch_modules_are_known():
     ours = (tree.BLOCK, tree.MAX_MATMUL_KEYS, scoring.MAX_LOGITS_BYTES, lora.MAX_UNPACKED_BYTES)
     assert ours == (BLOCK, MAX_MATMUL_KEYS, MAX_LOGITS_BYTES, MAX_UNPACKED_BYTES)
+    assert lora.MAX_UNPACKED_SHARE == MAX_UNPACKED_SHARE
 
 
 @pytest.mark.parametrize("prior_only", [False, True])

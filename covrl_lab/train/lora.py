@@ -5,9 +5,9 @@ Plain PEFT moves activations to float32 and back around every adapter product an
 passes over memory; here A and B, which are small, move to the activations' dtype instead, and products add
 into the result. In float32 both ways agree to rounding.
 
-On a CPU the unpacked weights of a 4-bit base are kept, in the layout that its bfloat16 instructions need.
-Layers with the same input x (queries, keys and values; gate and up) are computed together there: their W and
-A are stacked, and their B are the blocks of a block-diagonal matrix.
+Where there is room, the unpacked weights of a 4-bit base are kept, on a CPU in the layout that its bfloat16
+instructions need. Layers with the same input x (queries, keys and values; gate and up) are computed together then:
+their W and A are stacked, and their B are the blocks of a block-diagonal matrix.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import functional as F
 
-# A CPU keeps the unpacked weights of models up to this size, so that they are not unpacked at every token.
-# A GPU unpacks a layer at a time, as bitsandbytes does.
-MAX_UNPACKED_BYTES = 4 * 2**30
+# A CPU keeps the unpacked weights of models up to this size, so that they are not unpacked at every token. A GPU
+# does where they take no more than this share of its memory, else a layer is unpacked at a time.
+MAX_UNPACKED_BYTES, MAX_UNPACKED_SHARE = 4 * 2**30, 1 / 4
 # Layers of one module that get the same input.
 SHARED_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
@@ -72,7 +72,7 @@ def _dense(layer: torch.nn.Module) -> Tensor:
 def _product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """x -> x W' + bias, from a weight repacked once if the CPU has instructions for its dtype."""
     mkldnn = torch.ops.mkldnn
-    if weight.dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported():
+    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported():
         packed = mkldnn._reorder_linear_weight(weight.contiguous(), 128)
         return lambda x: mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return partial(F.linear, weight=weight, bias=bias)
@@ -117,13 +117,11 @@ class LoraGroup:
         return y.unflatten(0, x.shape[:-1])
 
 
-def fuse(model: torch.nn.Module) -> list[LoraGroup]:
-    """Let the LoRA layers of a PEFT model compute in one piece."""
+def fuse(model: torch.nn.Module, memory: float | None = None) -> list[LoraGroup]:
+    """Let the LoRA layers of a PEFT model compute in one piece; ``memory`` in bytes is that of its GPU, if not all."""
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     packed = [getattr(layer.base_layer.weight, "quant_state", None) is not None for layer in layers]
-    size = sum(4 * layer.in_features * layer.out_features for layer in layers)
-    on_cpu = all(p.device.type == "cpu" for layer in layers for p in layer.parameters())
-    keep = bool(layers) and all(packed) and on_cpu and size <= MAX_UNPACKED_BYTES
+    keep = bool(layers) and all(packed) and _has_room(layers, memory)
     groups = []
     for parent in model.modules():
         children = {name: child for name, child in parent.named_children() if isinstance(child, LoraLayer)}
@@ -133,6 +131,19 @@ def fuse(model: torch.nn.Module) -> list[LoraGroup]:
                 groups.append([children.pop(name) for name in names])
         groups += [[child] for child in children.values()]
     return [LoraGroup(group, keep) for group in groups]
+
+
+def _has_room(layers: Sequence[LoraLayer], memory: float | None) -> bool:
+    """Whether a second, unpacked copy of the weights may be kept."""
+    devices = {p.device for layer in layers for p in layer.parameters()}
+    numbers = sum(layer.in_features * layer.out_features for layer in layers)
+    if {d.type for d in devices} == {"cpu"}:
+        return 4 * numbers <= MAX_UNPACKED_BYTES
+    if len(devices) > 1:
+        return False
+    width = layers[0].base_layer.compute_dtype.itemsize
+    memory = memory or torch.cuda.get_device_properties(*devices).total_memory
+    return width * numbers <= MAX_UNPACKED_SHARE * memory
 
 
 @contextmanager

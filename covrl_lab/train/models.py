@@ -123,6 +123,7 @@ def load_policy(
     seed: int = 0,
     device: str = "auto",
     gradient_checkpointing: bool = False,
+    memory_gib: float | None = None,
 ) -> Policy:
     """Load a model, freeze it, and put a LoRA adapter on every linear layer except the output head.
 
@@ -130,7 +131,8 @@ def load_policy(
     in `dtype`), "none" keeps them in `dtype`, which is also what they compute in. The adapter is float32:
     small updates would be lost in bfloat16. It starts at zero change, its random half drawn from `seed`
     without touching the global generator. With `lora_rank` 0 the result is the plain frozen model.
-    `device` "auto" is the CUDA GPU if there is one, else the CPU. Raises ConfigError.
+    `device` "auto" is the CUDA GPU if there is one, else the CPU; `memory_gib` is what there is of a GPU, if not all
+    of it. Raises ConfigError.
     """
     for field, value, valid in (("quantization", quantization, ("nf4", "none")), ("dtype", dtype, _DTYPES)):
         if value not in valid:
@@ -151,7 +153,7 @@ def load_policy(
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
             policy.model = get_peft_model(model, lora)
         policy.model.peft_config["default"].base_model_name_or_path = name  # not a path of this machine
-        policy.lora = fuse(policy.model)
+        policy.lora = fuse(policy.model, memory_gib and memory_gib * 2**30)
     policy.model.eval()
     return policy
 

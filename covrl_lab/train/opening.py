@@ -49,7 +49,16 @@ def check_examples(
 
 def open_policy(config: RunConfig, *, adapter: bool = True) -> Policy:
     """Load the model with a new adapter, or without one. Raises ConfigError."""
-    names = ("quantization", "dtype", "lora_rank", "lora_alpha", "seed", "device", "gradient_checkpointing")
+    names = (
+        "quantization",
+        "dtype",
+        "lora_rank",
+        "lora_alpha",
+        "seed",
+        "device",
+        "gradient_checkpointing",
+        "memory_gib",
+    )
     settings = {name: getattr(config, name) for name in names}
     settings["gradient_checkpointing"] = config.gradient_checkpointing is True  # "auto": nothing is trained
     return load_policy(config.model, **settings | ({} if adapter else {"lora_rank": 0}))

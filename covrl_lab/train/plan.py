@@ -12,7 +12,8 @@ rollout's), and R <= N the rows decoded at once: as many as fit, the others foll
 Memory in bytes is the larger of the two phases, on top of what always stays:
 
     weights      P (1/2 + 1/64 + 1/4096) in NF4, double quantised, or P e;  + e V h (twice if untied) + norms;
-                 a CPU keeps what 4 P <= 4 GiB of NF4 matrices unpack to as well: + 4 P
+                 a CPU keeps what 4 P <= 4 GiB of NF4 matrices unpack to as well: + 4 P; a GPU of at
+                 least 4 P e bytes: + P e
     adapter      16 r L sum(in + out): float32 parameters, gradients and AdamW's two moments
     runtime      what the interpreter and its libraries, or a CUDA context, take
     sampling     keys and values 2 e L K d (3 m + R T (1 + 1 / L)), the last while they are moved, a layer at a
@@ -26,8 +27,8 @@ Seconds: a product costs the larger of FLOPs / (share x rate) and bytes / bandwi
 
     prompts      2 P m FLOPs
     decoding     T N / R times 2 R (P + V h) FLOPs, which read all weights, and the keys and values
-    update       2 P n (1 forward + 1 backward, + 1 with gradient checkpointing, + 1 when n > c) + 4 s V h for
-                 the head and its gradient; attention adds 4 (w + T + 128) H d L to each 2 P
+    update       2 P n (1 forward + 1 backward, + 1 with gradient checkpointing, + 1 when one question has more than
+                 c nodes) + 4 s V h for the head and its gradient; attention adds 4 (w + T + 128) H d L to each 2 P
     dequantise   where weights are unpacked at every use: (1/2 + 2 e) P bytes a pass, besides the products
     launches     the host's time to start a GPU's kernels, where it is longer than what they do
 """
@@ -49,6 +50,7 @@ from .shapes import Shape, shape_of
 GIB = 2**30
 # As in tree.py, scoring.py and lora.py, which need torch; tests/test_plan.py holds them equal.
 BLOCK, MAX_MATMUL_KEYS, MAX_LOGITS_BYTES, MAX_UNPACKED_BYTES = 128, 512, 32 * 2**20, 4 * 2**30
+MAX_UNPACKED_SHARE = 1 / 4
 USABLE = 0.95  # of a device's memory
 # What "auto" tries for max_packed_tokens, the largest first. A CPU gains nothing from more than CPU_PACKED, and
 # below FEW_PACKED shared prompts are computed so often that recomputing activations is cheaper.
@@ -263,7 +265,11 @@ def _duration(seconds: float) -> str:
 
 def keeps_unpacked(config: RunConfig, shape: Shape, device: Device) -> bool:
     """Whether 4-bit matrices stay in memory unpacked, too (``lora.fuse``)."""
-    return config.quantization == "nf4" and not device.unpacks and 4 * shape.parameters <= MAX_UNPACKED_BYTES
+    width = 2 if config.dtype == "bfloat16" else 4
+    room = 4 * shape.parameters <= MAX_UNPACKED_BYTES
+    if device.unpacks:
+        room = width * shape.parameters <= MAX_UNPACKED_SHARE * device.memory
+    return config.quantization == "nf4" and room
 
 
 def memory_parts(
@@ -276,7 +282,8 @@ def memory_parts(
     scored = min(tokens.scored, c)
     weights = shape.weight_bytes(config.quantization, e)
     if keeps_unpacked(config, shape, device):
-        weights += 4 * shape.parameters  # in float32 once; in bfloat16 twice, for both passes
+        # In float32 once; in bfloat16 a CPU has a layout for either pass.
+        weights += (e if device.unpacks else 4) * shape.parameters
     layer = 4 * shape.norms * h + 4 * (q + kv) * shape.head_norms
     layer += e * (2 * h + 3 * q + 2 * kv * (1 + length / BLOCK) + 4 * shape.intermediate)
     layer += e * 7 * config.lora_rank
@@ -319,7 +326,8 @@ def step_seconds(
     e = 2 if config.dtype == "bfloat16" else 4
     p, head = shape.parameters, shape.embedding
     n, part, length = tokens.nodes, config.max_packed_tokens, tokens.context + tokens.length
-    passes, rows = 2 + config.gradient_checkpointing + (n > part), rows or tokens.rows
+    group = tokens.rollout + (config.rollouts_per_question - 1) * tokens.scored / tokens.rows
+    passes, rows = 2 + config.gradient_checkpointing + (n > part and group > part), rows or tokens.rows
 
     def product(flops: float, read: float) -> float:
         return max(flops / (device.share * device.rate), read / device.bandwidth)

@@ -1,0 +1,57 @@
+"""The script that checks a graphics card, here on a CPU and on tiny shapes."""
+
+import json
+
+import pytest
+import torch
+from tests.bench import gpu_check
+from helpers import ROOT
+
+
+def run(tmp_path, *options):
+    status = gpu_check.main(["--device", "cpu", "--out", str(tmp_path / "out.json"), *options])
+    return status, json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+
+
+def test_every_part_runs_and_passes_on_a_cpu(tmp_path):
+    status, found = run(tmp_path)
+    results = found["results"]
+    assert status == 0 and tuple(results) == gpu_check.PARTS, {k: v.get("error") for k, v in results.items()}
+    assert all(result["ok"] for result in results.values())
+    assert results["twice"]["equal"] and results["scores"]["gaps"]["tiny"]["gradient"] < 1e-3
+    assert [line["weights"] for line in results["speed"]["table"]] == ["unpacked", "kept"]
+    unpacked, kept = (line["kernels"] for line in results["speed"]["table"])
+    assert kept < unpacked < 300
+    assert results["plan"]["planned_gib"] > 0 and results["long"]["peak_gib"] > 0
+    assert str(tmp_path) not in json.dumps(found)  # nothing of this machine but its kind
+
+
+def test_a_part_that_fails_is_named_and_the_others_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "timed", lambda function: 1 / 0)
+    status, found = run(tmp_path, "--parts", "mask,twice")
+    assert status == 1 and "ZeroDivisionError" in found["results"]["mask"]["error"]
+    assert found["results"]["twice"]["ok"]
+
+
+def test_what_there_is_no_time_for_is_left_out(tmp_path):
+    status, found = run(tmp_path, "--minutes", "0")
+    assert status == 0 and {one["error"] for one in found["results"].values()} == {"left out: no time"}
+
+
+def test_gaps_out_of_bounds_fail():
+    assert not gpu_check.bounded({"tiny": {"value": 2e-3, "gradient": 0.0}})["ok"]
+    assert not gpu_check.bounded({"tiny": {"value": float("nan"), "gradient": 0.0}})["ok"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_without_a_card_it_says_so(capsys):
+    with pytest.raises(SystemExit):
+        gpu_check.main([])
+    assert "--device cpu" in capsys.readouterr().err
+
+
+def test_the_list_of_what_needs_a_card_names_every_part():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = text.split("### What only a graphics card can show")[1].split("\n#")[0]
+    for part in gpu_check.PARTS:
+        assert f"--parts {part}" in listed, part
