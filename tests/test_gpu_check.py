@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from tests.bench import gpu_check
 from helpers import ROOT
+
+from tests.bench import gpu_check
 
 
 def run(tmp_path, *options):
