@@ -165,7 +165,7 @@ def test_what_does_not_fit_says_what_to_lower():
     assert "smaller model" in advice(dataclasses.replace(HERE, memory=4 * GIB))
     assert "max_packed_tokens" in advice(gradient_checkpointing=True, max_packed_tokens=100_000)
     assert "max_trace_tokens" in advice(gradient_checkpointing=True, max_packed_tokens=256, max_trace_tokens=60_000)
-    crowd = {"questions_per_step": 2048, "rollouts_per_question": 16, "max_packed_tokens": 512}
+    crowd = {"questions_per_step": 1000, "rollouts_per_question": 16, "max_packed_tokens": 512}
     assert "questions_per_step" in advice(gradient_checkpointing=True, **crowd)  # their prompts alone
     line = plan(device="rtx4090", **FIXED, **long).summary()
     assert "does NOT fit" in line and "24 GiB" in line and "\n" not in line

@@ -47,21 +47,14 @@ def check_examples(
             prompter.check_length(prompter(example), *limits, example.place, config.max_answer_tokens)
 
 
-def open_policy(config: RunConfig, *, adapter: bool = True) -> Policy:
-    """Load the model with a new adapter, or without one. Raises ConfigError."""
-    names = (
-        "quantization",
-        "dtype",
-        "lora_rank",
-        "lora_alpha",
-        "seed",
-        "device",
-        "gradient_checkpointing",
-        "memory_gib",
-    )
-    settings = {name: getattr(config, name) for name in names}
-    settings["gradient_checkpointing"] = config.gradient_checkpointing is True  # "auto": nothing is trained
-    return load_policy(config.model, **settings | ({} if adapter else {"lora_rank": 0}))
+def open_policy(config: RunConfig, *, adapter: bool = True, rows: int | None = None) -> Policy:
+    """Load the model with a new adapter, or without one; ``rows`` are decoded at once. Raises ConfigError."""
+    names = "quantization dtype lora_rank lora_alpha seed device memory_gib".split()
+    settings = {name: getattr(config, name) for name in names} | ({} if adapter else {"lora_rank": 0})
+    recompute = config.gradient_checkpointing is True  # where it is still "auto", nothing is trained
+    policy = load_policy(config.model, **settings, gradient_checkpointing=recompute)
+    policy.rows_at_once = rows
+    return policy
 
 
 def open_model(config: RunConfig, *, adapter: bool = True) -> tuple[Task, Prompter, Policy]:

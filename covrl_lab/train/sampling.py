@@ -6,6 +6,7 @@ it is finished.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,6 +20,7 @@ from .policy import Policy
 from .prompts import Prompter
 from .tree import LayerStore, additive, attention_window, build_tree, final_logits, forward, run_tree
 
+log = logging.getLogger(__name__)
 # Rows share a block while it has at most this many times the nodes of the longest prompt. A shared block
 # multiplies every row with every node, also those off the row's path; up to about this factor, one large
 # product is still faster than one small product a row.
@@ -73,8 +75,8 @@ class PackedRows:
         self.place: list[int] = []  # the seats of the rows that go on
         self.capacity, self.written, self.slot = 0, 0, torch.zeros(1, dtype=torch.int64, device=device)
         self.length = torch.zeros(0, dtype=torch.int64, device=device)  # tokens of its own that each row has
-        self.own = [tuple(x.new_zeros(0, len(x[0]), 0, x.shape[-1]) for x in layer) for layer in self.store.layers]
-        self.prompts = [()] * len(self.own)
+        self.own = [[x.new_zeros(0, len(x[0]), 0, x.shape[-1]) for x in layer] for layer in self.store.layers]
+        self.prompts: list[list[Tensor]] = [[]] * len(self.own)
         self.record: tuple | None = None  # CUDA graph of a step, and its output
 
     def _seat(self, new: Sequence[int] = ()) -> None:
@@ -87,15 +89,17 @@ class PackedRows:
         self._move(kept, self.capacity)
         self._share([self.tree.paths[row] for row in self.seats])
 
-    def _move(self, kept: Tensor, capacity: int) -> None:
-        """Put the keys and values of some rows in buffers for all seats and more tokens, a layer at a time."""
+    def _move(self, kept: Tensor | slice, capacity: int) -> None:
+        """Put the keys and values of some rows in buffers for all seats and ``capacity`` tokens, a layer at a time.
+
+        Zeros and not just any numbers behind them: slots that nobody has written are masked, not left out.
+        """
         self.record = None
-        for i, layer in enumerate(self.own):
-            moved = []
-            for x in layer:  # zeros and not just any numbers: unwritten slots are masked, not left out
-                moved.append(x.new_zeros(len(self.seats), x.shape[1], capacity, x.shape[3]))
-                moved[-1][: len(kept), :, : self.capacity] = x[kept]
-            self.own[i] = tuple(moved)
+        for layer in self.own:
+            for i, x in enumerate(layer):
+                kept_x = x[kept]
+                layer[i] = x.new_zeros(len(self.seats), x.shape[1], capacity, x.shape[3])
+                layer[i][: len(kept_x), :, : self.capacity] = kept_x
         self.capacity = capacity
 
     def _share(self, paths: list[Tensor]) -> None:
@@ -120,9 +124,7 @@ class PackedRows:
         self.lengths = lengths[:rows].to(device)
         flat = nodes.flatten().to(device)
         for i, layer in enumerate(self.store.layers):
-            self.prompts[i] = tuple(
-                x[0].index_select(1, flat).unflatten(1, nodes.shape).transpose(0, 1) for x in layer
-            )
+            self.prompts[i] = [x[0].index_select(1, flat).unflatten(1, nodes.shape).transpose(0, 1) for x in layer]
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append a layer's (rows, key heads, 1, size) keys and values; views of all the rows' own."""
@@ -149,8 +151,7 @@ class PackedRows:
 
     def _blocks(self, x: Tensor) -> Tensor:
         """(rows, key heads, g, size) -> (b, key heads, r g, size): a block's rows as its queries."""
-        x = self._padded(x)
-        return x.unflatten(0, (-1, self.block)).transpose(1, 2).flatten(2, 3)
+        return self._padded(x).unflatten(0, (-1, self.block)).transpose(1, 2).flatten(2, 3)
 
     def _rows(self, x: Tensor) -> Tensor:
         """(b, key heads, r g, size) -> (rows, key heads, g, size)"""
@@ -179,20 +180,19 @@ class PackedRows:
 
     def _append(self, token: Tensor) -> Tensor:
         if self.written == self.capacity < self.max_tokens:
-            self._move(
-                torch.arange(len(self.seats), device=token.device),
-                min(max(BUCKET, 2 * self.capacity), self.max_tokens),
-            )
+            self._move(slice(None), min(max(BUCKET, 2 * self.capacity), self.max_tokens))
         self.fed[self.index, 0] = token
         self.slot.fill_(self.written % self.capacity)
-        if self.policy.graphs:
-            self.width = self.capacity
-            self.record = self.record or record(self._forward)
+        self.width = self.capacity if self.policy.graphs else min(self.written + 1, self.capacity)
+        if self.policy.graphs and self.record is None:
+            try:
+                self.record = record(self._forward)
+            except RuntimeError as error:
+                self.policy.graphs = False
+                log.warning("decoding is not recorded as a CUDA graph, which is slower: %s", error)
+        if self.record:
             self.record[0].replay()
-            hidden = self.record[1]
-        else:
-            self.width = min(self.written + 1, self.capacity)
-            hidden = self._forward()
+        hidden = self.record[1] if self.record else self._forward()
         self.length += 1
         self.written += 1
         return hidden[self.index, 0]
@@ -214,10 +214,7 @@ class PackedRows:
 
 
 def record(function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """A CUDA graph of a function without host synchronisation, and the tensor that each replay writes.
-
-    RuntimeError where a replay gives something else than the function.
-    """
+    """A CUDA graph of a function, and the tensor that each replay writes. RuntimeError where both differ."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # what is made at the first call is no part of the graph
@@ -228,7 +225,7 @@ def record(function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor
         output = function()
     graph.replay()
     if not float((output - expected).float().norm()) <= 0.05 * float(expected.float().norm()):
-        raise RuntimeError("a CUDA graph of decoding gives other numbers than decoding; set policy.graphs = False")
+        raise RuntimeError("a graph gives other numbers")
     return graph, output
 
 

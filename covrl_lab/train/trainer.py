@@ -76,8 +76,7 @@ class Trainer:
         prompts = self._prompts([*self._questions(0), *self._questions(1)])
         check_examples(config, self.task, self.prompter, self.held_out, self._judges, self.max_context)
         self.plan = fit(config, prompts[: config.questions_per_step])
-        policy = open_policy(self.plan.config)
-        policy.rows_at_once = self.plan.rows
+        policy = open_policy(self.plan.config, rows=self.plan.rows)
         self.optimizer = torch.optim.AdamW(
             [p for _, p in policy.trainable()], lr=config.learning_rate, weight_decay=config.weight_decay
         )

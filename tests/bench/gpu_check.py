@@ -98,7 +98,7 @@ class Check:
             for label, policy.graphs, policy.rows_at_once in (("recorded", graphs, None), ("waves", graphs, 3)):
                 again, _, values = decode(policy, contexts, 24)
                 gaps = [abs(a - b) for x, y in zip(logprobs, values, strict=True) for a, b in zip(x, y, strict=False)]
-                found[f"{name}, {label}"] = {"value": max(gaps), "same ids": again == ids}
+                found[f"{name}, {label}"] = {"value": max(gaps), "same ids": again == ids and policy.graphs == graphs}
         result = bounded(found)
         return result | {"ok": result["ok"] and all(one["same ids"] for one in found.values())}
 
