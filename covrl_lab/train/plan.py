@@ -55,8 +55,9 @@ USABLE = 0.95  # of a device's memory
 # What "auto" tries for max_packed_tokens, the largest first. A CPU gains nothing from more than CPU_PACKED, and
 # below FEW_PACKED shared prompts are computed so often that recomputing activations is cheaper.
 PACKED, CPU_PACKED, FEW_PACKED = (16384, 8192, 4096, 2048, 1024, 512, 256), 4096, 2048
-# Kernels of a layer, forward and backward (tests/bench/gpu_check.py counts them), and the host's seconds for one.
-KERNELS, LAUNCH = 93, 24e-6
+# Kernels of a layer (tests/bench/gpu_check.py counts them), and seconds to start one: by the host, as counted on a CPU,
+# and in a recorded step, an assumption.
+KERNELS, LAUNCH, RECORDED = 93, 24e-6, 2e-6
 
 # Measured with ``tests.bench.benchmark`` (notebooks/07_speed.ipynb): on CPUs the share of the machine's own
 # matrix rate. That of GPUs is an assumption: nothing here was measured on one.
@@ -69,8 +70,8 @@ class Device:
     """Where a run would be: ``memory`` in bytes, ``rate`` in FLOP/s, ``bandwidth`` in bytes/s.
 
     runtime is the memory in bytes that is gone before any tensor; share is the part of ``rate`` that a whole
-    step's products reach; unpacks says whether NF4 matrices are unpacked at every use; launch is the host's time in
-    seconds to start a kernel (0 on CPUs: their share of the rate holds it).
+    step's products reach; unpacks says whether large NF4 models are unpacked at every use, as on GPUs; launch is the
+    host's time in seconds to start a kernel (0 on CPUs: their share of the rate holds it).
     """
 
     name: str
@@ -349,8 +350,8 @@ def step_seconds(
         uses = 1 + times + passes * math.ceil(n / part)
         seconds["dequantise"] = uses * (0.5 + 2 * e) * p / device.bandwidth
     if device.launch and not ideal:
-        host = device.launch * KERNELS * shape.layers * (1 + times + passes * math.ceil(n / part))
-        seconds["launches"] = max(0.0, host - sum(seconds.values()))
+        started = device.launch * (1 + passes * math.ceil(n / part)) + min(device.launch, RECORDED) * times
+        seconds["launches"] = max(0.0, KERNELS * shape.layers * started - sum(seconds.values()))
     return seconds
 
 
