@@ -5,15 +5,17 @@ from functools import partial
 import pytest
 import torch
 from helpers import move_adapter
+from peft.tuners.lora import LoraLayer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from covrl_lab.train import lora, models
+from covrl_lab.train.shapes import shape_of
 
 
 def both(monkeypatch, name="tiny", **settings):
     """The same policy with PEFT's layers and with ours, adapters alike and not zero."""
     found = []
-    for fuse in (lambda model: None, lora.fuse):
+    for fuse in (lambda *_: None, lora.fuse):
         monkeypatch.setattr(models, "fuse", fuse)
         policy = models.load_policy(name, lora_rank=4, **settings)
         move_adapter(policy, seed=1, scale=0.1)
@@ -128,3 +130,17 @@ def test_while_steady_the_adapter_is_read_once(monkeypatch):
             policy.trainable()[0][1].mul_(3)
             torch.testing.assert_close(states(), before, rtol=0, atol=1e-6)
         assert float((states() - before).abs().max()) > 1e-3  # after it, as it is now
+
+
+@pytest.mark.parametrize("gib, kept", [(1e-4, False), (1e-2, True)])
+def test_a_gpu_keeps_unpacked_weights_where_they_take_a_quarter_at_most(gib, kept):
+    """Of 0.13 MiB in bfloat16; on a CPU the limit is one of bytes."""
+    policy = models.load_policy("tiny", lora_rank=2, device="cpu")
+    layers = [layer for layer in policy.model.modules() if isinstance(layer, LoraLayer)]
+    size = 2 * sum(layer.in_features * layer.out_features for layer in layers)
+    assert size == 2 * shape_of("tiny").parameters and (size <= gib * 2**30 / 4) == kept
+    assert lora._has_room(layers, gib * 2**30)  # they are on a CPU
+    for layer in layers:
+        moved = torch.nn.ParameterDict({"one": torch.empty(1, device="meta")})
+        layer.parameters = moved.parameters
+    assert lora._has_room(layers, gib * 2**30) == kept
