@@ -238,7 +238,7 @@ def test_figures_show_the_stored_numbers():
 def test_plans_for_gpus_name_each_device():
     plans = speed.gpu_plans(["Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-14B"], max_trace_tokens=256)
     table = speed.plans_table(plans)
-    assert len(table) == 8 and set(table["GiB there"]) == {16, 24, 40, 80}
+    assert len(table) == 12 and set(table["GiB there"]) == {16, 24, 32, 40, 80, 141}
     assert table.loc[("Qwen/Qwen2.5-7B", "H100 SXM, 80 GB"), "verdict"] == "fits"
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from tests.bench import gpu_check
+from tests.bench import gpu_check, speed
 
 
 def run(tmp_path, *options):
@@ -24,6 +24,9 @@ def test_every_part_runs_and_passes_on_a_cpu(tmp_path):
     unpacked, kept = (line["kernels"] for line in results["speed"]["table"])
     assert kept < unpacked < 300
     assert results["plan"]["planned_gib"] > 0 and results["long"]["peak_gib"] > 0
+    table = speed.card_frame({"gpu_check": found})
+    assert list(table.index) == list(gpu_check.PARTS) and table["ok"].all()
+    assert "largest gap" in table.loc["scores", "found"] and "tokens/s" in table.loc["speed", "found"]
     assert str(tmp_path) not in json.dumps(found)  # nothing of this machine but its kind
 
 
@@ -37,6 +40,10 @@ def test_a_part_that_fails_is_named_and_the_others_run(tmp_path, monkeypatch):
 def test_what_there_is_no_time_for_is_left_out(tmp_path):
     status, found = run(tmp_path, "--minutes", "0")
     assert status == 0 and {one["error"] for one in found["results"].values()} == {"left out: no time"}
+
+
+def test_a_notebook_without_a_card_shows_an_empty_table():
+    assert list(speed.card_frame({}).columns) == ["ok", "seconds", "found"] and speed.card_frame({}).empty
 
 
 def test_gaps_out_of_bounds_fail():

@@ -162,12 +162,40 @@ def plans_table(plans: list[Plan]) -> pd.DataFrame:
             "device": p.device.name,
             "GiB needed": round(p.peak / GIB, 1),
             "GiB there": round(p.device.memory / GIB),
+            "rows at once": p.rows,
+            "packed tokens": p.config.max_packed_tokens,
+            "recomputed": p.config.gradient_checkpointing,
             "minutes a step": round(p.minutes, 2),
             "verdict": "fits" if p.fits else p.advice,
         }
         for p in plans
     ]
     return pd.DataFrame(rows).set_index(["model", "device"])
+
+
+def card_frame(parts: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """What ``make gpu-check`` found, a row a part; empty where no card was checked."""
+    results = parts.get("gpu_check", {"results": {}})["results"]
+    rows = [
+        {"part": part, "ok": found["ok"], "seconds": found.get("took"), "found": found.get("error") or _found(found)}
+        for part, found in results.items()
+    ]
+    return pd.DataFrame(rows, columns=["part", "ok", "seconds", "found"]).set_index("part")
+
+
+def _found(found: dict[str, Any]) -> str:
+    """The numbers of a part in one line."""
+    if "gaps" in found:
+        return (
+            f"largest gap {max(v for one in found['gaps'].values() for v in one.values()):.1e}, bound {found['bound']}"
+        )
+    if "table" in found:
+        return "; ".join(
+            f"{row['weights']}{', recorded' * row['recorded']}, {row['rows']} rows: {row['tokens/s']:.0f} tokens/s, "
+            f"{row['kernels']:.0f} kernels a token"
+            for row in found["table"]
+        )
+    return ", ".join(f"{name} {value}" for name, value in found.items() if name not in ("ok", "took", "parts"))
 
 
 def report(folder: str | Path) -> str:
