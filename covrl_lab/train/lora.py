@@ -135,15 +135,11 @@ def fuse(model: torch.nn.Module, memory: float | None = None) -> list[LoraGroup]
 
 def _has_room(layers: Sequence[LoraLayer], memory: float | None) -> bool:
     """Whether a second, unpacked copy of the weights may be kept."""
-    devices = {p.device for layer in layers for p in layer.parameters()}
-    numbers = sum(layer.in_features * layer.out_features for layer in layers)
-    if {d.type for d in devices} == {"cpu"}:
+    numbers, device = sum(x.in_features * x.out_features for x in layers), next(layers[0].parameters()).device
+    if device.type == "cpu":
         return 4 * numbers <= MAX_UNPACKED_BYTES
-    if len(devices) > 1:
-        return False
-    width = layers[0].base_layer.compute_dtype.itemsize
-    memory = memory or torch.cuda.get_device_properties(*devices).total_memory
-    return width * numbers <= MAX_UNPACKED_SHARE * memory
+    memory = memory or torch.cuda.get_device_properties(device).total_memory
+    return layers[0].base_layer.compute_dtype.itemsize * numbers <= MAX_UNPACKED_SHARE * memory
 
 
 @contextmanager

@@ -49,8 +49,7 @@ from .shapes import Shape, shape_of
 
 GIB = 2**30
 # As in tree.py, scoring.py and lora.py, which need torch; tests/test_plan.py holds them equal.
-BLOCK, MAX_MATMUL_KEYS, MAX_LOGITS_BYTES, MAX_UNPACKED_BYTES = 128, 512, 32 * 2**20, 4 * 2**30
-MAX_UNPACKED_SHARE = 1 / 4
+BLOCK, MAX_MATMUL_KEYS, MAX_LOGITS_BYTES, MAX_UNPACKED_BYTES, MAX_UNPACKED_SHARE = 128, 512, 2**25, 2**32, 1 / 4
 USABLE = 0.95  # of a device's memory
 # What "auto" tries for max_packed_tokens, the largest first. A CPU gains nothing from more than CPU_PACKED, and
 # below FEW_PACKED shared prompts are computed so often that recomputing activations is cheaper.
@@ -116,7 +115,7 @@ def find_device(device: str = "auto") -> Device:
     if device != "cpu" and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0 if device == "auto" else device).total_memory
         return Device(torch.cuda.get_device_name(), memory, math.nan, math.nan)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**50  # Windows
     name = f"CPU, {torch.get_num_threads()} threads"
     return Device(name, memory, math.nan, math.nan, share=CPU_SHARE, unpacks=False, launch=0)
 
@@ -266,10 +265,9 @@ def _duration(seconds: float) -> str:
 
 def keeps_unpacked(config: RunConfig, shape: Shape, device: Device) -> bool:
     """Whether 4-bit matrices stay in memory unpacked, too (``lora.fuse``)."""
-    width = 2 if config.dtype == "bfloat16" else 4
     room = 4 * shape.parameters <= MAX_UNPACKED_BYTES
     if device.unpacks:
-        room = width * shape.parameters <= MAX_UNPACKED_SHARE * device.memory
+        room = (2 if config.dtype == "bfloat16" else 4) * shape.parameters <= MAX_UNPACKED_SHARE * device.memory
     return config.quantization == "nf4" and room
 
 
@@ -313,7 +311,7 @@ def rows_at_once(config: RunConfig, shape: Shape, tokens: Tokens, device: Device
         return made.bytes_of() + made.bytes_of("sampling")
 
     room, one, two = USABLE * device.memory, taken(1), taken(2)
-    return tokens.rows if math.isinf(room) else min(tokens.rows, max(1, int((room - one) / (two - one)) + 1))
+    return min(tokens.rows, max(1, int((room - one) / (two - one)) + 1))
 
 
 def step_seconds(
@@ -355,7 +353,7 @@ def step_seconds(
     return seconds
 
 
-def make_plan(config: RunConfig, shape: Shape, tokens: Tokens, device: Device, timed: bool = True) -> Plan:
+def make_plan(config: RunConfig, shape: Shape, tokens: Tokens, device: Device) -> Plan:
     """The plan with the first of the settings that "auto" stands for that fit, or the last that might have."""
     if config.memory_gib:
         device = replace(device, memory=config.memory_gib * GIB)
@@ -371,13 +369,13 @@ def make_plan(config: RunConfig, shape: Shape, tokens: Tokens, device: Device, t
         made = Plan(chosen, device, memory_parts(chosen, shape, tokens, device, rows), {}, rows)
         if made.fits:
             break
-    return replace(made, seconds=step_seconds(chosen, shape, tokens, device, rows=rows)) if timed else made
+    return replace(made, seconds=step_seconds(chosen, shape, tokens, device, rows=rows))
 
 
 def fit(config: RunConfig, prompts: Sequence[Prompt]) -> Plan:
     """The plan of a run on this machine, from the prompts of a step. ConfigError where it cannot fit."""
     shape, tokens = shape_of(config.model), Tokens.of_prompts(config, prompts)
-    made = make_plan(config, shape, tokens, find_device(config.device), timed=False)
+    made = make_plan(config, shape, tokens, find_device(config.device))
     if not made.fits:
         raise ConfigError(
             f"this run needs about {made.peak / GIB:.1f} GiB, and {made.device.name} has "

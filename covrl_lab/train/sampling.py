@@ -169,7 +169,7 @@ class PackedRows:
         """
         if alive is not None:
             self.place = [self.place[k] for k in alive]
-            if not new and len(self.place) <= CROWDED[self.policy.device.type] * len(self.seats):
+            if not new and len(self.place) <= CROWDED.get(self.policy.device.type, 0.75) * len(self.seats):
                 self._seat()
             self.index = torch.tensor(self.place, dtype=torch.int64, device=self.policy.device)
         hidden = self._append(token) if self.place else self.hidden[:0]
@@ -215,12 +215,11 @@ class PackedRows:
 
 def record(function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """A CUDA graph of a function, and the tensor that each replay writes. RuntimeError where both differ."""
-    stream = torch.cuda.Stream()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # what is made at the first call is no part of the graph
         expected = [function() for _ in range(2)][-1].clone()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = function()
     graph.replay()
@@ -289,7 +288,7 @@ def generate(
         seats = policy.rows_at_once or len(contexts) if policy.packs else len(contexts)
         active, waiting, drawn = rows.order[:seats], rows.order[seats:], []
         hidden = rows.step(torch.empty(0), [], active)
-        index = torch.tensor(active, dtype=torch.int64, device=device)
+        index = torch.tensor(active, device=device)
         time = torch.zeros_like(index)
         while active:
             logp = torch.log_softmax(final_logits(policy, hidden) / temperature, dim=-1)
@@ -297,7 +296,7 @@ def generate(
             token = _pick(logp, uniform, top_p)
             drawn.append(torch.stack([token.double(), logp.gather(1, token[:, None])[:, 0].double()]))
             time += 1
-            if len(drawn) < LOOK_EVERY[device.type]:
+            if len(drawn) < LOOK_EVERY.get(device.type, 1):
                 hidden = rows.step(token)
                 continue
             (tokens, nats), drawn, alive = torch.stack(drawn, 2).tolist(), [], []
@@ -310,7 +309,7 @@ def generate(
                         break  # what was decoded after the end is dropped
                 else:
                     alive.append(k)
-            begin = waiting[: seats - len(alive)] if len(alive) <= CROWDED[device.type] * seats else []
+            begin = waiting[: seats - len(alive)] if len(alive) <= CROWDED.get(device.type, 0.75) * seats else []
             waiting = waiting[len(begin) :]
             if alive or begin:
                 hidden = rows.step(token[alive], alive, begin)

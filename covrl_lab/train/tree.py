@@ -190,9 +190,8 @@ class FlexTree:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, layer: int) -> Tensor:
         """As ``TreeAttention``, for the padded tree."""
-        mask, shared = self.mask(attention_window(self.config, layer)), query.shape[1] != key.shape[1]
-        kernel = _flex_kernel(query.device.type)
-        return kernel(query, key, value, block_mask=mask, scale=scaling, enable_gqa=shared).transpose(1, 2)
+        kernel, mask = _flex_kernel(query.device.type), self.mask(attention_window(self.config, layer))
+        return kernel(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True).transpose(1, 2)
 
 
 def padded_size(nodes: int) -> int:
@@ -203,6 +202,7 @@ def padded_size(nodes: int) -> int:
 
 @cache
 def _flex_kernel(device: str) -> Callable[..., Tensor]:
+    torch._dynamo.config.recompile_limit = 256  # a few tens of sizes, with and without gradients
     return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
 
 
@@ -319,8 +319,8 @@ def check_logits(policy: Policy) -> None:
 def enable_packing(policy: Policy) -> bool:
     """Switch a model's attention to ``attend`` if it then computes a tree right; says so in the log if not.
 
-    Tried on a small tree against plain rows, so that an architecture need not be known here. So is
-    FlexAttention, where ``policy.flex`` asks for it. Raises ConfigError where there is no memory for that.
+    Tried on a small tree against plain rows, so that an architecture need not be known here; so is FlexAttention
+    where ``policy.flex`` asks for it. Raises ConfigError where there is no memory for that.
     """
     lm = policy.causal_lm
     before, config = lm.config._attn_implementation, policy.decoder.config
