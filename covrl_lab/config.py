@@ -136,6 +136,7 @@ class RunConfig(metaclass=_Checked):
     max_grad_norm: Positive = 1.0
     weight_decay: NotNegative = 0.0
     updates_per_step: Few = 1
+    max_skipped_steps: CountOrZero = 0  # steps without a finite loss and gradient; one more stops the run
     max_packed_tokens: Count = 4096  # tokens in one forward; longer steps are cut into micro-batches
     seed: Annotated[int, Range(0, 2**32 - 1, "from 0 to 2**32 - 1")] = 0
     # --- evaluation and output
@@ -209,7 +210,7 @@ class RunConfig(metaclass=_Checked):
 
     def _numbers(self) -> dict[str, Any]:
         """The settings that change a run's numbers."""
-        others = ("run_dir", "tracker", "checkpoint_every", "judge_traces")
+        others = ("run_dir", "tracker", "checkpoint_every", "judge_traces", "max_skipped_steps")
         return {k: v for k, v in self.to_dict().items() if k not in others}
 
 

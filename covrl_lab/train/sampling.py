@@ -6,13 +6,14 @@ it is finished.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..types import Prompt, TraceBatch
+from ..types import NotFinite, Prompt, TraceBatch
 from .lora import cached_adapters
 from .policy import Policy
 from .prompts import Prompter
@@ -195,7 +196,8 @@ def generate(
 
     uniforms (rows, max_tokens) in [0, 1) draw row i's t-th token by inverse CDF, so that a row's tokens
     do not depend on its neighbours; ``None`` decodes greedily. Returns ids, whether ``ended`` was met, and
-    the tokens' log-probabilities under softmax(logits / temperature) without the top-p cut.
+    the tokens' log-probabilities under softmax(logits / temperature) without the top-p cut. NotFinite where they
+    are not.
     """
     eos = policy.causal_lm.generation_config.eos_token_id
     stop_ids = {*(eos if isinstance(eos, list) else [eos]), policy.tokenizer.eos_token_id}
@@ -212,6 +214,8 @@ def generate(
             chosen = logp.gather(1, token[:, None])[:, 0].tolist()
             alive = []
             for k, (row, new) in enumerate(zip(active, token.tolist(), strict=True)):
+                if not math.isfinite(chosen[k]):
+                    raise NotFinite(f"the probabilities of the model {policy.name!r} are not finite")
                 ids[row].append(new)
                 logprobs[row].append(chosen[k])
                 done[row] = ended(ids[row])
