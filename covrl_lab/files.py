@@ -105,6 +105,19 @@ def locked(path: Path) -> bool:
     return False
 
 
+def refuse_links(folder: Path) -> None:
+    """ConfigError where a run folder, or what a run writes into, is a link: it would write to another place."""
+    inside = [
+        *folder.glob("*"),
+        *folder.glob("traces/*"),
+        *folder.glob("evaluations/*"),
+        *folder.glob("checkpoints/*"),
+    ]
+    for path in [folder, *inside]:
+        if path.is_symlink():
+            raise ConfigError(f"{str(path)!r} is a link, and a run writes into its own folder only; remove it")
+
+
 class Owner:
     """Owns a run folder inside ``with``, which may be nested; also against machines that share the folder.
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..config import RunConfig
-from ..files import CHECKSUMS, check_checksums, checksums, read_object, readable, write_whole
+from ..files import CHECKSUMS, check_checksums, checksums, read_object, readable, refuse_links, write_whole
 from ..runs.folder import read_lines, step_file, steps_in
 from ..types import ConfigError
 from .policy import Policy, load_adapter, save_adapter
@@ -44,6 +44,7 @@ def check_run_dir(config: RunConfig) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         problem = "cannot be written" if parent.is_dir() else "is a file"
         raise ConfigError(f"{str(parent)!r} {problem}, so it cannot hold a run; choose another run_dir")
+    refuse_links(run_dir.resolve())  # itself it may be one
     if (run_dir / "config.json").exists():
         if different := config.differences(RunConfig.load(run_dir / "config.json")):
             name, (mine, theirs) = next(iter(different.items()))
