@@ -38,7 +38,7 @@ def step_file(folder: Path, step: int, suffix: str = ".parquet") -> Path:
 def steps_in(folder: Path) -> list[int]:
     """The steps that ``folder`` holds whole files or folders of, in order."""
     names = (p.name.split(".")[0].removeprefix("step_") for p in folder.glob("step_*") if ".tmp" not in p.name)
-    return sorted(int(n) for n in names if n.isdigit())
+    return sorted(int(n) for n in names if n.isascii() and n.isdigit())
 
 
 def write_parquet(frame: pd.DataFrame, path: Path) -> None:
