@@ -42,8 +42,8 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def write_parquet(frame: pd.DataFrame, path: Path) -> None:
-    """Write a Parquet file, which nobody ever sees half-written, and its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a Parquet file, which nobody ever sees half-written, and its folder, but not the run's."""
+    path.parent.mkdir(exist_ok=True)
     write_whole(path, frame.to_parquet(index=False, write_page_checksum=True))
 
 

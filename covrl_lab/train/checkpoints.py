@@ -162,8 +162,12 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def is_disk_full(error: Exception) -> bool:
-    """Whether writing failed for want of space."""
+def write_problem(run_dir: Path, error: Exception) -> str:
+    """Why a run folder could not be written, and what to do: the beginning of a sentence."""
     full = [errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)]  # Windows has no EDQUOT
     # safetensors passes the system's error on as text only.
-    return getattr(error, "errno", None) in full or f"os error {errno.ENOSPC}" in str(error)
+    if getattr(error, "errno", None) in full or f"os error {errno.ENOSPC}" in str(error):
+        return f"no space left for {str(run_dir)!r}; free some"
+    if not (run_dir / "config.json").exists():
+        return f"{str(run_dir)!r} has vanished ({error}); bring it back"
+    return f"{str(run_dir)!r} cannot be written ({error}); mend that"

@@ -21,7 +21,7 @@ from ..files import Owner
 from ..runs.alarms import alarms
 from ..runs.folder import step_file, steps_done, write_parquet
 from ..types import ConfigError, Credit, Example, LogProbs, NotFinite, Prompt, TraceBatch
-from .checkpoints import append_line, check_run_dir, is_disk_full, keep_lines, load_checkpoint, save_checkpoint
+from .checkpoints import append_line, check_run_dir, keep_lines, load_checkpoint, save_checkpoint, write_problem
 from .evaluation import evaluate, summarise
 from .methods import METHODS
 from .models import check_model, load_config
@@ -125,13 +125,9 @@ class Trainer:
             remedy = f"lower learning_rate and start anew, or resume from step {self.saved_step}, the last checkpoint"
             raise ConfigError(f"{error} after step {self.step}; {remedy}") from error
         except (OSError, SafetensorError) as error:
-            if not is_disk_full(error):
-                raise
             self._unrecorded = True  # a file may be cut short, too
-            raise ConfigError(
-                f"no space left for {str(self.run_dir)!r}; free some and run again, it resumes from step "
-                f"{self.saved_step}"
-            ) from error
+            problem = write_problem(self.run_dir, error)
+            raise ConfigError(f"{problem} and run again, it resumes from step {self.saved_step}") from error
         finally:
             bar.close()
             if self._unrecorded:  # weights and files belong to different steps: resume from the checkpoint
