@@ -46,9 +46,9 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.elements |= {(tag, name) for name, _ in attributes} | {(tag, "")}
         for name, value in attributes:
-            assert not name.startswith("on") and not re.match(r"\s*(javascript|vbscript|data:text)", value or "", re.I)
+            assert not name.startswith("on")
             if name in ("href", "src", "action", "background", "srcdoc"):
-                assert "bait" not in value, value
+                assert not re.search("bait|script|data:text", value or "", re.I), value
         self.open += [] if tag in VOID else [tag]
 
     def handle_endtag(self, tag):
@@ -322,7 +322,7 @@ def test_names_of_files_cannot_lead_out(tmp_path):
     for name in ("step_../../x.parquet", "step_1e5.parquet", "step_-1.parquet", "step_٣.parquet", "step_x.parquet"):
         (run.path / "traces" / name.replace("/", "\u2215")).write_bytes(b"")
     assert run.steps == [1]
-    with pytest.raises(ConfigError):
+    with pytest.raises(ValueError):
         run.traces("../../x")  # type: ignore[arg-type]
 
 

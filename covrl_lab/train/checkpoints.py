@@ -44,7 +44,7 @@ def check_run_dir(config: RunConfig) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         problem = "cannot be written" if parent.is_dir() else "is a file"
         raise ConfigError(f"{str(parent)!r} {problem}, so it cannot hold a run; choose another run_dir")
-    refuse_links(run_dir.resolve())  # itself it may be one
+    refuse_links(Path(os.path.realpath(run_dir)))  # itself it may be one
     if (run_dir / "config.json").exists():
         if different := config.differences(RunConfig.load(run_dir / "config.json")):
             name, (mine, theirs) = next(iter(different.items()))

@@ -90,7 +90,7 @@ def html_number(value: Any, form: str) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, str):
-        return html.escape(value)
+        return html_text(value)
     text = "∞" if value == math.inf else f"{value:{form}}"
     return (text if text.strip("-0.%") else text.lstrip("-")).replace("-", "−")  # never −0.0
 
