@@ -24,7 +24,7 @@ _NAMES = {
     "runs.sweep": "Sweep",
     "runs.trace_use": "guessing_world value_by_use",
     "runs.worker": "limit_cells",
-    "theory.views": "EstimatorPanel plot_gradient_quality plot_kl_estimators plot_ratio_range plot_responsibility",
+    "theory.views": "EstimatorPanel",
     "theory.world": "World",
     "train.models": "load_policy",
     "train.opening": "open_model",

@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import made_up_run
 
+from covrl_lab.runs.worker import write_end
 from covrl_lab.views import ablation
 from covrl_lab.views.comparison import plot_against_alpha
 
@@ -57,7 +59,7 @@ def test_the_panel_s_own_grid_can_be_launched(tmp_path):
 
 def test_a_grid_without_steps_takes_the_plots_away(tmp_path):
     panel = ablation.Ablation(tmp_path, alphas="0.5", seeds="0", steps=2, model="tiny")
-    assert panel.alpha_plot.figure == ""
+    assert panel.results.alpha.figure == ""
     (run_id,) = panel.sweep.runs
     path = panel.sweep.path(run_id)
     path.mkdir(parents=True)
@@ -66,12 +68,12 @@ def test_a_grid_without_steps_takes_the_plots_away(tmp_path):
     (path / "metrics.jsonl").write_text(json.dumps(step) + "\n")
     panel.refresh()
     assert panel.cost.value.startswith("1 run, 1 to do with 1 steps")
-    assert json.loads(panel.alpha_plot.figure)["layout"]["yaxis"]["range"] == [0, 1], "no accuracy: not up to 400%"
-    assert json.loads(panel.learning_plot.figure)["layout"]["yaxis"]["range"] == [0, 1]
-    lines = json.loads(panel.alpha_plot.figure)["data"]
+    assert json.loads(panel.results.alpha.figure)["layout"]["yaxis"]["range"] == [0, 1], "no accuracy: not up to 400%"
+    assert json.loads(panel.results.learning.figure)["layout"]["yaxis"]["range"] == [0, 1]
+    lines = json.loads(panel.results.alpha.figure)["data"]
     assert {line.get("name") for line in lines} >= {"covrl, prior traces", "covrl, posterior traces"}
     panel.fields["alphas"].value = "0.25"
-    assert panel.alpha_plot.figure == panel.learning_plot.figure == ""
+    assert panel.results.alpha.figure == panel.results.learning.figure == ""
 
 
 @pytest.mark.parametrize(("name", "wrong"), [("task", "arithmetics"), ("task", "nothing.jsonl"), ("model", "smol")])
@@ -81,7 +83,43 @@ def test_a_task_or_model_that_does_not_exist_is_refused_at_once(tmp_path, name, 
     assert not panel.launch_button.disabled
     panel.fields[name].value = wrong
     assert f"{wrong!r}" in panel.cost.value.replace("&#x27;", "'") and "minutes" not in panel.cost.value
-    assert panel.launch_button.disabled and panel.rows.children == () and panel.sweep is None
+    assert panel.launch_button.disabled and panel.table.rows == [] and panel.sweep is None
     panel.fields[name].value = right
-    assert not panel.launch_button.disabled and len(panel.rows.children) == 1
+    assert not panel.launch_button.disabled and len(panel.table.rows) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_the_table_follows_the_files_and_its_buttons_the_picked_run(tmp_path):
+    panel = ablation.Ablation(tmp_path, alphas="0.25, 0.5", seeds="0", steps=2, model="tiny")
+    first, second = panel.sweep.runs
+    for run_id, evaluations in ((first, 1), (second, 0)):
+        path = panel.sweep.path(run_id)
+        made_up_run(path, steps=1)
+        panel.sweep.runs[run_id].save(path / "config.json")
+        step = {"step": 1, "seconds": 1.5, "reward_prior": -2.0, "reward_posterior": -1.0}
+        (path / "metrics.jsonl").write_text(json.dumps(step) + "\n")
+        scores = {"step": 1, "accuracy": 0.125, "accuracy_low": 0.0, "accuracy_high": 0.5, "eval_questions": 8}
+        (path / "evaluations.jsonl").write_text(evaluations * (json.dumps(scores) + "\n"))
+    write_end(panel.sweep.path(second), "failed", "<b>no space</b>")
+    panel.refresh()
+    rows = {row["id"]: row for row in panel.table.rows}
+    assert [rows[first][name] for name in ("alpha", "seed", "accuracy", "seconds")] == [0.25, 0, 12.5, 1.5]
+    assert rows[second]["state"] == "✗ failed: <b>no space</b>" and rows[second]["accuracy"] is None
+    page, *plots = panel.static()
+    assert "&lt;b&gt;no space" in page.data and "12.5" in page.data and len(plots) == 2
+
+    assert panel.table.picked == first and panel.act_button.description == "Cancel"
+    panel.table.picked = second
+    assert panel.act_button.description == "Retry" and not panel.act_button.disabled
+    panel.traces_button.click()
+    assert second in panel.traces.children[0].value
+    panel.table.picked = first
+    panel.act_button.click()
+    assert panel.sweep.statuses[first] == "cancelled" and panel.act_button.description == "Retry"
+    panel.fields["seeds"].value = "1"
+    assert panel.traces.children == () and panel.traces_button.disabled  # those were another grid's
+
+    # The cell is run again: its fields stay as they were set. Another default counts as a new wish.
+    again = ablation.Ablation(tmp_path, alphas="0.25, 0.5", seeds="0", steps=2, model="tiny")
+    assert again.fields["seeds"].value == "1" and again.fields["alphas"].value == "0.25, 0.5"
+    assert ablation.Ablation(tmp_path, alphas="0.5", seeds="0", model="tiny").fields["seeds"].value == "0"

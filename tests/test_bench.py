@@ -180,3 +180,14 @@ def test_hostile_text_is_shown_as_text(tiny_policy, prompter):
     page, figure = bench.static()
     for text in (page.data, summary_html({hostile: frame}), str(figure)):
         assert "<script" not in text and "&lt;script&gt;" in text
+
+
+def test_a_run_that_is_not_there_is_said_before_any_hub_is_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for wrong in ("runs/nope", str(tmp_path / "nope")):
+        with pytest.raises(ConfigError, match="there is no run"):
+            PromptBench(checkpoint=wrong)
+        with pytest.raises(ConfigError, match="there is no run folder"):
+            find_source(wrong)
+    assert find_source("owner/model").config.model == "owner/model"

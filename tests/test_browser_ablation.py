@@ -31,7 +31,7 @@ def test_choose_launch_watch_cancel_and_retry(lab):
         page.wait_for_timeout(10_000)
         if panel.count():
             break
-    rows = panel.locator(".covrl-run-row")
+    rows = panel.locator("tbody tr").filter(visible=True)
 
     # The grid in the fields: a wrong value is refused in words, three alphas make three rows.
     fill(page, "seeds", "0")
@@ -47,14 +47,15 @@ def test_choose_launch_watch_cancel_and_retry(lab):
     # The kernel stays free while runs work; one is cancelled on its way.
     panel.get_by_role("button", name="Launch").click()
     first, second, third = (rows.nth(i) for i in range(3))
-    first.locator('[data-status="running"]').wait_for(timeout=PATIENCE)
-    first.get_by_role("button", name="Cancel").click()
-    first.locator('[data-status="cancelled"]').wait_for(timeout=PATIENCE)
+    first.get_by_text("▸ running").wait_for(timeout=PATIENCE)
+    first.click()
+    panel.get_by_role("button", name="Cancel").click()
+    first.get_by_text("⊘ cancelled").wait_for(timeout=PATIENCE)
     assert page.locator('[data-jp-kernel-status="busy"]').count() == 0
     for row in (second, third):
-        row.locator('[data-status="done"]').wait_for(timeout=PATIENCE)
-    first.get_by_role("button", name="Retry").click()
-    first.locator('[data-status="done"]').wait_for(timeout=PATIENCE)
+        row.get_by_text("✓ done").wait_for(timeout=PATIENCE)
+    panel.get_by_role("button", name="Retry").click()
+    first.get_by_text("✓ done").wait_for(timeout=PATIENCE)
 
     # What the table and the figure show is what the run folders hold.
     panel.get_by_text("3 runs, 0 to do").wait_for()
@@ -66,15 +67,9 @@ def test_choose_launch_watch_cancel_and_retry(lab):
         found[run.config["alpha"]] = run
     assert set(found) == {0.3, 0.5, 0.7}
     for row, run in zip((first, second, third), [found[alpha] for alpha in (0.3, 0.5, 0.7)], strict=True):
-        cells = row.locator(".covrl-run > *").all_inner_texts()
         accuracy, seconds = run.evaluations["accuracy"].iloc[-1], run.metrics["seconds"].sum()
-        expected = ["covrl", f"{run.config['alpha']:g}", "0", "✓ done"]
-        assert [cells[0], *cells[1:5], *cells[6:]] == [
-            run.path.name,
-            *expected,
-            f"{accuracy:.1%}",
-            f"{seconds:.1f}",
-        ]
+        expected = [run.path.name, "covrl", f"{run.config['alpha']:.2f}", "0", "✓ done", f"{100 * accuracy:.1f}"]
+        assert row.locator("td").all_inner_texts() == [*expected, f"{seconds:.1f}"]
     series = """() => {
         const plot = document.querySelector('.covrl-ablation .js-plotly-plot');
         return (plot?._fullData || []).filter(d => d.mode === 'lines+markers')
@@ -90,7 +85,8 @@ def test_choose_launch_watch_cancel_and_retry(lab):
             assert shown[f"covrl, {source} traces"][alpha] == pytest.approx(reward)
 
     # The traces of a run are a click away, and the same grid launched again has nothing to do.
-    second.get_by_role("button", name="Traces").click()
+    second.click()
+    panel.get_by_role("button", name="Traces").click()
     panel.get_by_text(f"Traces of run {found[0.5].path.name}").wait_for(timeout=PATIENCE)
     panel.locator(".covrl-explorer").first.wait_for(timeout=PATIENCE)
     started = [(run.path / "log.txt").read_text() for run in found.values()]
@@ -98,3 +94,15 @@ def test_choose_launch_watch_cancel_and_retry(lab):
     panel.locator("button:not([disabled])", has_text="Launch").wait_for(timeout=PATIENCE)
     assert [(run.path / "log.txt").read_text() for run in found.values()] == started
     assert lab.errors == [] and lab.requests == [] and lab.cell_errors() == []
+
+    # On a narrow page every button is within it, and the traces stand right below the table's buttons.
+    page.set_viewport_size({"width": 800, "height": 1600})
+    page.wait_for_timeout(500)
+    for name in ("Launch", "Stop all", "Estimate", "Retry", "Cancel", "Traces"):
+        for box in filter(None, (button.bounding_box() for button in panel.get_by_role("button", name=name).all())):
+            assert box["x"] + box["width"] <= 800
+    button, explorer = (
+        spot.bounding_box()
+        for spot in (panel.get_by_role("button", name="Traces").first, panel.locator(".covrl-explorer"))
+    )
+    assert 0 < explorer["y"] - button["y"] < 120

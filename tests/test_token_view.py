@@ -75,3 +75,14 @@ def test_the_view_spells_characters_and_keeps_unseen_ones_apart(example):
     view.show(row)
     assert view.traces[0]["tokens"] == ["5", "·⟨C3⟩", "÷", "⟨U+200D⟩", "↵"]
     assert "÷" in token_html(row) and "\ufffd" not in token_html(row)
+
+
+def test_an_answer_of_a_few_tokens_shows_each_of_them(example):
+    """So that -4.5 nats says which digit was not expected; long answers and older runs show the sum alone."""
+    pair = example.traces(1).iloc[:2]
+    assert "answer at" in token_html(pair) and "(·1" not in token_html(pair)
+    few = pair.assign(answer_tokens=[[" 1", "<b>"]] * len(pair), answer_logp=[[-0.25, -4.25]] * len(pair))
+    page = token_html(few)
+    assert "answer at −4.5 nats (·1 −0.2, &lt;b&gt; −4.2)" in page and "<b> " not in page
+    many = pair.assign(answer_tokens=[["1"] * 9] * len(pair), answer_logp=[[-0.5] * 9] * len(pair))
+    assert "answer at −4.5 nats<" in token_html(many) or "answer at −4.5 nats," in token_html(many)

@@ -100,6 +100,7 @@ def test_traces_have_a_row_a_rollout_and_lists_a_token(reference):
         assert {len(x) for x in (row.tokens, row.logp, row.logq, row.log_ratio)} == {size}
         assert tokenizer.decode(row.token_ids).split("\n")[0].strip() == row.trace
         assert len(row.answer_logp) == len(tokenizer(f" {row.answer}\n")["input_ids"])
+        assert "".join(row.answer_tokens) == f" {row.answer}\n"
         assert max(row.logp.max(), row.logq.max(), row.answer_logp.max()) <= 0
         assert row.finished == ("\n" in tokenizer.decode(row.token_ids) and bool(row.trace))
         # The log-ratio of p' = (p + q)/2 to h = (p + q)/2.

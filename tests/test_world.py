@@ -183,7 +183,7 @@ def test_figures_hold_the_frames_numbers():
 def test_the_panel_follows_its_sliders():
     world = World(1)
     panel = EstimatorPanel("kl", world, composite_weight=0.5, samples=30)
-    assert panel.table.value == panel.html() == panel.static()[0].data
+    assert panel.table.value == panel.html() == panel.static()[1].data
     assert f">{kl_by_hand(*token_probs(world, 1.0, 1.0), 0.5):.4f}</td>" in panel.html()
     for w, distance, temperature in ((0.3, 1.0, 1.0), (0.3, 2.0, 0.5)):
         panel.sliders["composite_weight"].value = w
@@ -191,6 +191,13 @@ def test_the_panel_follows_its_sliders():
         panel.sliders["temperature"].value = temperature
         p, q = token_probs(world, distance, temperature)
         assert f">{kl_by_hand(p, q, w):.4f}</td>" in panel.table.value
+        lines = {trace.name: trace for trace in panel.figure().data}
+        exact = next(trace for name, trace in lines.items() if name.startswith("exact"))
+        assert exact.y[list(exact.x).index(distance)] == pytest.approx(kl_by_hand(p, q, w))  # the plot moved along
+        assert panel.plot.figure == panel.figure().to_json() and panel.figure().layout.shapes[0].x0 == distance
+    panel.over.value = "composite_weight"
+    exact = next(trace for trace in panel.figure().data if trace.name.startswith("exact"))
+    assert exact.x[2] == pytest.approx(0.3) and exact.y[2] == pytest.approx(kl_by_hand(p, q, 0.3))
 
     panel = EstimatorPanel("responsibility", world, composite_weight=0.5)
     panel.sliders["composite_weight"].value = 0.2

@@ -20,7 +20,7 @@ from .alarms import alarms
 
 TRACE_COLUMNS = """
 step rollout example_id question answer source finished trace tokens token_ids logp logq answer_logp log_ratio
-reward advantage answer_weight posterior_advantage no_trace_logp prediction right
+reward advantage answer_weight posterior_advantage no_trace_logp prediction right answer_tokens
 """.split()
 CACHE = "traces_cache.parquet"  # beside traces/, whose time says when the run last wrote; safe to delete
 CACHE_FROM = 500  # files; a run of fewer is read soon enough without
@@ -199,7 +199,7 @@ class Run:
         token_ids, logp, logq (nats a token), log_ratio (log p'/h a token), answer_logp (nats a token),
         reward, advantage, answer_weight, and, NaN where the method has none, posterior_advantage and
         no_trace_logp (log p(y|x) without a trace, nats), and, None without a verifier, prediction (the model's own
-        greedy answer after the trace) and right (whether it earned full marks).
+        greedy answer after the trace) and right (whether it earned full marks); answer_tokens (text, as answer_logp).
         """
         chosen = steps or self.steps
         files = [step_file(self.path / "traces", step) for step in chosen]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import ipywidgets as widgets
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from IPython.display import HTML
@@ -13,7 +14,7 @@ from plotly.subplots import make_subplots
 from ..types import ConfigError, did_you_mean
 from ..views.html import html_number, html_table, html_text
 from ..views.style import BOTH, GREY, PALETTE, POSTERIOR, PRIOR, SOURCE_COLOURS, TEMPLATE
-from ..views.widgets import Panel, field
+from ..views.widgets import Panel, Plot, field, row
 from . import estimators
 from .world import World
 
@@ -187,11 +188,11 @@ _COLUMNS = {
 
 
 class EstimatorPanel(Panel):
-    """Sliders and the key numbers of one section: "kl", "gradient", "ratio" or "responsibility".
+    """Sliders with the figure and the key numbers of one section: "kl", "gradient", "ratio" or "responsibility".
 
-    ``sliders`` maps a setting's name to its slider, ``frame`` holds the present numbers (units as in the
-    functions of ``estimators``), ``table`` is the widget that shows them. ``world`` is the world at distance 1
-    and temperature 1.
+    ``sliders`` maps a setting's name to its slider. ``frame`` holds the numbers there (units as in the functions of
+    ``estimators``), ``table`` shows them and ``plot`` draws what lies around them; with "kl", ``over`` says along which
+    setting. ``world`` is the world at distance 1 and temperature 1. Figures have ``samples`` random draws a point.
     """
 
     def __init__(
@@ -222,15 +223,22 @@ class EstimatorPanel(Panel):
             self.sliders[name] = field(
                 widgets.FloatSlider, label, value, "300px", "90px", continuous_update=quick, **ends
             )
-        self.table = widgets.HTML()
-        self.widget = widgets.VBox([*self.sliders.values(), self.table])
-        for slider in self.sliders.values():
-            slider.observe(self._update, names="value")
+        choices = [(_SLIDERS[name][0], name) for name in estimators.KNOBS]
+        self.over = field(widgets.ToggleButtons, "along", choices[0][1], "auto", options=choices)
+        self.over.style.button_width = "auto"
+        self.plot, self.table = Plot(layout={"min_height": "410px"}), widgets.HTML()
+        controls = [*self.sliders.values(), *[self.over] * (section == "kl")]
+        self.widget = widgets.VBox([row(*controls), self.plot, self.table])
+        for control in controls:
+            control.observe(self._update, names="value")
         self._update()
+
+    def _at(self) -> dict[str, float]:
+        return {name: slider.value for name, slider in self.sliders.items()}
 
     def compute(self) -> pd.DataFrame:
         """The numbers at the sliders' present values."""
-        at = {name: slider.value for name, slider in self.sliders.items()}
+        at = self._at()
         world, weight = self.world.between(at["distance"], at["temperature"]), at["composite_weight"]
         if self.section == "kl":
             return estimators.kl_estimators(world, weight, self.samples, self.seed)
@@ -239,6 +247,26 @@ class EstimatorPanel(Panel):
         if self.section == "ratio":
             return estimators.ratio_range(world, [at["alpha"]], weight, self.clip_range)
         return estimators.responsibilities(self.world, [at["distance"]], weight, at["temperature"])
+
+    def figure(self) -> go.Figure:
+        """What lies around the sliders' present values, which a dotted line marks."""
+        at, draws = self._at(), {"samples": self.samples, "seed": self.seed}
+        if self.section == "gradient":
+            return plot_gradient_quality(self.frame)
+        if self.section == "kl":
+            along, held = self.over.value, {name: at[name] for name in (*estimators.KNOBS, "temperature")}
+            points = np.linspace(0, 4, 17) if along == "distance" else np.linspace(0.1, 1, 10)
+            figure = plot_kl_estimators(estimators.kl_sweep(self.world, along, points, **held, **draws))
+        elif self.section == "ratio":
+            along, world = "alpha", self.world.between(at["distance"], at["temperature"])
+            points = np.linspace(0.05, 0.95, 37)
+            frame = estimators.ratio_range(world, points, at["composite_weight"], self.clip_range, **draws)
+            figure = plot_ratio_range(frame)
+        else:
+            along, settings = "distance", (at["composite_weight"], at["temperature"])
+            frame = estimators.responsibilities(self.world, np.linspace(0, 4, 17), *settings, **draws)
+            figure = plot_responsibility(frame)
+        return figure.add_vline(x=at[along], line={"color": GREY, "dash": "dot"}, row="all", col="all")
 
     def html(self) -> str:
         """Settings and numbers as plain HTML."""
@@ -251,9 +279,10 @@ class EstimatorPanel(Panel):
         )
 
     def static(self) -> list[Any]:
-        """The table as it stands."""
-        return [HTML(self.html())]
+        """Figure and table as they stand."""
+        return [self.figure(), HTML(self.html())]
 
     def _update(self, change: Any = None) -> None:
         self.frame = self.compute()
         self.table.value = self.html()
+        self.plot.draw(self.figure())

@@ -72,7 +72,8 @@ def trace_frame(
     Without the columns that only training knows: step, log_ratio, reward, advantage, answer_weight.
     """
     batch, logprobs = batch.to("cpu"), logprobs.detach().to("cpu")
-    rows = []
+    decode, rows = prompter.tokenizer.decode, []
+    answers = {example.id: [decode([token]) for token in prompter(example).answer] for example in examples}
     for i in range(len(batch)):
         example, ids, keep = examples[i // batch.group_size], batch.trace(i), batch.mask[i]
         rows.append(
@@ -84,10 +85,11 @@ def trace_frame(
                 "source": "prior" if batch.from_prior[i] else "posterior",
                 "finished": bool(batch.finished[i]),
                 "trace": prompter.trace_text(ids),
-                "tokens": [prompter.tokenizer.decode([token]) for token in ids],
+                "tokens": [decode([token]) for token in ids],
                 "token_ids": ids,
                 "logp": logprobs.prior[i][keep].tolist(),
                 "logq": None if logprobs.posterior is None else logprobs.posterior[i][keep].tolist(),
+                "answer_tokens": answers[example.id],
                 "answer_logp": logprobs.answer[i][logprobs.answer_mask[i]].tolist(),
             }
         )

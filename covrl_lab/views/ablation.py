@@ -6,14 +6,16 @@ Frames and figures come from the run folders of a ``Sweep``; the panel adds no n
 from __future__ import annotations
 
 import html
+import json
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ipywidgets as widgets
 import pandas as pd
+import plotly.graph_objects as go
 from IPython.display import HTML
 
 from ..config import RunConfig
@@ -25,12 +27,11 @@ from ..types import ConfigError
 from .comparison import plot_against_alpha
 from .explorer import TraceExplorer
 from .figures import plot_evaluation_curve
-from .html import html_number, html_table, html_text
+from .html import html_number, html_table
 from .sweep_cost import describe_cost, step_time_settings
-from .widgets import Panel, Plot, aside, field, row, static_text
+from .widgets import Panel, Plot, Table, aside, field, row, table_column
 
 SIGNS = {"queued": "◦", "running": "▸", "done": "✓", "cancelled": "⊘", "failed": "✗"}
-HEADER = ["run", "method", "α", "seed", "status", "accuracy", "seconds"]
 REFRESH_SECONDS = 1.0
 MODELS = ("smollm2-135m", "tiny")  # offered by name
 
@@ -66,58 +67,34 @@ def sweep_curves(sweep: Sweep) -> dict[str, pd.DataFrame]:
 
 # --- the table of runs
 
+_COLUMNS = [
+    table_column("id", "run", "text"),
+    table_column("method", "method", "text"),
+    table_column("alpha", "α", "number", "", 2),
+    table_column("seed", "seed", "number"),
+    table_column("state", "status", "text"),
+    table_column("accuracy", "accuracy, %", "number", "latest held-out accuracy", 1),
+    table_column("seconds", "seconds", "number", "spent on training steps", 1),
+]
 
-def _cells(record: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """A run's row as HTML, by HEADER; a running one has its step, a failed or cancelled one its reason."""
-    state = f"{SIGNS[record['status']]} {record['status']}"
-    if record["status"] == "running":
-        state += f", step {record['step']} of {record['steps']}"
-    if record["reason"]:
-        state += f": {record['reason']}"
-    texts = [record["id"], config.method, f"{config.alpha:g}", str(config.seed), state]
-    return [*map(html_text, texts), html_number(record["accuracy"], ".1%"), f"{record['seconds']:.1f}"]
 
+def table(sweep: Sweep) -> pd.DataFrame:
+    """One row a run as its files say now: the columns of ``Sweep.table``, method, alpha, seed, and state in words.
 
-def table(sweep: Sweep) -> str:
-    """HTML table of the runs as their files say now."""
-    records = sweep.table().to_dict("records")
-    return html_table(HEADER, [_cells(record, sweep.runs[record["id"]]) for record in records])
+    state: a running run has its step, a failed or cancelled one its reason. accuracy in per cent.
+    """
+    frame = sweep.table()
+    configs = [sweep.runs[run_id] for run_id in frame["id"]]
+    for name in ("method", "alpha", "seed"):
+        frame[name] = [getattr(config, name) for config in configs]
+    running = frame["status"] == "running"
+    steps = (", step " + frame["step"].astype(str) + " of " + frame["steps"].astype(str)).where(running, "")
+    reasons = frame["reason"].map(lambda reason: f": {reason}" if reason else "")
+    frame["state"] = frame["status"].map(SIGNS) + " " + frame["status"] + steps + reasons
+    return frame.assign(accuracy=100 * frame["accuracy"].astype(float))
 
 
 # --- the panel
-
-_STYLE = f"<style>{static_text('ablation.css')}</style>"
-_GROWING = {"flex": "1 1 auto", "margin": "0"}
-
-
-def _grid_row(cells: list[str], bar: str, attributes: str) -> str:
-    """A line of the live table: ``cells`` by HEADER, with a bar of progress after the status."""
-    inside = "".join(f"<span>{cell}</span>" for cell in [*cells[:5], bar, *cells[5:]])
-    return f"<div {attributes}>{inside}</div>"
-
-
-class _Row:
-    """One run in the live table: its cells, a button to cancel or retry, a button to its traces."""
-
-    def __init__(self, panel: Ablation, run_id: str) -> None:
-        self.cells = widgets.HTML(layout=_GROWING)
-        layout = {"width": "76px", "height": "26px", "flex": "0 0 auto"}
-        self.action = widgets.Button(description="Cancel", layout=layout)
-        self.traces = widgets.Button(description="Traces", layout=layout)
-        self.action.on_click(lambda _: panel._act(run_id))
-        self.traces.on_click(lambda _: panel.show_traces(run_id))
-        self.box = widgets.HBox([self.cells, self.action, self.traces], layout={"align_items": "center"})
-        self.box.add_class("covrl-run-row")
-
-    def update(self, record: Mapping[str, Any], config: RunConfig) -> None:
-        run_id, *cells = _cells(record, config)
-        bar = f'<progress value="{record["step"]}" max="{max(1, record["steps"])}"></progress>'
-        attributes = f'class="covrl-run" data-status="{record["status"]}"'
-        self.cells.value = _grid_row([f"<code>{run_id}</code>", *cells], bar, attributes)
-        again = record["status"] in ("failed", "cancelled")
-        self.action.description = "Retry" if again else "Cancel"
-        self.action.disabled = record["status"] == "done"
-        self.traces.disabled = not record["step"]
 
 
 def _fields(
@@ -156,15 +133,43 @@ def _check(config: RunConfig) -> None:
         check_model(config.model)
 
 
+class _Results:
+    """The figures of a grid, drawn anew when a run has got further."""
+
+    def __init__(self) -> None:
+        self.alpha, self.learning = Plot(), Plot()
+        self._drawn: Any = None
+
+    def draw(self, sweep: Sweep, runs: pd.DataFrame) -> None:
+        """Draw what the runs hold; ``runs`` is ``table(sweep)``."""
+        state = runs[["id", "step", "accuracy"]].astype(str).to_numpy().tolist()
+        if state != self._drawn:
+            self._drawn = state
+            if not runs["step"].any():
+                return self.clear()
+            self.alpha.draw(plot_against_alpha(sweep_results(sweep)))
+            self.learning.draw(plot_evaluation_curve(sweep_curves(sweep)))
+
+    def clear(self) -> None:
+        """Take the figures away."""
+        self.alpha.figure = self.learning.figure = ""
+
+    def figures(self) -> list[go.Figure]:
+        """The figures as they stand."""
+        return [go.Figure(json.loads(plot.figure or "{}")) for plot in (self.alpha, self.learning)]
+
+
 class Ablation(Panel):
-    """Widgets that choose a grid and drive it: cost, Launch, a live table, results, traces of any run.
+    """Widgets that choose a grid and drive it: cost, Launch, a live table, traces of its picked run, results.
 
     folder: holds the run folders; what it holds of the chosen grid already is shown and not done again.
     alphas, methods, seeds: comma-separated lists, or sequences. base: further fields of ``RunConfig``.
     notebook: what papermill runs, see ``Sweep``.
     ``sweep`` is the present ``Sweep``; it runs in the background and ends with the kernel, and launching the
-    same grid again resumes it.
+    same grid again resumes it. A cell that is run again keeps what its fields were set to.
     """
+
+    _chosen: ClassVar[dict[str, tuple[Any, dict[str, Any]]]] = {}  # folder -> arguments, and the fields' values
 
     def __init__(
         self,
@@ -181,10 +186,14 @@ class Ablation(Panel):
         notebook: str | Path | None = None,
     ) -> None:
         self.folder, self.base, self.notebook = Path(folder), dict(base or {}), notebook
+        given = (_listed(alphas), _listed(methods), _listed(seeds), steps, model, task, workers)
         self._estimates: dict[tuple[Any, ...], float] = {}  # like runs -> seconds a step
         self._watcher: threading.Thread | None = None
-        self._drawn: Any = None
-        self.fields = _fields(alphas, methods, seeds, steps, model, task, workers)
+        self.fields = _fields(*given)
+        before, kept = self._chosen.get(str(self.folder), (None, {}))
+        self._chosen[str(self.folder)] = given, kept if before == given else {}
+        for name, value in self._chosen[str(self.folder)][1].items():
+            self.fields[name].value = value
         self.cost = widgets.HTML()
         self.launch_button = widgets.Button(description="Launch", button_style="primary", icon="play")
         self.stop_button = widgets.Button(description="Stop all", icon="stop", disabled=True)
@@ -193,18 +202,23 @@ class Ablation(Panel):
         self.launch_button.on_click(lambda _: self.launch())
         self.stop_button.on_click(lambda _: aside(self.stop))
         self.estimate_button.on_click(lambda _: aside(self.estimate))
-        head = _STYLE + _grid_row(HEADER, "progress", 'class="covrl-run covrl-head"')
-        beside = widgets.HTML(layout={"width": "160px", "flex": "0 0 auto"})  # as wide as a row's buttons
-        self.rows, choices = widgets.VBox(), list(self.fields.values())
-        self.alpha_plot, self.learning_plot = Plot(), Plot()
-        self.traces = widgets.VBox()
+        self.table = Table(label="runs of the grid", columns=_COLUMNS)
+        self.act_button = widgets.Button(description="Cancel", layout={"width": "auto"})
+        self.traces_button = widgets.Button(description="Traces", layout={"width": "auto"})
+        self.act_button.on_click(lambda _: self._act())
+        self.traces_button.on_click(lambda _: self.show_traces(self.table.picked))
+        self.table.observe(lambda _: self._offer(), names="picked")
+        self.table.observe(lambda _: self.refresh(), names="sort")
+        self.picked, self.traces, choices = widgets.HTML(), widgets.VBox(), list(self.fields.values())
+        self.results = _Results()
         grid = row(widgets.VBox(choices[:3]), widgets.VBox(choices[3:6]), choices[6])
         buttons = widgets.HBox([self.launch_button, self.stop_button, self.estimate_button])
-        runs = widgets.VBox([widgets.HBox([widgets.HTML(head, layout=_GROWING), beside]), self.rows])
-        results = [self.alpha_plot, self.learning_plot, self.traces]
-        self.widget = widgets.VBox([grid, self.cost, buttons, runs, *results])
+        about_run = row(self.picked, self.act_button, self.traces_button)
+        results = [self.traces, self.results.alpha, self.results.learning]
+        self.widget = widgets.VBox([grid, self.cost, buttons, self.table, about_run, *results])
         self.widget.add_class("covrl-ablation")
         self.sweep: Sweep | None = None
+        self._statuses: dict[str, str] = {}  # id -> status, as shown
         for one in self.fields.values():
             one.observe(lambda _: self._choose(), names="value")
         self._choose()
@@ -216,6 +230,8 @@ class Ablation(Panel):
     def _choose(self) -> None:
         """Take the fields as they stand: a new sweep, its cost and its table."""
         values = {name: one.value for name, one in self.fields.items()}
+        self._chosen[str(self.folder)] = self._chosen[str(self.folder)][0], values
+        self.traces.children = ()  # they were of another grid
         base = self.base | {name: values[name] for name in ("model", "task", "steps")}
         grid = {"method": values["methods"], "alpha": values["alphas"], "seed": values["seeds"]}
         try:
@@ -224,12 +240,12 @@ class Ablation(Panel):
         except ConfigError as error:
             self.sweep = None
             self._warn(error)
-            self.rows.children = ()
+            self.table.rows = []
+            self.results.clear()
         else:
-            self._rows = {run_id: _Row(self, run_id) for run_id in self.sweep.runs}
-            self.rows.children = tuple(line.box for line in self._rows.values())
-            self._drawn = None
             self.refresh()
+            if self.table.picked not in self.sweep.runs:
+                self.table.picked = next(iter(self.sweep.runs))
         self._enable()
 
     def _warn(self, error: ConfigError) -> None:
@@ -242,6 +258,17 @@ class Ablation(Panel):
         self.launch_button.disabled = driven or self.sweep is None
         self.stop_button.disabled = not driven
         self.estimate_button.disabled = self.sweep is None
+        self._offer()
+
+    def _offer(self) -> None:
+        """What can be done with the picked run."""
+        run_id = self.table.picked if self.sweep and self.table.picked in self.sweep.runs else ""
+        status = self._statuses.get(run_id, "")
+        self.table.marked = [run_id]
+        self.picked.value = f"run <code>{html.escape(run_id)}</code>" if run_id else ""
+        self.act_button.description = "Retry" if status in ("failed", "cancelled") else "Cancel"
+        self.act_button.disabled = status in ("", "done")
+        self.traces_button.disabled = not (run_id and Run(self.sweep.path(run_id)).steps)
 
     def estimate(self) -> None:
         """Estimate a step of the grid's first run with ``plan``, which loads torch; takes seconds."""
@@ -251,6 +278,7 @@ class Ablation(Panel):
             return
         config = next(iter(self.sweep.runs.values()))
         self.estimate_button.disabled = True
+        self.cost.value = "measuring this machine, a few seconds …"
         try:
             self._estimates[step_time_settings(config)] = 60 * plan(config).minutes
             self._show_cost()
@@ -284,12 +312,12 @@ class Ablation(Panel):
             self.refresh()
             self._enable()
 
-    def _act(self, run_id: str) -> None:
-        """The row's button: cancel, or retry, which needs the sweep to be driven."""
-        if self.sweep.retry(run_id):
+    def _act(self) -> None:
+        """Cancel the picked run, or retry it, which needs the sweep to be driven."""
+        if self.sweep.retry(self.table.picked):
             self.launch()
         else:
-            self.sweep.cancel(run_id)
+            self.sweep.cancel(self.table.picked)
         self.refresh()
 
     def _watch(self) -> None:
@@ -312,28 +340,23 @@ class Ablation(Panel):
         """Show what the run folders hold now."""
         if self.sweep is None:
             return
-        records = self.sweep.table().to_dict("records")
-        for record in records:
-            self._rows[record["id"]].update(record, self.sweep.runs[record["id"]])
+        frame = table(self.sweep)
+        self._statuses = dict(zip(frame["id"], frame["status"], strict=True))
+        self.table.fill(frame, len(frame), [self.table.picked])
+        self._offer()
         self._show_cost()
-        state = [(record["step"], str(record["accuracy"])) for record in records]
-        if state == self._drawn:
-            return
-        self._drawn = state
-        if any(record["step"] for record in records):
-            self.alpha_plot.draw(plot_against_alpha(sweep_results(self.sweep)))
-            self.learning_plot.draw(plot_evaluation_curve(sweep_curves(self.sweep)))
-        else:
-            self.alpha_plot.figure = self.learning_plot.figure = ""
+        self.results.draw(self.sweep, frame)
 
     def show_traces(self, run_id: str) -> None:
-        """Open a run's stored traces below the figures."""
+        """Open a run's stored traces below the table."""
         title = widgets.HTML(f"<h3>Traces of run {html.escape(self.sweep.describe(run_id))}</h3>")
         self.traces.children = (title, TraceExplorer(load_run(self.sweep.path(run_id))).widget)
 
     def static(self) -> list[Any]:
-        """The cost and the table of runs as HTML."""
-        return [HTML(self.cost.value if self.sweep is None else f"<p>{self.cost.value}</p>{table(self.sweep)}")]
+        """The cost and the table of runs as HTML, and the results as figures."""
+        rows = [[html_number(line[c["name"]], c["form"]) for c in _COLUMNS] for line in self.table.rows]
+        listed = html_table([c["label"] for c in _COLUMNS], rows)
+        return [HTML(f"<p>{self.cost.value}</p>{listed}"), *self.results.figures()]
 
 
 def _listed(values: Any) -> str:

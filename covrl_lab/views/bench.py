@@ -48,6 +48,8 @@ def find_source(name: str | Path, **settings: Any) -> Source:
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else path
     folder = run_dir / "checkpoints"
     if not (run_dir / "metrics.jsonl").exists() and not folder.is_dir():
+        if path.parent != Path() and path.parent.is_dir() and not path.exists():
+            raise ConfigError(f"there is no run folder {str(path.absolute())!r}; check the path")  # not a hub's name
         return Source(RunConfig(model=str(name), **settings), {})
     found = {step: step_file(folder, step, "") for step in steps_in(folder)}
     found = {step: adapter for step, adapter in found.items() if path in (run_dir, adapter)}
@@ -170,6 +172,8 @@ class PromptBench(BenchResults):
     ) -> None:
         if (policy is None) != (prompter is None):
             raise ConfigError("a policy needs its prompter, and a prompter its policy; give both or neither")
+        if checkpoint and not Path(checkpoint).exists():
+            raise ConfigError(f"there is no run or checkpoint {str(Path(checkpoint).absolute())!r}; check the path")
         super().__init__()
         self._settings, self._given = settings, policy is not None
         self._policy, self._prompter, self._opened = policy, prompter, None

@@ -21,7 +21,7 @@ from ..types import ConfigError, Example, did_you_mean
 from .html import alarms_html, html_mark, html_number, html_passage, html_table, html_text
 from .token_figures import plot_token_lines
 from .token_view import SCALES, TokenView, colours, spelled, token_html
-from .widgets import Panel, Plot, Table, Take, field, offer, open_run, row, table_column
+from .widgets import HIDDEN, Panel, Plot, Table, Take, field, offer, open_run, row, table_column
 
 _ALL = "mean log p(y|x,z) of all its {} traces, nats, whatever the filters leave"
 _QUESTION_COLUMNS = [
@@ -145,11 +145,11 @@ class TraceExplorer(Panel):
         self.settings, self.found = Settings.of(self.run.config), widgets.HTML()
         self._read()
 
-        narrow, sources = {"width": "110px"}, [("all sources", ""), ("prior", "prior"), ("posterior", "posterior")]
+        sources = [("all sources", ""), ("prior", "prior"), ("posterior", "posterior")]
         shown = step if step in set(self.index["step"]) else 0  # all
-        self.step = widgets.Dropdown(options=self._steps(), value=shown, layout=narrow)
+        self.step = field(widgets.Dropdown, "step", shown, "110px", HIDDEN, options=self._steps())
         self.search = widgets.Text(placeholder="search questions, answers, traces", layout={"flex": "1 1 150px"})
-        self.source = widgets.Dropdown(options=sources, layout=narrow)
+        self.source = field(widgets.Dropdown, "source", "", "110px", HIDDEN, options=sources)
         judged = self.index["source"][self.index["right"].notna()].nunique()  # of how many sources verdicts are known
         shows = ["all traces", *list(_SHOWS)[0 if judged else 2 :], *[_GAINED] * (judged > 1), _CLIPPED]
         self.show = field(widgets.Dropdown, "show", shows[0], "230px", "40px", options=shows)

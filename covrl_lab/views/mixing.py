@@ -15,7 +15,7 @@ from ..runs import reweight
 from ..runs.folder import Run
 from .html import summary_table
 from .token_figures import plot_mixing
-from .widgets import Panel, Plot, field, open_run, row
+from .widgets import HIDDEN, Panel, Plot, field, open_run, row
 
 
 class _Side:
@@ -32,13 +32,13 @@ class _Side:
         self.clip_range = slider("clip ±", own.clip_range, 0.01, "220px")
         self.clip_range.layout.flex = "1 1 200px"
         clips = [("PPO", "ppo"), ("soft (tanh)", "soft"), ("none", "none")]
-        self.clip = widgets.Dropdown(options=clips, value=own.clip, layout={"width": "150px"})
+        self.clip = field(widgets.Dropdown, "clip", own.clip, "150px", HIDDEN, options=clips)
         self.controls = [self.alpha, self.composite_weight, self.clip_range, self.clip]
-        self.plot = Plot(layout={"min_height": "570px"})
+        self.plot = Plot(layout={"min_height": "570px", "flex": "1 1 380px", "min_width": "0"})
         clip = widgets.HBox([self.clip_range, self.clip], layout={"width": "95%"})
         read = [] if own.whole_traces else [self.composite_weight, clip]  # the group bound reads alpha alone
-        parts = [widgets.HTML(f"<b>setting {name}</b>"), self.alpha, *read, self.plot]
-        self.widget = widgets.VBox(parts, layout={"flex": "1 1 380px", "min_width": "0"})
+        parts = [widgets.HTML(f"<b>setting {name}</b>"), self.alpha, *read]
+        self.chosen = widgets.VBox(parts, layout={"flex": "1 1 300px", "min_width": "0"})
 
     @property
     def settings(self) -> reweight.Settings:
@@ -66,7 +66,7 @@ class MixingRatio(Panel):
         other = replace(own, alpha=0.25 if own.alpha >= 0.5 else 0.75)
         self.sides = [_Side("A", own), _Side("B", other)]
         steps = [(f"step {s}", s) for s in self.run.steps]
-        self.step = widgets.Dropdown(options=steps, value=step, layout={"width": "120px"})
+        self.step = field(widgets.Dropdown, "step", step, "120px", HIDDEN, options=steps)
         self.table, self.note = widgets.HTML(), widgets.HTML()
         self.summary: dict[str, dict[str, float]] = {}
         self._parts: dict[str, tuple] = {}
@@ -74,7 +74,8 @@ class MixingRatio(Panel):
         for side in self.sides:
             for control in side.controls:
                 control.observe(lambda change, side=side: self._update([side]), names="value")
-        self.mixed = widgets.VBox([self.table, row(*(side.widget for side in self.sides))])
+        chosen, plots = row(*(side.chosen for side in self.sides)), row(*(side.plot for side in self.sides))
+        self.mixed = widgets.VBox([chosen, self.table, plots])
         self.widget = widgets.VBox([row(self.step, self.note), self.mixed])
         self._load()
 

@@ -16,7 +16,7 @@ from ..types import ConfigError, did_you_mean
 from .explorer import trace_index
 from .html import html_number, html_passage, html_text
 from .token_view import TokenView, align, colours, payload, traces_html
-from .widgets import Panel, Table, field, open_run, row, table_column
+from .widgets import HIDDEN, Panel, Table, field, open_run, row, table_column
 
 _MEAN = "mean log p(y|x,z) of the traces that {} offers, nats"
 _COLUMNS = [
@@ -37,9 +37,9 @@ class _Side:
         self.index = trace_index(run)
         steps = [("all steps", 0), *((f"step {s}", s) for s in run.steps)]
         sources = ["any source", *sorted(self.index["source"].unique(), reverse=True)]
-        narrow = {"width": "120px"}
-        self.step = widgets.Dropdown(options=steps, value=step or 0, layout=narrow)
-        self.source = widgets.Dropdown(options=sources, value=source if source in sources else "prior", layout=narrow)
+        source = source if source in sources else "prior"
+        self.step = field(widgets.Dropdown, f"{name}'s step", step or 0, "120px", HIDDEN, options=steps)
+        self.source = field(widgets.Dropdown, f"{name}'s source", source, "120px", HIDDEN, options=sources)
         self.trace = field(widgets.Dropdown, "trace", None, "330px", "40px", options=[])
         title = widgets.HTML(f"<b>{name}</b> {html_text(run.path.name)}")
         self.widget = row(title, self.step, self.source, self.trace)
@@ -120,7 +120,7 @@ class TraceComparison(Panel):
         names = list(self.listed["id"])
         if question and question not in names:
             raise ConfigError(f"both sides have no question {question!r}{did_you_mean(question, names)}")
-        self.questions.picked = question or names[0]
+        self.questions.picked = question or self.questions.picked
 
     def _list(self, change: Any = None) -> None:
         means = [

@@ -94,7 +94,7 @@ def plot_token_lines(
 
 # The three rows of plot_mixing: where each stands on the page, and its axes.
 _SHARE = {"type": "log", "range": [-4, 0], "dtick": 1, "tickformat": ".2~%", "ticklabelstandoff": 4}
-_RATIO = {"title_text": "importance ratio p′/h (shaded: inside the clip)", "type": "log"}
+_RATIO = {"title_text": "importance ratio p′/h", "type": "log"}
 _RATIO |= {"range": [np.log10(0.2), np.log10(5)], "tickvals": [0.3, 0.5, 0.7, 1, 1.3, 2, 4]}
 _ROWS = [
     ([0.72, 1.0], {"title_text": "nats a token", "range": [-12, 0], "tickvals": [-10, -8, -6, -4, -2, 0]}, _SHARE),
@@ -153,6 +153,7 @@ def plot_mixing(settings: Mapping[str, str], parts: Sequence[tuple[Any, Any, Any
                 }
             )
         if bounds is not None:
+            layout[f"xaxis{axes[1]}"]["title_text"] += " (shaded: inside the clip)"
             box = {"type": "rect", "xref": f"x{axes[1]}", "x0": max(0.2, bounds[0]), "x1": min(5, bounds[1])}
             box |= {"yref": f"y{axes[1]} domain", "y0": 0, "y1": 1}
             shapes.append(box | {"fillcolor": BOTH, "opacity": 0.15, "line": {"width": 0}})

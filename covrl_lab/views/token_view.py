@@ -26,6 +26,7 @@ from .html import html_mark, html_number, html_source, visible
 from .widgets import static_text
 
 _PRIOR, _POSTERIOR, _LESS, _MORE = (31, 119, 180), (213, 94, 0), (129, 76, 176), (0, 140, 70)
+FEW_TOKENS = 8  # of an answer, whose log-probabilities stand beside their sum
 _STRONGEST = 0.65  # opacity at the end of a scale, as in token_view.js
 
 
@@ -131,7 +132,7 @@ def payload(frame: pd.DataFrame, settings: reweight.Settings, alternatives: Sequ
     drawn = []
     for i, (row, total) in enumerate(zip(frame.to_dict("records"), answer_logprob(frame), strict=True)):
         values = {name: found[name][i, : len(row["tokens"])] for name in reweight.LABELS if name in found}
-        note, right = f"answer at {html_number(total, '.1f')} nats", row.get("right")
+        note, right = f"answer at {html_number(total, '.1f')} nats{_by_token(row)}", row.get("right")
         drawn.append(
             {
                 "title": f"{row['source']} trace",
@@ -147,6 +148,16 @@ def payload(frame: pd.DataFrame, settings: reweight.Settings, alternatives: Sequ
     if len(drawn) == 2:
         align(*drawn)
     return drawn
+
+
+def _by_token(row: Mapping[str, Any]) -> str:
+    """The log-probability of each of a few answer tokens, where their texts are stored."""
+    texts = row.get("answer_tokens")
+    if not np.ndim(texts) or not 1 < len(texts) <= FEW_TOKENS:
+        return ""
+    pairs = zip(texts, row["answer_logp"], strict=True)
+    listed = [f"{visible(text, spaces=True)} {html_number(nats, '.1f')}" for text, nats in pairs]
+    return f" ({', '.join(listed)})"
 
 
 def _plain(numbers: np.ndarray) -> list[float | None]:

@@ -77,7 +77,7 @@ class Table(anywidget.AnyWidget):
         shown = frame.head(limit)
         names = [c["name"] for c in self.columns]
         text = {c["name"] for c in self.columns if c["kind"] == "text"}
-        known = shown[["id", *names]].replace([math.inf, -math.inf], math.nan).astype(object)
+        known = shown[list(dict.fromkeys(["id", *names]))].replace([math.inf, -math.inf], math.nan).astype(object)
         rows = known.where(known.notna(), None).to_dict("records")
         rows = [record | {name: visible(record[name] or "") for name in text} for record in rows]
         with self.hold_sync():
@@ -103,6 +103,9 @@ class Take(anywidget.AnyWidget):
 def table_column(name: str, label: str, kind: str, about: str = "", digits: int = 0) -> dict[str, Any]:
     form = f".{-digits}g" if digits < 0 else f".{digits}f"
     return {"name": name, "label": label, "kind": kind, "about": about, "digits": digits, "form": form}
+
+
+HIDDEN = "0px"  # a label's width that leaves it to screen readers
 
 
 def field(kind: type, label: str, value: Any, width: str, label_width: str = "60px", **settings: Any) -> Any:

@@ -34,6 +34,7 @@ METHODS = {
     # The mend, one part removed at a time.
     "floor_of_a_guess": {"method": "covrl", "evidence_floor": 1.0},
     "no_logarithm": {"method": "covrl", "evidence_floor": 0.0},
+    "higher_floor": {"method": "covrl", "evidence_floor": 0.25},
     "posterior_untrained": {"method": "covrl", "posterior_weight": 0.0},
     "no_answer_term": {"method": "covrl", "nll_weight": 0.0},
     "prior_only": {"method": "covrl", "alpha": 1.0, "posterior_weight": 0.0},

@@ -1,4 +1,4 @@
-// Hides the copies that stand before a live panel, also those that are drawn anew.
+// Hides the copies that stand before a live panel, also those that are drawn anew; names its sliders for screen readers.
 
 export default { render({ model, el }) {
   const hide = () => {
@@ -8,11 +8,18 @@ export default { render({ model, el }) {
       if (child) child.style.display = "none";
     }
   };
+  const name = () => {
+    for (const handle of el.parentElement.querySelectorAll(".noUi-handle:not([aria-label])")) {
+      handle.ariaLabel = handle.closest(".widget-slider")?.querySelector(".widget-label")?.textContent || "value";
+    }
+  };
   const start = () => {
     if (!el.isConnected) return setTimeout(start, 50);
     hide();
+    name();
     const area = el.closest(".jp-OutputArea");
     if (area) new MutationObserver(hide).observe(area, { childList: true });
+    new MutationObserver(name).observe(el.parentElement, { childList: true, subtree: true });
   };
   start();
 } };

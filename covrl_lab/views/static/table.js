@@ -52,6 +52,7 @@ function render({ model, el }) {
   }
 
   function draw() {
+    const focused = table.contains(document.activeElement);
     const body = document.createElement("tbody");
     for (const values of model.get("rows")) {
       const row = document.createElement("tr");
@@ -70,6 +71,7 @@ function render({ model, el }) {
     table.setAttribute("aria-label", model.get("label"));
     note.textContent = model.get("note");
     choose();
+    if (focused) table.querySelector("tr[tabindex='0']")?.focus({ preventScroll: true });
   }
 
   function choose() {

@@ -1,0 +1,64 @@
+"""Every panel in JupyterLab as a picture, at two widths and in both themes.
+
+    python tests/screens.py            # all, to notebooks/results/screens
+    python tests/screens.py runs bench # some
+
+Needs Chromium and the tests extra, as the browser tests do; ``GALLERY`` is also what they check for accessibility.
+"""
+
+import shutil
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+
+from browser import jupyterlab
+from helpers import EXAMPLE_RUN, ROOT
+
+WIDTHS = (800, 1600)
+TRIALS = ROOT / "notebooks" / "results" / "trials"
+# name -> code of a cell that shows the panel, in a folder with the runs "example_run" and "trials/..."
+GALLERY = {
+    "runs": "RunBrowser('trials', 'example_run/..')",
+    "explorer": "TraceExplorer('example_run')",
+    "side-by-side": "TraceComparison('example_run')",
+    "evaluations": "EvaluationBrowser('example_run')",
+    "mixing": "MixingRatio('example_run')",
+    "monitor": "RunMonitor('example_run')",
+    "ablation": "Ablation('grid', alphas='0.5, 1', seeds='0, 1', steps=2, model='tiny')",
+    "bench": "PromptBench(model='tiny')",
+    "estimators": "EstimatorPanel('kl', World(1))",
+}
+
+
+def write_gallery(lab, name, *cells):
+    """A notebook of ``cells``, with the runs that they show beside it."""
+    if not (lab.folder / "example_run").exists():
+        shutil.copytree(EXAMPLE_RUN, lab.folder / "example_run")
+        shutil.copytree(TRIALS, lab.folder / "trials")
+    lab.write(f"{name}.ipynb", *(f"from covrl_lab import {cell.split('(')[0]}, World\n{cell}" for cell in cells))
+
+
+def show(lab, name, theme, width):
+    """Open the panel ``name`` of ``GALLERY`` and wait until it is drawn; its outermost element."""
+    lab.page.set_viewport_size({"width": 1600, "height": 2200})  # a narrow tool bar hides the kernel's state
+    lab.open(f"{name}.ipynb", theme)
+    lab.run_all()
+    lab.page.set_viewport_size({"width": width, "height": 2200})
+    lab.page.wait_for_timeout(3000)
+    return lab.page.locator(".jp-OutputArea-output > .widget-vbox").first
+
+
+def main(names):
+    target = ROOT / "notebooks" / "results" / "screens"
+    with tempfile.TemporaryDirectory() as folder, jupyterlab(Path(folder)) as lab:
+        for name in names or GALLERY:
+            write_gallery(lab, name, GALLERY[name])
+            for theme, width in product(("light", "dark"), WIDTHS):
+                path = target / f"{name}-{theme}{'-800' * (width == 800)}.png"
+                show(lab, name, theme, width).screenshot(path=path)
+                print(path.name, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
