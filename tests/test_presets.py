@@ -427,7 +427,7 @@ def test_sets_are_evaluated_on_their_own_and_averaged(tmp_path):
     found = lines(tmp_path / "run" / "evaluations.jsonl")
     assert [line["step"] for line in found] == [0, 1, 2]
     for line in found:
-        first, second = (line["sets"][name] for name in names)
+        first, second = ({k.rpartition("/")[2]: v for k, v in line.items() if k.startswith(f"{n}/")} for n in names)
         assert (first["eval_questions"], first["k"]) == (5, 3) and (second["eval_questions"], second["k"]) == (4, 2)
         assert line["eval_questions"] == 9 and "k" not in line
         for name in ("accuracy", "avg_at_k", "pass_at_k", "maj_at_k", "bound_1", "bound_k", "posterior_accuracy"):
@@ -491,7 +491,7 @@ def test_a_stored_checkpoint_is_evaluated_beside_the_runs_own(tmp_path, referenc
     rows = [{"problem": f"Ask {i}?", "answer": "7"} for i in range(5)]
     name = f"math-500@{write(tmp_path / 'm.jsonl', rows)}"
     record, path = evaluate_checkpoint(folder, {"eval_task": f"{name}*2", "eval_questions": 4}, progress=False)
-    assert record["step"] == 8 and record["sets"][name]["eval_questions"] == 4 and record["sets"][name]["k"] == 2
+    assert record["step"] == 8 and record[f"{name}/eval_questions"] == 4 and record[f"{name}/k"] == 2
     assert record["settings"] == {"eval_task": f"{name}*2", "eval_questions": 4}
     evaluate_checkpoint(folder, {}, step=0, progress=False)
     assert {p: p.read_bytes() for p in kept} == kept

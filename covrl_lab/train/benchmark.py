@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig
+from ..files import check_checksums
 from ..runs.folder import load_run, step_file, steps_in, write_parquet
 from ..types import ConfigError
 from .checkpoints import append_line
@@ -41,6 +42,7 @@ def evaluate_checkpoint(
     _, sets = open_examples(replace(config, bad_rows="skip"), task, prompter, False, max_context)
     policy = open_policy(config)
     if step:
+        check_checksums(step_file(checkpoints, step, ""))
         load_adapter(policy, step_file(checkpoints, step, ""))
     results, summary = evaluate_sets(policy, prompter, sets, config, progress)
     changed = {name: new for name, (_, new) in stored.differences(config).items()}

@@ -125,9 +125,8 @@ class Prompter:
 
     def _render(self, messages: list[dict[str, str]], **options: bool) -> str:
         system = [{"role": "system", "content": self._chat.system}] if self._chat.system else []
-        with readable(
-            "the model's chat template", f"use prompt_style='few_shot'{' or no system_prompt' * len(system)}"
-        ):
+        remedy = "leave out system_prompt" if system else "use prompt_style='few_shot'"
+        with readable("the model's chat template", remedy):
             return self.tokenizer.apply_chat_template(system + messages, tokenize=False, **options)
 
     def _turn_end(self) -> frozenset[int]:
