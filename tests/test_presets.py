@@ -139,6 +139,14 @@ def test_every_preset_has_a_schema_here():
         assert preset.revision or "not verified" in preset.note or "http" in preset.source or name == "math-500", name
 
 
+def test_contributing_names_the_presets():
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    for name, preset in PRESETS.items():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+        assert line.endswith(f"| {preset.licence} |")
+        assert f"| {(preset.revision or 'newest: not verified')[:7]}" in line or "http" in preset.source, name
+
+
 @pytest.mark.parametrize("name", SCHEMAS)
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", "hub"])
 def test_a_loader_reads_its_schema(name, suffix, tmp_path, monkeypatch):
@@ -169,7 +177,9 @@ def test_a_loader_reads_its_schema(name, suffix, tmp_path, monkeypatch):
     if expected is not None:
         assert [found[row] for row in sorted(found)] == expected
     assert sorted(task.bad_rows) == bad
+    prompter = Prompter(load_tokenizer("tiny"), style="chat")
     for example in task.whole(None):
+        assert example.question in prompter.tokenizer.decode(prompter(example).prior)
         assert example.id.startswith(f"{name}:")
         assert task.score(example.answer, example) == 1.0 and task.score("nothing of it", example) == 0.0
 
@@ -291,7 +301,7 @@ def test_bad_rows_are_skipped_and_said_before_a_model_loads(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer(tmp_path / "run", **settings, bad_rows="skip").run()
     (said,) = [record.message for record in caplog.records if "rows are skipped" in record.message]
-    assert said.startswith("rows.jsonl: 3 rows are skipped: row 2 ") or "3 rows are skipped: row 2 " in said
+    assert "rows.jsonl: 3 rows are skipped, numbers 2, 4, 7: row 2 " in said
     assert "row 4 has an empty 'answer'" in said and "row 7 " in said
     assert {e.metadata["row"] for e in trainer.task.train(0, 40)} <= {1, 3, 5, 6}
     assert {e.metadata["row"] for e in trainer.eval_sets[0].examples} <= {8, 9, 10}
@@ -304,7 +314,7 @@ def test_a_preset_skips_by_itself(tmp_path, caplog):
     task = f"webinstruct@{write(tmp_path / 'rows.jsonl', rows)}"
     settings = {"difficulty": None, "prompt_style": "few_shot", "steps": 1, "eval_questions": 3, "eval_every": 0}
     trainer = make_trainer(tmp_path / "run", task=task, **settings).setup()
-    assert "webinstruct: 1 rows are skipped: row 1 " in caplog.text
+    assert "webinstruct: 1 rows are skipped, numbers 1: row 1 " in caplog.text
     assert len(trainer.task.rows()) == 7
 
 
@@ -400,7 +410,7 @@ def test_a_tokenizer_that_prepends_spaces_keeps_its_seams(sentencepiece):
 
 
 def test_sets_are_evaluated_on_their_own_and_averaged(tmp_path):
-    from covrl_lab import load_run
+    from covrl_lab import compare, load_run
     from covrl_lab.views.report import page
 
     asked = questions(False, 3, "Ask") + questions(True, 2, "Ask")
@@ -442,6 +452,8 @@ def test_sets_are_evaluated_on_their_own_and_averaged(tmp_path):
     trained = {e.question for e in trainer.task.train(0, 60)}
     assert trained and not trained & {row["problem"] for row in math}
     assert "Held-out accuracy" in page(run)
+    scores = compare.scores({"mine": [run]})
+    assert scores.groupby("task").size().to_dict() == {names[0]: 5, names[1]: 4}
 
 
 def test_the_metrics_of_samples_against_their_definitions():

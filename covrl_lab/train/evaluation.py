@@ -203,7 +203,10 @@ def evaluate_sets(
         return frames[""], summarise(frames[""])
     summaries = {name: summarise(frame) for name, frame in frames.items()}
     own = {f"{name}/{key}": value for name, summary in summaries.items() for key, value in summary.items()}
-    return pd.concat(frames.values(), ignore_index=True), average(summaries) | own
+    rows = pd.concat(frames.values(), ignore_index=True)
+    if rows.duplicated(["example_id", "sample"]).any():  # two files of one name, or of one preset
+        rows["example_id"] = rows["set"] + " " + rows["example_id"]
+    return rows, average(summaries) | own
 
 
 def average(summaries: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

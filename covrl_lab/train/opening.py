@@ -95,9 +95,9 @@ def open_examples(
 
 
 def _say_bad_rows(task: Task) -> None:
-    if task.bad_rows:
-        shown = [f"row {number} {reason}" for number, reason in sorted(task.bad_rows.items())[:3]]
-        LOG.warning("%s: %d rows are skipped: %s", task.name, len(task.bad_rows), "; ".join(shown))
+    if bad := sorted(task.bad_rows.items()):
+        numbers, reasons = ", ".join(str(n) for n, _ in bad[:20]), "; ".join(f"row {n} {why}" for n, why in bad[:3])
+        LOG.warning("%s: %d rows are skipped, numbers %s: %s", task.name, len(bad), numbers, reasons)
 
 
 def open_policy(config: RunConfig, *, adapter: bool = True) -> Policy:
