@@ -18,8 +18,8 @@ class Preset:
     """A data set: ``source`` is OWNER/NAME on the Hub, or the address of one file of JSON lines.
 
     Columns may be paths into nested cells, such as ``reward_model.ground_truth``. ``choices`` is one column with a
-    list, or a column an option; the answer is then a letter, a place or a column, and ``shuffle`` orders the options by
-    a hash of the question. ``keep`` and ``drop`` filter rows by the values of a column; what matches the regular
+    list, or a column an option; the answer is then a letter, a place, or one of these columns, and a hash of the
+    question orders them. ``keep`` and ``drop`` filter rows by the values of a column; what matches the regular
     expression ``strip`` is taken out of questions; ``boolean`` adds "(True or False)" where that is the answer.
     """
 
@@ -31,7 +31,6 @@ class Preset:
     split: str | None = None
     revision: str | None = None
     choices: Sequence[str] = ()
-    shuffle: bool = False
     strip: str = ""
     boolean: bool = False
     keep: Mapping[str, Sequence[Any]] = field(default_factory=dict)
@@ -42,8 +41,9 @@ class Preset:
 
     @property
     def columns(self) -> list[str]:
-        """Every column that is read, but for the trace."""
-        return [self.question, self.answer, *self.choices, *self.keep, *self.drop]
+        """Every column that is read."""
+        own = [self.question, self.answer, *([self.trace] if self.trace else [])]
+        return [*own, *self.choices, *self.keep, *self.drop]
 
 
 @dataclass(frozen=True)

@@ -46,35 +46,33 @@ def read_file(path: Path, limit: int | None = None) -> tuple[list[str], Iterable
     return list(rows[0]) if rows else [], rows
 
 
-def read_hub(
-    name: str, config: str | None, split: str | None, wanted: Iterable[str | None], revision: str | None = None
-) -> tuple[list[str], Iterable[dict[str, Any]]]:
-    """Column names of a data set, and its rows with the ``wanted`` columns only; pictures stay encoded."""
+def read_hub(name: str, preset: Preset) -> tuple[list[str], Iterable[dict[str, Any]]]:
+    """Column names of a data set, and its rows with the columns that are read only; pictures stay encoded."""
     import datasets
 
-    pinned = {"revision": revision} if revision else {}
-    if name.startswith("https://"):
-        name, pinned = "json", {"data_files": name}
+    source, where = preset.source, {"revision": preset.revision} if preset.revision else {}
+    if source.startswith("https://"):
+        source, where = "json", {"data_files": source}
     try:
-        data = datasets.load_dataset(name.removeprefix("hf/"), config, split=split or "train", **pinned)
+        data = datasets.load_dataset(source, preset.config, split=preset.split or "train", **where)
     except Exception as error:  # network, name, config or split: the hub's own words say which
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{name!r} cannot be loaded ({reason}); check the name and the network") from error
-    names = data.column_names
-    data = data.select_columns([name for name in names if name in {(path or "").split(".")[0] for path in wanted}])
+    names, read = data.column_names, {path.split(".")[0] for path in preset.columns} | set(preset.columns)
+    data = data.select_columns([column for column in names if column in read])
     for column, feature in data.features.items():
         if isinstance(feature, datasets.Image):
             data = data.cast_column(column, datasets.Image(decode=False))
     return names, data
 
 
-def check_columns(name: str, found: list[str], wanted: Iterable[str | None]) -> None:
+def check_columns(name: str, found: list[str], wanted: Iterable[str]) -> None:
     if not found:
         raise ConfigError(f"data set {name!r} is empty; it needs one row per question")
     for column in wanted:
         if found.count(column) > 1:
             raise ConfigError(f"data set {name!r} has two columns {column!r}; rename one")
-        if column is not None and column not in found and column.split(".")[0] not in found:
+        if column not in found and column.split(".")[0] not in found:
             hint = did_you_mean(column, found)
             raise ConfigError(f"data set {name!r} has columns {found} but not {column!r}{hint}")
 
@@ -119,7 +117,7 @@ def _options(row: dict[str, Any], preset: Preset, question: str) -> tuple[list[s
     if not (1 < len(options) <= len(LETTERS) and all(options) and place in range(len(options))):
         raise BadRow(f"has {len(options)} options and the answer {answer!r:.60}", "mend it or remove it")
     order = list(range(len(options)))
-    if preset.shuffle:
+    if preset.answer in preset.choices:
         Random(f"options/{question}").shuffle(order)
     return [options[i] for i in order], LETTERS[order.index(place)]
 

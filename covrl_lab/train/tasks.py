@@ -300,6 +300,16 @@ class TaskSettings:
         return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
+def _preset(name: str, given: TaskSettings) -> tuple[str, Preset, str | None]:
+    """(name, how rows are read, file if it is one) of a preset, a file or an hf/ data set."""
+    short, preset, file = find_preset(name)
+    if preset:
+        return short, preset, file
+    columns = (given.question_column or "question", given.answer_column or "answer", given.trace_column)
+    own = Preset(name.removeprefix("hf/"), *columns, given.dataset_config, given.dataset_split)
+    return name, own, None if name.startswith("hf/") else name
+
+
 def check_task(name: str, settings: TaskSettings) -> None:
     """Raise ConfigError if ``load_task`` could not work with these settings; cheap, needs no network."""
     difficulty, demonstrations = settings.difficulty, settings.demonstrations
@@ -325,8 +335,7 @@ def check_task(name: str, settings: TaskSettings) -> None:
             raise ConfigError(f"data file {str(path)!r} does not exist; check the path")
         if path.suffix not in FILE_SUFFIXES:
             raise ConfigError(f"data file {str(path)!r} must end in one of {', '.join(FILE_SUFFIXES)}")
-        plain = (columns[0] or "question", columns[1] or "answer", columns[2])
-        check_columns(name, read_file(path, limit=1)[0], preset.columns if preset else plain)
+        check_columns(name, read_file(path, limit=1)[0], _preset(name, settings)[1].columns)
     elif on_hub:
         if not re.fullmatch(r"hf/\w[\w.-]*/\w[\w.-]*", name):
             raise ConfigError(f"Hugging Face task {name!r} must have the form hf/OWNER/NAME")
@@ -366,18 +375,11 @@ def load_task(name: str, **settings: Any) -> Task:
         return Task(name, shown, source, lambda text, example: match_answer(text, example.answer))
     if name.startswith("reasoning_gym/"):
         return _gym_task(name)
-    short, preset, file = find_preset(name)
-    skip = preset is not None or given.bad_rows == "skip"
-    if preset:
-        source, config, split, revision = preset.source, preset.config, preset.split, preset.revision
-    else:
-        preset = Preset(name, given.question_column or "question", given.answer_column or "answer", given.trace_column)
-        source, config, split, revision = name, given.dataset_config, given.dataset_split, None
-        file = None if name.startswith("hf/") else name
-    wanted = [*preset.columns, preset.trace]
-    found, rows = read_file(Path(file)) if file else read_hub(source, config, split, wanted, revision)
-    check_columns(name, found, wanted)
-    task = _row_task(short, rows, preset, given.demonstrations, skip)
-    if short in PRESETS:
+    short, preset, file = _preset(name, given)
+    found, rows = read_file(Path(file)) if file else read_hub(name, preset)
+    check_columns(name, found, preset.columns)
+    named = short in PRESETS
+    task = _row_task(short, rows, preset, given.demonstrations, named or given.bad_rows == "skip")
+    if named:
         return replace(task, _score=lambda text, example: match_benchmark(text, example, preset.tolerance))
     return task
