@@ -200,6 +200,14 @@ def test_options_are_shuffled_by_the_question_alone(tmp_path):
     assert {e.id for e in load_task(f"gpqa-diamond@{path}").whole(None)} == {e.id for e in task.whole(None)}
 
 
+def test_only_letters_of_all_options_are_taken_off(tmp_path):
+    rows = [{"question": "Which?", "options": ["(B) or (C)", "4"], "answer": "B", **MMLU}]
+    rows.append({"question": "And now?", "options": ["A) 3", "B) 4"], "answer": "B", **MMLU})
+    task = load_task(f"mmlu-pro@{write(tmp_path / 'rows.jsonl', rows)}")
+    found = {e.metadata["row"]: e.metadata["options"] for e in task.whole(None)}
+    assert found == {1: ["(B) or (C)", "4"], 2: ["3", "4"]}
+
+
 def test_a_preset_asked_for_another_schema_says_so(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"problem": "x", "solution": "y"}])
     for load in (load_task, lambda name: check_task(name, TaskSettings())):

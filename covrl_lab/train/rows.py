@@ -108,7 +108,9 @@ def _options(row: dict[str, Any], preset: Preset, question: str) -> tuple[list[s
     """The options of a multiple-choice question, and the letter of the right one."""
     cells, answer = [lookup(row, column) for column in preset.choices], lookup(row, preset.answer)
     cells = cells[0] if isinstance(cells[0], list) else cells
-    options = [re.sub(r"^\(?[A-J]\)\s*", "", str(text or "").strip()) for text in cells]
+    options = [str(text or "").strip() for text in cells]
+    lettered = [re.fullmatch(rf"\(?{mark}\)\s*(.*)", text, re.S) for mark, text in zip(LETTERS, options, strict=False)]
+    options = [found.group(1) for found in lettered] if all(lettered) else options
     if preset.answer in preset.choices:
         answer = preset.choices.index(preset.answer)
     elif isinstance(answer, str):
