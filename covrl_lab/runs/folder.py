@@ -165,6 +165,14 @@ class Run:
         return pd.DataFrame(self._lines("evaluations.jsonl"))
 
     @property
+    def benchmarks(self) -> pd.DataFrame:
+        """One row a later evaluation of a checkpoint (``covrl-lab evaluate``): step, settings changed, the summary."""
+        path = self.path / "benchmarks.jsonl"
+        with readable(repr(str(path))):
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            return pd.DataFrame([json.loads(line) for line in lines])
+
+    @property
     def alarms(self) -> dict[str, str]:
         """Signs that the run goes wrong, a sentence each by kind or file; see ``runs.alarms``."""
         found = alarms(*(self._lines(name) for name in ("metrics.jsonl", "evaluations.jsonl")))

@@ -137,6 +137,8 @@ SHAPES = {
     "Qwen/Qwen2.5-3B": Shape(2048, 36, 16, 2, 128, 11008, 151936, tied=True, biases=True),
     "Qwen/Qwen2.5-7B": Shape(3584, 28, 28, 4, 128, 18944, 152064, tied=False, biases=True),
     "Qwen/Qwen2.5-14B": Shape(5120, 48, 40, 8, 128, 13824, 152064, tied=False, biases=True),
+    "Qwen/Qwen3-8B-Base": Shape(4096, 36, 32, 8, 128, 12288, 151936, tied=False, head_norms=True),
+    "Qwen/Qwen3-14B-Base": Shape(5120, 40, 40, 8, 128, 17408, 151936, tied=False, head_norms=True),
     "meta-llama/Llama-3.1-8B": Shape(4096, 32, 32, 8, 128, 14336, 128256, tied=False),
 }
 # Measured with ``tests.bench.benchmark`` (notebooks/07_speed.ipynb): on CPUs the share of the machine's own

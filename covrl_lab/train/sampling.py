@@ -7,7 +7,7 @@ it is finished.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -191,8 +191,10 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     uniforms: Tensor | None = None,
+    stop_ids: Iterable[int] = (),
 ) -> tuple[list[list[int]], list[bool], list[list[float]]]:
-    """Continue each context by at most ``max_tokens`` ids until ``ended(ids)`` or an end-of-text token.
+    """Continue each context by at most ``max_tokens`` ids until ``ended(ids)``, an end-of-text token or one of
+    ``stop_ids``.
 
     uniforms (rows, max_tokens) in [0, 1) draw row i's t-th token by inverse CDF, so that a row's tokens
     do not depend on its neighbours; ``None`` decodes greedily. Returns ids, whether ``ended`` was met, and
@@ -200,7 +202,7 @@ def generate(
     are not.
     """
     eos = policy.causal_lm.generation_config.eos_token_id
-    stop_ids = {*(eos if isinstance(eos, list) else [eos]), policy.tokenizer.eos_token_id}
+    stop_ids = {*stop_ids, *(eos if isinstance(eos, list) else [eos]), policy.tokenizer.eos_token_id}
     ids: list[list[int]] = [[] for _ in contexts]
     logprobs: list[list[float]] = [[] for _ in contexts]
     done = [False] * len(contexts)
@@ -270,7 +272,7 @@ def sample_traces(
         return prompter.ends(trace, prompter.style.trace_end)
 
     uniforms = torch.rand(len(contexts), max_tokens, generator=generator, dtype=torch.float64)
-    settings = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    settings = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "stop_ids": prompter.stop_ids}
     ids, done, logprobs = generate(policy, contexts, ended=ended, uniforms=uniforms, **settings)
     finished = [d and bool(prompter.trace_text(z)) for d, z in zip(done, ids, strict=True)]
     padded = pad_sequence([torch.tensor(z) for z in ids], batch_first=True)

@@ -22,10 +22,10 @@ from ..runs.alarms import alarms
 from ..runs.folder import step_file, steps_done, write_parquet
 from ..types import ConfigError, Credit, Example, LogProbs, NotFinite, Prompt, TraceBatch
 from .checkpoints import append_line, check_run_dir, keep_lines, load_checkpoint, save_checkpoint, write_problem
-from .evaluation import evaluate, summarise
+from .evaluation import evaluate_sets
 from .methods import METHODS
 from .models import check_model, load_config
-from .opening import check_examples, open_policy, open_task
+from .opening import open_examples, open_policy, open_task
 from .policy import Policy
 from .records import StepRecord, step_record, trace_rows
 from .sampling import draw_sources, sample_traces
@@ -51,6 +51,9 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         check_model(config.model)
         check_task(config.task, TaskSettings.of(config))
+        for name, _ in config.eval_sets():
+            if name != config.task:
+                check_task(name, TaskSettings(demonstrations=0))
         check_run_dir(config)
         self.records: list[dict[str, Any]] = []  # one dictionary a finished step, those on disk too
         self.method = METHODS[config.method]
@@ -70,10 +73,9 @@ class Trainer:
             with self._owner:  # refused before anything is loaded
                 pass
         self.task, self.prompter = open_task(config)
-        self.held_out = self.task.held_out(config.eval_questions)
         self.max_context = load_config(config.model).get_text_config().max_position_embeddings
+        self.task, self.eval_sets = open_examples(config, self.task, self.prompter, self._judges, self.max_context)
         self._prompts([*self._questions(0), *self._questions(1)])
-        check_examples(config, self.task, self.prompter, self.held_out, self._judges, self.max_context)
         policy = open_policy(config)
         self.optimizer = torch.optim.AdamW(
             [p for _, p in policy.trainable()], lr=config.learning_rate, weight_decay=config.weight_decay
@@ -220,12 +222,9 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the current policy on the held-out questions; store and return the summary."""
-        config, names = self.config, ("max_trace_tokens", "max_answer_tokens", "temperature", "top_p", "seed")
-        settings = {"samples": config.eval_samples, "posterior": config.alpha < 1, "progress": self.progress}
-        settings |= {name: getattr(config, name) for name in names}
-        results = evaluate(self.policy, self.prompter, self.task, self.held_out, **settings)
+        results, summary = evaluate_sets(self.policy, self.prompter, self.eval_sets, self.config, self.progress)
         write_parquet(results, step_file(self.run_dir / "evaluations", self.step))
-        summary = {"step": self.step, **summarise(results)}
+        summary = {"step": self.step, **summary}
         append_line(self.run_dir / "evaluations.jsonl", summary)
         self._evaluations.append(summary)
         return summary
