@@ -8,7 +8,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 2000
 
-.PHONY: demo test quick lint bench gpu-check trials lab learning clean
+.PHONY: demo test quick lint bench gpu-check torture trials lab learning clean
 
 # The second plotly renderer writes plots that an HTML file can show without Jupyter.
 demo: .venv/.installed
@@ -53,6 +53,10 @@ bench: .venv/.installed
 # Numbers, speed and memory on a graphics card, at most ten minutes; CHECK_ARGS="--device cpu" tries the script alone.
 gpu-check: .venv/.installed
 	.venv/bin/python -m tests.bench.gpu_check --out notebooks/results/speed/gpu_check.json $(CHECK_ARGS)
+
+# Runs killed at random and at every write, and load: a table. TORTURE_ARGS="--kills 40 --steps 0" does less.
+torture: .venv/.installed
+	.venv/bin/python -m tests.bench.torture $(TORTURE_ARGS)
 
 # Methods on tasks of one to three steps (tests/bench/trials.py): a run takes 4 to 6 minutes on one free core. What
 # is done already is kept: make trials TRIALS_ARGS="--methods covrl grpo --seeds 0".

@@ -26,6 +26,7 @@ _NAMES = {
     "runs.worker": "limit_cells",
     "theory.views": "EstimatorPanel",
     "theory.world": "World",
+    "train.benchmark": "evaluate_checkpoint",
     "train.models": "load_policy",
     "train.opening": "open_model",
     "train.plan": "measure_device plan",

@@ -1,6 +1,7 @@
-"""The command line: ``covrl-lab train | sweep | plan | compare | report``.
+"""The command line: ``covrl-lab train | sweep | plan | evaluate | compare | report``.
 
-Settings are flags with the names of RunConfig's fields: ``covrl-lab train --method covrl --seed 1``.
+Settings are flags with the names of RunConfig's fields: ``covrl-lab train --method covrl --seed 1``. ``--config`` reads
+more of them from a YAML file, or from one in ``covrl_lab/configs`` by its name; flags come before the file.
 Imports stand inside the commands, so that help and reports start without torch.
 """
 
@@ -11,12 +12,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from .config import RunConfig, field_type
 from .types import ConfigError, did_you_mean
 
 _WORDS = {"None": None, "True": True, "False": False}
+_EVALUATED = ("max_answer_tokens", "device")  # what evaluate may change, besides eval_*
 _TOKENS = ("prompt_tokens", "question_tokens", "answer_tokens", "trace_tokens")  # of plan: counts it would estimate
 
 
@@ -70,6 +73,15 @@ def plan(settings: dict[str, Any], options: argparse.Namespace) -> None:
     print(estimate(RunConfig.from_dict(settings), device=device, **tokens).table())
 
 
+def evaluate(settings: dict[str, Any], options: argparse.Namespace) -> None:
+    """Evaluate a stored checkpoint of a run on other questions; the run's own evaluations stay."""
+    from .train.benchmark import evaluate_checkpoint
+
+    record, path = evaluate_checkpoint(options.run_dir, settings, options.step)
+    print(*(f"{name:48} {value:.4g}" for name, value in record.items() if name != "settings"), sep="\n")
+    print(f"Appended to: {path}")
+
+
 def compare(settings: dict[str, Any], options: argparse.Namespace) -> None:
     """Tables that compare run folders: accuracy, paired differences, probability of improvement."""
     from .runs import compare as tables
@@ -98,7 +110,7 @@ def _parser() -> _Parser:
     parser = _Parser(prog="covrl-lab", description="Train and look at CoVRL runs.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     own = {}
-    for command in (train, sweep, plan, compare, report):
+    for command in (train, sweep, plan, evaluate, compare, report):
         text = command.__doc__
         own[command] = commands.add_parser(command.__name__, help=text, description=text, allow_abbrev=False)
         own[command].set_defaults(run=command, parser=own[command])
@@ -118,14 +130,33 @@ def _parser() -> _Parser:
     add = own[report].add_argument
     add("run_dir")
     add("out", nargs="?", help="HTML file to write; default: report.html in the run folder")
+    add = own[evaluate].add_argument
+    add("run_dir")
+    add("--step", type=int, help="of the checkpoint; default: the last; 0: before training")
     for name in _TOKENS:
         own[plan].add_argument(f"--{name}", type=int, metavar="int")
-    for command in (train, sweep, plan):
+    for command in (train, sweep, plan, evaluate):
+        if command is not evaluate:
+            own[command].add_argument("--config", metavar="FILE", help="YAML file of settings, or covrl-7b")
         for field in fields(RunConfig):
+            if command is evaluate and not (field.name.startswith("eval_") or field.name in _EVALUATED):
+                continue
             kind, _, choices, _ = field_type(field)
             shown = "{" + ",".join((kind.__name__,) * (kind is not str) + choices) + "}" if choices else kind.__name__
             own[command].add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar=shown)
     return parser
+
+
+def _read_config(name: str) -> dict[str, Any]:
+    """Settings of a YAML file, or of one that comes with the package."""
+    import yaml
+
+    own = Path(__file__).with_name("configs") / f"{name}.yaml"
+    try:
+        return dict(yaml.safe_load((own if own.is_file() else Path(name)).read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config {name!r} holds no settings ({reason}); give a YAML file, or covrl-7b") from error
 
 
 def _interrupt(number: int, frame: Any) -> None:
@@ -153,6 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows has no SIGHUP
             if signal.getsignal(number) is signal.SIG_DFL:  # nohup has it ignored
                 signal.signal(number, _interrupt)
+        if config := getattr(options, "config", None):
+            settings = _read_config(config) | settings
         status = options.run(settings, options) or 0
     except (ConfigError, OSError) as error:
         options.parser.error(str(error))

@@ -34,11 +34,14 @@ NotNegative = Annotated[float, Range(0, 1e6, "0 or more and at most 1e6")]
 Few = Annotated[int, Range(1, 1000, "1 or more and at most 1,000")]
 Count = Annotated[int, Range(1, 1e6, "1 or more and at most 1,000,000")]
 CountOrZero = Annotated[int, Range(0, 1e6, "0 or more and at most 1,000,000")]
+Temperature = Annotated[float, Range(1e-4, 1e4, "above 0 (greedy decoding belongs to evaluation), from 1e-4 to 1e4")]
+TopP = Annotated[float, Range(math.ulp(0.0), 1, "above 0 and at most 1")]
 
 Auto = Literal["auto"]  # chosen before the run, from the memory there is (train/plan.py)
 # How a step is cut changes rounding only: what "auto" stands for where runs are named and compared.
 _UNCUT = {"gradient_checkpointing": False, "max_packed_tokens": 4096}
-
+# Settings that came later. Left out of a run's id where they are not set, so that earlier runs keep theirs.
+_LATER = "bad_rows think_tag system_prompt eval_task eval_temperature eval_top_p eval_max_trace_tokens".split()
 _LITERALS = str | int | float | bool | None | list | tuple | dict
 _KINDS = {float: "a finite number", int: "a whole number", bool: "True or False"}
 _KINDS[str] = "text of at most 1,000 characters without NUL"
@@ -96,7 +99,7 @@ class RunConfig(metaclass=_Checked):
     device: str = "auto"  # "auto", "cpu", "cuda"
     memory_gib: Positive | None = None  # of the device, for this run; None: all. A run that needs more is refused
     # --- task and prompts
-    task: str = "arithmetic"  # built-in, "reasoning_gym/NAME", "hf/OWNER/NAME", or a .jsonl/.csv/.parquet file
+    task: str = "arithmetic"  # built-in, "reasoning_gym/NAME", "hf/OWNER/NAME", a preset, a .jsonl/.csv/.parquet file
     difficulty: int | None = None  # 1..5, built-in tasks only
     demonstrations: CountOrZero = 3  # worked examples in few-shot prompts
     prompt_style: Literal["auto", "few_shot", "chat"] = "auto"  # auto: few-shot where the task has demonstrations
@@ -105,6 +108,9 @@ class RunConfig(metaclass=_Checked):
     trace_column: str | None = None
     dataset_config: str | None = None
     dataset_split: str | None = None
+    bad_rows: Literal["refuse", "skip"] = "refuse"  # rows of data sets that cannot be used; presets skip them
+    think_tag: Literal["think", "thinking"] | None = None  # of chat prompts; None: the model's own, see presets.CHATS
+    system_prompt: str | None = None  # of chat prompts; None: the template's own
     # --- method
     method: Literal[*METHOD_DEFAULTS] = "covrl"
     alpha: Share | None = None  # share of traces drawn from the prior prompt
@@ -133,10 +139,8 @@ class RunConfig(metaclass=_Checked):
     questions_per_step: Few = 8
     rollouts_per_question: Few = 4
     max_trace_tokens: Count = 28
-    temperature: Annotated[
-        float, Range(1e-4, 1e4, "above 0 (greedy decoding belongs to evaluation), from 1e-4 to 1e4")
-    ] = 1.0
-    top_p: Annotated[float, Range(math.ulp(0.0), 1, "above 0 and at most 1")] = 1.0
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
     source_split: Literal["stratified", "bernoulli"] = "stratified"  # per group, or per trace as in the paper
     # --- optimisation
     learning_rate: Annotated[float, Range(1e-12, 10, "above 0, from 1e-12 to 10")] = 2e-4
@@ -146,11 +150,16 @@ class RunConfig(metaclass=_Checked):
     weight_decay: NotNegative = 0.0
     updates_per_step: Few = 1
     max_packed_tokens: Count | Auto = "auto"  # tokens in one forward; longer steps are cut into micro-batches
+    max_skipped_steps: CountOrZero = 0  # steps without a finite loss and gradient; one more stops the run
     seed: Annotated[int, Range(0, 2**32 - 1, "from 0 to 2**32 - 1")] = 0
     # --- evaluation and output
     eval_every: CountOrZero = 10  # steps; 0: only before and after
-    eval_questions: Count = 64
+    eval_task: str | None = None  # sets to evaluate, "NAME, NAME@FILE*SAMPLES"; None: the held-out part of the task
+    eval_questions: Count | None = 64  # of each set, at most; None: all
     eval_samples: CountOrZero = 0  # sampled generations a question for avg@k; 0: greedy only
+    eval_temperature: Temperature | None = None  # of sampled generations; None: temperature; likewise:
+    eval_top_p: TopP | None = None
+    eval_max_trace_tokens: Count | None = None
     max_answer_tokens: Count = 12
     judge_traces: bool = False  # also mark each trace right or wrong, by the model's own answer after it; costs time
     checkpoint_every: Count = 10  # steps
@@ -165,11 +174,24 @@ class RunConfig(metaclass=_Checked):
         for name, value in METHOD_DEFAULTS[self.method].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        self.eval_sets()
         _refuse_combinations(self)
         _refuse_unread(self)
         if self.run_dir is None:
             task = Path(self.task).stem if "." in self.task else self.task.replace("/", "-")
             object.__setattr__(self, "run_dir", f"runs/{task[:60]}-{self.method}-{self.run_id()}")
+
+    def eval_sets(self) -> list[tuple[str, int]]:
+        """(task, samples a question) of every set in ``eval_task``; none where it is None."""
+        found = {}
+        for entry in filter(None, map(str.strip, (self.eval_task or "").split(","))):
+            name, star, samples = map(str.strip, entry.partition("*"))
+            if name in found:
+                raise ConfigError(f"eval_task names {name!r} twice; name each set once")
+            if star and not samples.isdigit():
+                raise ConfigError(f"eval_task must say how many samples as in 'gsm8k*4', not {entry!r}")
+            found[name] = int(samples) if star else self.eval_samples
+        return list(found.items())
 
     # --- JSON in and out
     def to_dict(self) -> dict[str, Any]:
@@ -209,19 +231,20 @@ class RunConfig(metaclass=_Checked):
 
     def differences(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
         """Settings that change the numbers and differ, as ``{name: (self, other)}``."""
-        mine, theirs = self._numbers(), other._numbers()
-        return {k: (mine[k], theirs[k]) for k in mine if mine[k] != theirs[k]}
+        changed = self._numbers().keys() | other._numbers().keys()
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name in changed}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def run_id(self) -> str:
         """Eight hexadecimal digits that name this configuration, the same on every machine."""
         return hashlib.sha256(json.dumps(self._numbers(), sort_keys=True).encode()).hexdigest()[:8]
 
     def _numbers(self) -> dict[str, Any]:
-        """The settings that change a run's numbers."""
-        others = ("run_dir", "tracker", "checkpoint_every", "judge_traces", "memory_gib")
-        return {
-            k: _UNCUT[k] if v == "auto" and k in _UNCUT else v for k, v in self.to_dict().items() if k not in others
-        }
+        """The settings that change a run's numbers; later ones only where they are set, so that names stay."""
+        others = ("run_dir", "tracker", "checkpoint_every", "judge_traces", "max_skipped_steps", "memory_gib")
+        unset = [f.name for f in fields(self) if f.name in _LATER and getattr(self, f.name) == f.default]
+        settings = {k: v for k, v in self.to_dict().items() if k not in others and k not in unset}
+        return settings | {k: v for k, v in _UNCUT.items() if settings[k] == "auto"}
 
 
 def _shown(value: Any) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,16 +107,35 @@ def locked(path: Path) -> bool:
     return False
 
 
+def refuse_links(folder: Path) -> None:
+    """ConfigError where a run folder, or what a run writes into, is a link: it would write to another place."""
+    inside = [
+        *folder.glob("*"),
+        *folder.glob("traces/*"),
+        *folder.glob("evaluations/*"),
+        *folder.glob("checkpoints/*"),
+    ]
+    for path in [folder, *inside]:
+        if path.is_symlink():
+            raise ConfigError(f"{str(path)!r} is a link, and a run writes into its own folder only; remove it")
+
+
 class Owner:
     """Owns a run folder inside ``with``, which may be nested; also against machines that share the folder.
 
-    ConfigError, with the owner's process and host, where another one owns it.
+    ConfigError, with the owner's process and host, where another one owns it. A signal that would end the process
+    is a KeyboardInterrupt inside, and ends the process behind it; one that others handle is left to them.
     """
 
     NAME = "owner.lock"
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._depth = folder, 0
+        self.folder, self._depth, self._heeded, self._ended = folder, 0, [], 0
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one would meet what the first began to save
+        self._ended = number
+        raise KeyboardInterrupt(number)
 
     def __enter__(self) -> None:
         if not self._depth:
@@ -129,6 +150,11 @@ class Owner:
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
             self._file.flush()
+            if threading.current_thread() is threading.main_thread():
+                ends = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
+                self._heeded = [number for number in ends if signal.getsignal(number) == signal.SIG_DFL]
+                for number in self._heeded:
+                    signal.signal(number, self._interrupt)
         self._depth += 1
 
     def __exit__(self, *_: object) -> None:
@@ -136,6 +162,10 @@ class Owner:
         if not self._depth:
             self._file.truncate(0)
             self._file.close()
+            while self._heeded:
+                signal.signal(self._heeded.pop(), signal.SIG_DFL)
+            if self._ended:
+                os.kill(os.getpid(), self._ended)
 
     @classmethod
     def gone(cls, folder: Path) -> bool:

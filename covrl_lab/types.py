@@ -30,6 +30,10 @@ class ConfigError(ValueError):
     """A setting or an input is wrong; the message says what was wrong and what to do."""
 
 
+class NotFinite(ConfigError):
+    """A model's numbers have become NaN or infinite."""
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest valid name, else a list of all (at most 12)."""
     valid = [str(v) for v in valid]

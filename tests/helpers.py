@@ -16,6 +16,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pandas as pd
+from hostile import HOSTILE
 
 from covrl_lab import RunConfig, load_run
 from covrl_lab.runs.folder import step_file, write_parquet
@@ -200,52 +201,23 @@ def random_frame(n=12, longest=30, seed=0, spread=3.0):
     return pd.DataFrame(rows)
 
 
-# Text that a page could mistake for its own.
-BAIT = "http://bait.invalid"
-HOSTILE = [
-    "<script>window.__pwned = 1; alert('script')</script>",
-    f"<img src='{BAIT}/img' onerror='window.__pwned = 2'>",
-    "</style><style>* { display: none !important }</style>",
-    "<svg onload='window.__pwned = 3'><animate onbegin='window.__pwned = 4' attributeName=x dur=1s /></svg>",
-    "<a href='javascript:window.__pwned = 5'>click me</a>",
-    f"<iframe src='{BAIT}/frame' srcdoc='<script>parent.__pwned = 6</script>'></iframe>",
-    "\x1b[31mred\x1b[0m \x1b]8;;http://bait.invalid\x07link\x1b]8;;\x07",
-    "\u202eright to left\u202c \u2066isolate\u2069",
-    "{{ constructor.constructor('window.__pwned = 7')() }}",
-    "${window.__pwned = 8} #{7 * 7} <%= 7 * 7 %>",
-    "<b>bold</b><br><i>italic</i> <a href='http://bait.invalid/plotly'>plotly link</a>",
-    r"$\href{javascript:window.__pwned=9}{x}$ \(\require{html}\) $$\frac{1}{0}$$",
-    "null \x00 byte and \x07 bell and \x08 backspace",
-    "W" * 3000,
-    '"><script>window.__pwned = 10</script><p title="',
-    "' onmouseover='window.__pwned = 11' x='",
-    "&lt;script&gt;window.__pwned = 12&lt;/script&gt; &amp; &#60;b&#62;",
-    "<!-- comment --> <![CDATA[<script>window.__pwned = 13</script>]]>",
-    f"![image]({BAIT}/markdown) [link](javascript:window.__pwned=14) `code`",
-    "<math><mtext></table><mglyph><style><img src=x onerror=window.__pwned=15>",
-    f"<object data='{BAIT}/object'></object><embed src='{BAIT}/embed'><link href='{BAIT}/css'>",
-    "%{y:.2f} <extra></extra> %{customdata[0]} \u200b\ufeff zero width",
-    "</textarea></title></script><body onload='window.__pwned = 16'>",
-]
-
-
-def hostile_run(folder):
-    """A run folder of one step whose questions, answers, traces and tokens are the strings above."""
+def hostile_run(folder, texts=HOSTILE):
+    """A run folder of one step whose questions, answers, traces, tokens and settings are the texts."""
     rows = []
-    for i, question in enumerate(HOSTILE[:8]):
+    for i, question in enumerate(texts[:8]):
         for source in ("prior", "posterior"):
-            count = len(HOSTILE)
+            count = len(texts)
             rows.append(
                 {
                     "step": 1,
                     "rollout": len(rows),
                     "example_id": f"q{i}",
                     "question": question,
-                    "answer": HOSTILE[-1 - i],
+                    "answer": texts[-1 - i],
                     "source": source,
                     "finished": True,
-                    "trace": " ".join(HOSTILE),
-                    "tokens": HOSTILE,
+                    "trace": " ".join(texts),
+                    "tokens": texts,
                     "token_ids": list(range(count)),
                     "logp": [-0.1 * k for k in range(count)],
                     "logq": [-0.2 * k for k in range(count)],
@@ -256,7 +228,7 @@ def hostile_run(folder):
                     "answer_weight": 1.0,
                 }
             )
-    return _write_run(folder, {1: rows}, model=HOSTILE[0])
+    return _write_run(folder, {1: rows}, model=texts[0])
 
 
 # --- notebooks and models

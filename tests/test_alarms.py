@@ -10,7 +10,9 @@ from covrl_lab.views.html import alarms_html
 
 FINE = [{"finished_share": 1.0, "gradient_norm": 2.0}] * 4
 START = {
+    "step": 0,
     "accuracy": 0.25,
+    "accuracy_low": 0.15,
     "accuracy_high": 0.35,
     "answer_logprob": -10.0,
     "trace_dependence": 6.0,

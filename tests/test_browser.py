@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from browser import jupyterlab
-from helpers import BAIT, EXAMPLE_RUN, HOSTILE, ROOT, hostile_run
+from helpers import EXAMPLE_RUN, ROOT, hostile_run
+from hostile import BAIT, HOSTILE
 
 from covrl_lab import load_run
 from covrl_lab.views.html import visible

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from helpers import EXAMPLE_RUN, HOSTILE, TINY_RUN, hostile_run, made_up_run
+from helpers import EXAMPLE_RUN, TINY_RUN, hostile_run, made_up_run
+from hostile import HOSTILE
 
 from covrl_lab import MixingRatio, RunConfig, TraceExplorer, load_run
 from covrl_lab.runs.folder import Run, step_file, write_parquet

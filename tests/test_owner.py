@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from helpers import TRAINED, checkout_environment, flags, lines, make_trainer, numbers, until
+from helpers import ROOT, TRAINED, checkout_environment, flags, lines, make_trainer, numbers, until
 
+from covrl_lab.files import Owner
 from covrl_lab.runs.folder import read_lines, steps_in
 from covrl_lab.types import ConfigError
 
@@ -85,3 +86,45 @@ def test_two_trainers_of_one_process_take_turns(tmp_path):
         if record.step == 3:
             break
     assert next(record.step for record in second) == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_script_that_is_ended_saves_first(number, reference_numbers, tmp_path):
+    run = tmp_path / "run"
+    code = f"from covrl_lab import RunConfig, Trainer; Trainer(RunConfig(**{BASE | {'run_dir': str(run)}!r})).run()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=checkout_environment(), preexec_fn=_heed_signals, stderr=subprocess.DEVNULL
+    )
+    until(lambda: steps(run) >= 2 or process.poll() is not None, "two steps")
+    process.send_signal(number)
+    assert process.wait(120) == -number
+    done = len(lines(run / "metrics.jsonl"))
+    assert 2 <= done < 8 and (steps_in(run / "checkpoints") in ([done], []))  # [] where a step was in hand
+    make_trainer(run, BASE).run()
+    assert numbers(run) == reference_numbers
+
+
+@pytest.mark.slow
+def test_a_notebook_under_papermill_that_is_ended_saves_first(reference_numbers, tmp_path):
+    """As Slurm does it: the signal goes to papermill and to its kernel."""
+    run, secret = tmp_path / "run", "s3cr3t-b7f1"
+    parameters = [word for name, value in (BASE | {"run_dir": run}).items() for word in ("-p", name, str(value))]
+    command = [sys.executable, "-m", "papermill", "notebooks/03_train.ipynb", str(tmp_path / "out.ipynb")]
+    process = subprocess.Popen(
+        [*command, "--kernel", "python3", *parameters],
+        env=checkout_environment(HF_TOKEN=secret, JUPYTER_PREFER_ENV_PATH="1"),
+        cwd=ROOT,
+        preexec_fn=_heed_signals,
+        stderr=subprocess.DEVNULL,
+    )
+    until(lambda: steps(run) >= 2 or process.poll() is not None, "two steps")
+    children = [int(p) for p in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).stdout.split()]
+    for pid in (*children, process.pid):
+        os.kill(pid, signal.SIGTERM)
+    assert process.wait(120) != 0
+    until(lambda: Owner.gone(run), "the kernel's end")
+    done = len(lines(run / "metrics.jsonl"))
+    assert 2 <= done < 8 and (steps_in(run / "checkpoints") in ([done], []))
+    assert not any(secret.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    make_trainer(run, BASE).run()
+    assert numbers(run) == reference_numbers

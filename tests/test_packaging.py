@@ -107,6 +107,7 @@ def test_an_installed_wheel_trains_sweeps_and_reports_without_the_checkout(tmp_p
     (wheel,) = wheels.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "covrl_lab/notebooks/03_train.ipynb" in names and "covrl_lab/views/static/plot.js" in names
+    assert {"covrl_lab/configs/covrl-7b.yaml", "covrl_lab/train/presets.yaml"} <= set(names)
     assert not [name for name in names if not name.startswith(("covrl_lab/", "covrl_lab-", "covrl_lab_"))]
     assert len([name for name in names if name.endswith(".ipynb")]) == 1
     assert wheel.stat().st_size < 1_000_000
@@ -119,5 +120,7 @@ def test_an_installed_wheel_trains_sweeps_and_reports_without_the_checkout(tmp_p
     assert (work / "run" / "metrics.jsonl").read_text("utf-8").count("\n") == 2
     run(command, "sweep", "grid", *TINY, "--grid=seed=0,1", "--workers=1")
     assert len(list(work.glob("grid/*/done.json"))) == 2
+    assert "Appended to: " in run(command, "evaluate", "run", "--eval_questions=3")
+    assert "does NOT fit" in run(command, "plan", "--config=covrl-7b", "--device=rtx4090")
     assert "Report: " in run(command, "report", "run")
     assert (work / "run" / "report.html").exists()

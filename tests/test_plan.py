@@ -129,6 +129,8 @@ def test_built_in_shapes_have_the_published_parameter_counts():
         "Qwen/Qwen2.5-14B": 14.77,
         "Qwen/Qwen3-8B": 8.19,
         "Qwen/Qwen3-14B": 14.77,
+        "Qwen/Qwen3-8B-Base": 8.19,
+        "Qwen/Qwen3-14B-Base": 14.77,
         "meta-llama/Llama-3.1-8B": 8.03,
     }
     assert set(published) == set(SHAPES)

@@ -9,8 +9,9 @@ import pytest
 import reasoning_gym
 
 from covrl_lab import load_task
-from covrl_lab.train.answers import match_answer
+from covrl_lab.train.answers import gym_scorer, match_answer
 from covrl_lab.train.scorer import Scorer, scorer
+from covrl_lab.types import Example
 
 HUGE = ["9**(9)**(9)**(9)", "9**+9**+9**+9", "exp(exp(exp(exp(99))))", "((x+y+z+w)**99)**9"]
 EVALUATING = ["simple_integration", "intermediate_integration", "polynomial_multiplication", "puzzle24", "countdown"]
@@ -105,3 +106,67 @@ def test_a_task_scores_through_it():
     task = load_task("reasoning_gym/countdown")
     example = task.train(0, 1)[0]
     assert task.score(example.answer, example) == 1.0 and task.score("9**9**9**9", example) < 0.1
+
+
+ANSWERS = [
+    *HUGE,
+    "9" * 5000,
+    "1e999999999",
+    "9^{9^{9^{9}}}",
+    "2**2**2**2**2**2",
+    "factorial(10**9)",
+    "(" * 5000 + "1" + ")" * 5000,
+    "[" * 5000,
+    "{" * 500 + "}" * 500,
+    "[0]*10**10",
+    "'a'*10**10",
+    "range(10**12)",
+    "__import__('os').system('touch pwned')",
+    "().__class__.__base__.__subclasses__()",
+    "open('pwned', 'w')",
+    "exec('1')",
+    "lambda: 0",
+    "[x for x in iter(int, 1)]",
+    "while True: pass",
+    "import os",
+    "nan",
+    "inf",
+    "-inf",
+    "1/0",
+    "0/0",
+    "\\frac{1}{0}",
+    "\\frac{\\frac{\\frac{1}{2}}{3}}{4}",
+    "\\sum_{n=1}^{\\infty} n^{n^n}",
+    "\\int_0^{10^{10^{10}}} x dx",
+    "\\input{/etc/passwd}",
+    "sqrt(sqrt(sqrt(-1)))**sqrt(-1)**9999",
+    "x" * 100_000,
+    "\u0660\u0661\u0662",
+    "\x00",
+    "\ud800",
+    "\u202e12\u202c",
+    "1\n2\n3",
+    '{"a": 1}',
+    '[["\\ud83d"]]',
+    "<script>alert(1)</script>",
+    "%s%n",
+    " " * 10_000,
+    "a,b,c," * 5000,
+    "((x+y+z+w)**99)**9 + C",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["match_answer", *sorted(reasoning_gym.factory.DATASETS)])
+def test_a_hostile_answer_is_a_score_and_no_more(name, tmp_path, monkeypatch):
+    """Through the pattern that keeps code away and through the process, as training does it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scorer, "seconds", 0.5)
+    if name == "match_answer":
+        scores = [match_answer(text, reference) for text in ANSWERS for reference in ("x^2+1", "12", "{1, 2}", "word")]
+    else:
+        entry = reasoning_gym.create_dataset(name, seed=0, size=1)[0]
+        example = Example("a", entry["question"] or "?", str(entry["answer"]) or "?", entry["metadata"])
+        scores = [gym_scorer(name)(text, example) for text in ANSWERS]
+    assert len(ANSWERS) >= 40 and all(0 <= score <= 1 for score in scores)
+    assert not list(tmp_path.iterdir())

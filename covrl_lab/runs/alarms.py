@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 RECENT = 3  # steps that the last state of a run is judged by
-HALF = 0.5  # traces or trace dependence below this share of their start raise an alarm
+HALF = 0.5  # traces or trace dependence below this share of their start raise an alarm; so do more one-token traces
 FINISHED = 0.5  # so does a lower share of finished traces
 USED = 1.0  # nats; a model whose answers moved less than this from the start never used its traces
 
@@ -27,11 +27,22 @@ def alarms(metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[s
     versions lack some values; the rules that need them are left out.
     """
     found = {}
-    finished, norms = _recent(metrics, "finished_share"), _recent(metrics, "gradient_norm")
+    names = ("finished_share", "gradient_norm", "one_token_share")
+    finished, norms, short = (_recent(metrics, name) for name in names)
     if finished and max(finished) < FINISHED:
         found["unfinished"] = (
             f"only {sum(finished) / len(finished):.0%} of the traces end within the limit, and an unfinished "
             "trace teaches nothing: raise max_trace_tokens"
+        )
+    if skipped := sum(step.get("skipped") or 0 for step in metrics):
+        found["not finite"] = (
+            f"the updates of {skipped} steps were left out, as loss or gradient was not finite: lower learning_rate "
+            "or kl_weight, or use dtype='float32'"
+        )
+    if short and min(short) > HALF:
+        found["one token"] = (
+            f"{sum(short) / len(short):.0%} of the traces are a single token, so nothing is reasoned: use "
+            "method='covrl' or 'verifree', or lower nll_weight"
         )
     if norms and not any(norms):
         found["no gradient"] = (

@@ -182,7 +182,8 @@ def scores(methods: Methods, step: int | None = None) -> pd.DataFrame:
             wanted = "any step" if last is None else f"step {last} (step_{last:05d}.parquet)"
             raise ConfigError(f"{run.path} has no evaluation of {wanted}; leave it out or resume it")
         found = run.predictions(last).query("sample < 0")
-        frames.append(found.assign(method=label, task=_task(config), seed=config.seed, step=last))
+        task = found.get("set", _task(config))  # each of several sets counts as a task
+        frames.append(found.assign(method=label, task=task, seed=config.seed, step=last))
     return pd.concat(frames, ignore_index=True)[["method", "task", "seed", "step", "example_id", "score"]]
 
 

@@ -38,12 +38,12 @@ def step_file(folder: Path, step: int, suffix: str = ".parquet") -> Path:
 def steps_in(folder: Path) -> list[int]:
     """The steps that ``folder`` holds whole files or folders of, in order."""
     names = (p.name.split(".")[0].removeprefix("step_") for p in folder.glob("step_*") if ".tmp" not in p.name)
-    return sorted(int(n) for n in names if n.isdigit())
+    return sorted(int(n) for n in names if n.isascii() and n.isdigit())
 
 
 def write_parquet(frame: pd.DataFrame, path: Path) -> None:
-    """Write a Parquet file, which nobody ever sees half-written, and its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a Parquet file, which nobody ever sees half-written, and its folder, but not the run's."""
+    path.parent.mkdir(exist_ok=True)
     write_whole(path, frame.to_parquet(index=False, write_page_checksum=True))
 
 
@@ -163,6 +163,14 @@ class Run:
     def evaluations(self) -> pd.DataFrame:
         """One row an evaluation: step, accuracy with its interval, ...; see ``evaluation.summarise``."""
         return pd.DataFrame(self._lines("evaluations.jsonl"))
+
+    @property
+    def benchmarks(self) -> pd.DataFrame:
+        """One row a later evaluation of a checkpoint (``covrl-lab evaluate``): step, settings changed, the summary."""
+        path = self.path / "benchmarks.jsonl"
+        with readable(repr(str(path))):
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            return pd.DataFrame([json.loads(line) for line in lines])
 
     @property
     def alarms(self) -> dict[str, str]:

@@ -40,8 +40,10 @@ def bootstrap_interval(
     if len(scores) == 0:
         raise ValueError("no scores to average")
     per_question = scores.reshape(len(scores), -1).mean(1)
-    draws = np.random.default_rng(seed).integers(0, len(scores), (resamples, len(scores)))
-    low, high = np.quantile(per_question[draws].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    rng, rows = np.random.default_rng(seed), max(1, 2**22 // len(scores))  # of resamples in memory at once
+    sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+    means = [per_question[rng.integers(0, len(scores), (size, len(scores)))].mean(1) for size in sizes]
+    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(per_question.mean()), float(low), float(high)
 
 

@@ -28,6 +28,7 @@ from typing import Any
 import pandas as pd
 
 from ..config import RunConfig
+from ..files import refuse_links
 from ..types import ConfigError
 from .folder import read_lines, steps_done
 from .worker import ENDS, POLL_SECONDS, check_platform, first_line, status, supervise, write_end
@@ -169,6 +170,7 @@ class Sweep:
         if workers is not None and workers < 1:
             raise ConfigError(f"workers must be 1 or more, not {workers!r}")
         for run_id, config in self.runs.items():
+            refuse_links(self.path(run_id))
             path = self.path(run_id) / "config.json"
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -255,7 +255,7 @@ class EstimatorPanel(Panel):
             return plot_gradient_quality(self.frame)
         if self.section == "kl":
             along, held = self.over.value, {name: at[name] for name in (*estimators.KNOBS, "temperature")}
-            points = np.linspace(0, 4, 17) if along == "distance" else np.linspace(0.1, 1, 10)
+            points = np.linspace(0, 3, 13) if along == "distance" else np.linspace(0.1, 1, 10)
             figure = plot_kl_estimators(estimators.kl_sweep(self.world, along, points, **held, **draws))
         elif self.section == "ratio":
             along, world = "alpha", self.world.between(at["distance"], at["temperature"])

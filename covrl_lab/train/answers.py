@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from ..types import Example
@@ -109,6 +109,97 @@ def _same_formula(prediction: str, reference: str) -> bool:
     if not re.search(r"[\d\\^+=$]", reference) or re.search(r"(?<![\\a-z])[a-z]{2,}", reference):
         return False  # words: as formulas, "en" and "ne" would be the same product
     return scorer("math_verify", prediction, {"answer": reference}) == 1.0
+
+
+# --- benchmarks: the answer is looked for in what the model wrote, and LaTeX has many spellings
+
+LETTERS = "ABCDEFGHIJ"
+_LEAD = r"^(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+|my\s+)?(?:final\s+|correct\s+)?answer\s*(?:is\s*:?|[:=])\s*"
+_LOOKS = (
+    (r"\\(?:left|right)(?![a-z])|\\!|\\\$|(?<=\d)\{,\}(?=\d{3})|\s*\^\s*\{?\s*\\circ\s*\}?", ""),
+    (r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}(?:\s*\^\s*\{?\s*[23]\s*\}?)?", r" \1 "),
+    (r"\\[dt]frac", r"\\frac"),
+    (r"(\d)\s*(?:\\times|\\cdot|×|\*)\s*10\s*\^\s*\{?\s*([-−+]?\d+)\s*\}?", r"\1e\2"),
+    (r"^\s*([-+]?)([\w\\ ]+)/([\w\\ ]+)$", r"\1\\frac{\2}{\3}"),  # \pi/2 is no more work than \frac{\pi}{2}
+)
+
+
+def match_benchmark(prediction: str, example: Example, tolerance: float = 0.0) -> float:
+    """1.0 where the answer of a benchmark's question is right, else 0.0.
+
+    What counts is the answer that the text states: in a box, after "the answer is", or as the whole text. Of a choice,
+    its letter or its words count, and both only if they agree. Otherwise ``match_answer`` decides, also part by part
+    in lists; ``tolerance``, relative, is for references with a decimal point or an exponent.
+    """
+    if options := example.metadata.get("options"):
+        return float(_choose(_stated(prediction), options) == example.answer)
+    return float(_same(_stated(prediction), example.answer, tolerance))
+
+
+def vote(prediction: str, example: Example) -> str:
+    """What answers have in common that count as the same in a majority vote; "" where none is stated."""
+    if options := example.metadata.get("options"):
+        return _choose(_stated(prediction), options) or ""
+    text = _plain(_stated(prediction))
+    value = _value(text)
+    return re.sub(r"\s", "", text) if value is None else str(value)
+
+
+def _stated(text: str) -> str:
+    """The final answer that a text states, without end-of-turn tokens, "the answer is", bold type or a box."""
+    text = re.sub(r"<\|[^|<>]*\|>|</s>", "", text).strip()
+    boxes = {_parts(text[found.end() :], "")[0] for found in re.finditer(r"\\boxed\s*\{", text)}
+    if len(boxes) == 1:
+        return boxes.pop()
+    return re.sub(_LEAD, "", re.sub(r"\*\*(.+?)\*\*", r"\1", text, flags=re.S), flags=re.I).strip()
+
+
+def _plain(text: str) -> str:
+    """Normalised text without what only changes how LaTeX looks."""
+    for pattern, plain in _LOOKS:
+        text = re.sub(pattern, plain, text)
+    return _normalise(text)
+
+
+def _parts(text: str, ends: str) -> list[str]:
+    """Up to a bracket that closes what was opened before the text, the parts between those of ``ends`` outside any."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(character, 0)
+        if depth < 0:
+            break
+        if character in ends and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
+
+
+def _same(prediction: str, reference: str, tolerance: float = 0.0) -> bool:
+    ours, theirs = _plain(prediction), _plain(reference)
+    if not ours or not theirs:
+        return False
+    value, wanted = _value(ours), _value(theirs)
+    if None not in (value, wanted) and tolerance and re.search(r"\d\.\d|\de[-+]?\d", theirs):
+        return abs(value - wanted) <= Fraction(tolerance) * abs(wanted)
+    lists = [re.fullmatch(r"([(\[]?)(.*,.*?)([)\]]?)", text) for text in (ours, theirs)]
+    if all(lists):
+        pairs = [_parts(found.group(2), ",") for found in lists]
+        if len(pairs[0]) == len(pairs[1]) > 1:
+            same = (_same(*pair, tolerance) for pair in zip(*pairs, strict=True))
+            return lists[0].group(1, 3) == lists[1].group(1, 3) and all(same)
+    return re.sub(r"\s", "", ours) == re.sub(r"\s", "", theirs) or match_answer(ours, theirs) == 1.0
+
+
+def _choose(text: str, options: Sequence[str]) -> str | None:
+    """The letter of the option that a text names: by letter, by words, or by both where they agree."""
+    named, letters = re.sub(r"^\$+|\$+$|\.$", "", _plain(text)).strip(), LETTERS[: len(options)]
+    pattern = rf"(?:(?:option|choice|answer)\s+)?(?:\(\s*([{letters}])\s*\)|([{letters}])(?:[).:]|\s*$))\s*(.*)"
+    if found := re.fullmatch(pattern, named, flags=re.I | re.S):
+        letter = (found.group(1) or found.group(2)).upper()
+        return letter if not found.group(3) or _same(found.group(3), options[LETTERS.index(letter)]) else None
+    hits = [letter for letter, option in zip(letters, options, strict=True) if _same(named, option)]
+    return hits[0] if len(hits) == 1 else None
 
 
 # --- reasoning-gym's scorers

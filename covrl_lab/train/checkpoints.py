@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..config import RunConfig
-from ..files import CHECKSUMS, check_checksums, checksums, read_object, readable, write_whole
+from ..files import CHECKSUMS, check_checksums, checksums, read_object, readable, refuse_links, write_whole
 from ..runs.folder import read_lines, step_file, steps_in
 from ..types import ConfigError
 from .policy import Policy, load_adapter, save_adapter
@@ -44,6 +44,7 @@ def check_run_dir(config: RunConfig) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         problem = "cannot be written" if parent.is_dir() else "is a file"
         raise ConfigError(f"{str(parent)!r} {problem}, so it cannot hold a run; choose another run_dir")
+    refuse_links(Path(os.path.realpath(run_dir)))  # itself it may be one
     if (run_dir / "config.json").exists():
         if different := config.differences(RunConfig.load(run_dir / "config.json")):
             name, (mine, theirs) = next(iter(different.items()))
@@ -161,8 +162,12 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def is_disk_full(error: Exception) -> bool:
-    """Whether writing failed for want of space."""
+def write_problem(run_dir: Path, error: Exception) -> str:
+    """Why a run folder could not be written, and what to do: the beginning of a sentence."""
     full = [errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)]  # Windows has no EDQUOT
     # safetensors passes the system's error on as text only.
-    return getattr(error, "errno", None) in full or f"os error {errno.ENOSPC}" in str(error)
+    if getattr(error, "errno", None) in full or f"os error {errno.ENOSPC}" in str(error):
+        return f"no space left for {str(run_dir)!r}; free some"
+    if not (run_dir / "config.json").exists():
+        return f"{str(run_dir)!r} has vanished ({error}); bring it back"
+    return f"{str(run_dir)!r} cannot be written ({error}); mend that"

@@ -7,14 +7,20 @@ wrong. Per-question results are kept, so that intervals can be computed later ov
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from ..config import RunConfig
 from ..runs.stats import bootstrap_interval, share_interval
 from ..types import Example, Prompt
+from .answers import vote
 from .policy import Policy
 from .prompts import Prompter
 from .sampling import generate
@@ -23,6 +29,15 @@ from .scoring import answer_logprobs
 from .tasks import Task
 
 ROWS = 32  # generations decoded together
+
+
+class EvalSet(NamedTuple):
+    """Questions that are evaluated together; without a name, the held-out part of the training task."""
+
+    name: str
+    task: Task
+    examples: Sequence[Example]
+    samples: int  # sampled generations a question
 
 
 def predict(
@@ -44,7 +59,7 @@ def predict(
     ``trace_ids``, ``prediction``, ``finished`` and ``trace_tokens``.
     """
     split = None if uniforms is None else uniforms.split([max_trace_tokens, max_answer_tokens], dim=1)
-    style, settings = prompter.style, {"temperature": temperature, "top_p": top_p}
+    style, settings = prompter.style, {"temperature": temperature, "top_p": top_p, "stop_ids": prompter.stop_ids}
     traces, ended, _ = generate(
         policy,
         [p.posterior if posterior else p.prior for p in prompts],
@@ -72,8 +87,8 @@ def predict_answers(
     policy: Policy, prompter: Prompter, contexts: Sequence[Sequence[int]], max_tokens: int, **sampling
 ) -> list[str]:
     """Decode the answer after each context (prompt, trace and seam ids); greedy without ``uniforms``."""
-    end = prompter.style.answer_end
-    ids, _, _ = generate(policy, contexts, max_tokens=max_tokens, ended=lambda y: prompter.ends(y, end), **sampling)
+    end, settings = prompter.style.answer_end, {"max_tokens": max_tokens, "stop_ids": prompter.stop_ids} | sampling
+    ids, _, _ = generate(policy, contexts, ended=lambda y: prompter.ends(y, end), **settings)
     return [prompter.answer_text(y) for y in ids]
 
 
@@ -90,6 +105,7 @@ def evaluate(
     top_p: float = 1.0,
     seed: int = 0,
     posterior: bool = False,
+    bounds: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
     """One row per generation: one greedy generation a question (sample -1), then ``samples`` sampled ones.
@@ -99,7 +115,8 @@ def evaluate(
     memory, and so gave 0). Greedy rows also have answer_logp, other_trace_logp
     and no_trace_logp: the reference answer's log-probability in nats after the model's own trace, after that of
     the next question, and after none; and, with ``posterior``, posterior_score: the score of the model's answer
-    after its greedy trace from the posterior prompt, a ceiling that the prior may reach.
+    after its greedy trace from the posterior prompt, a ceiling that the prior may reach. With ``bounds`` sampled rows
+    have answer_logp, too, and vote, by which answers count as the same in a majority.
     """
     prompts = [prompter(e) for e in examples]
     width = max_trace_tokens + max_answer_tokens
@@ -140,6 +157,11 @@ def evaluate(
             if sample < 0:
                 for row, use in zip(rows, trace_use(policy, prompts, traces), strict=True):
                     row.update(use)
+            elif bounds:
+                parts = [slice(start, start + ROWS) for start in range(0, len(examples), ROWS)]
+                nats = [x for part in parts for x in answer_logprobs(policy, prompts[part], traces[part]).tolist()]
+                for row, example, value in zip(rows[-len(examples) :], examples, nats, strict=True):
+                    row |= {"answer_logp": value, "vote": vote(row["prediction"], example) if row["finished"] else ""}
         for start in range(0, len(examples) if posterior else 0, at_once):
             part = slice(start, start + at_once)
             results = predict(policy, prompter, prompts[part], **limits, posterior=True)
@@ -165,6 +187,47 @@ def trace_use(policy: Policy, prompts: Sequence[Prompt], traces: Sequence[Sequen
     return found
 
 
+def evaluate_sets(
+    policy: Policy, prompter: Prompter, sets: Sequence[EvalSet], config: RunConfig, progress: bool = True
+) -> tuple[pd.DataFrame, dict]:
+    """Evaluate each set on its own: all rows, with a column ``set``, the averages over sets, and each set's own.
+
+    A set's accuracy is ``NAME/accuracy``, and so on. A lone set without a name gives what ``summarise`` gives.
+    """
+    settings, frames = {"max_answer_tokens": config.max_answer_tokens, "seed": config.seed}, {}
+    for name in ("temperature", "top_p", "max_trace_tokens"):
+        settings[name] = getattr(config, f"eval_{name}") or getattr(config, name)
+    for one in sets:
+        options = {"samples": one.samples, "posterior": config.alpha < 1, "bounds": bool(one.name)}
+        frame = evaluate(policy, prompter, one.task, one.examples, **settings, **options, progress=progress)
+        frames[one.name] = frame.assign(set=one.name) if one.name else frame
+    if list(frames) == [""]:
+        return frames[""], summarise(frames[""])
+    summaries = {name: summarise(frame) for name, frame in frames.items()}
+    own = {f"{name}/{key}": value for name, summary in summaries.items() for key, value in summary.items()}
+    rows = pd.concat(frames.values(), ignore_index=True)
+    if rows.duplicated(["example_id", "sample"]).any():  # two files of one name, or of one preset
+        rows["example_id"] = rows["set"] + " " + rows["example_id"]
+    return rows, average(summaries) | own
+
+
+def average(summaries: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The mean over sets of everything that all of them have; counts are added up, and k is left out if it differs.
+
+    The interval of a mean of independent sets is made from theirs (Zou and Donner 2008): its lower side is
+    sqrt(sum (mean - low)^2) / sets, the upper side likewise.
+    """
+    table, found = pd.DataFrame(list(summaries.values())).dropna(axis="columns"), {}
+    for name in table:
+        values, base = table[name], name.removesuffix("_low").removesuffix("_high")
+        if base != name:
+            side = math.sqrt(((values - table[base]) ** 2).sum()) / len(values)
+            found[name] = found[base] + (side if name.endswith("_high") else -side)
+        elif name != "k" or values.nunique() == 1:
+            found[name] = int(values.sum()) if name in ("eval_questions", "eval_scoring_cut") else float(values.mean())
+    return found
+
+
 def summarise(results: pd.DataFrame) -> dict[str, float]:
     """pass@1 (greedy) and, where there are samples, avg@k, each with a 95% interval over questions.
 
@@ -172,7 +235,9 @@ def summarise(results: pd.DataFrame) -> dict[str, float]:
     over k sampled answers, averaged over questions. answer_logprob is the mean of log p(y|x,z) in nats after greedy
     traces, no_trace_logprob after none, and trace_dependence the mean distance that log p(y|x,z) moves when the
     trace is exchanged for another question's. The interval is Wilson's where greedy answers are right
-    or wrong, and a bootstrap over questions for partial credit and for avg@k.
+    or wrong, and a bootstrap over questions for partial credit and for avg@k. With ``bounds``, also
+    pass_at_k, maj_at_k, and in nats bound_1, the mean of log p(y|x,z), and bound_k, the mean of
+    log (1/k) sum_j p(y|x,z_j): METHODS.md.
     """
     greedy = results[results["sample"] < 0]
     scores = greedy["score"].to_numpy()
@@ -204,4 +269,12 @@ def summarise(results: pd.DataFrame) -> dict[str, float]:
         table = sampled.pivot(index="example_id", columns="sample", values="score").to_numpy()
         mean, low, high = bootstrap_interval(table)
         summary |= {"avg_at_k": mean, "avg_at_k_low": low, "avg_at_k_high": high, "k": table.shape[1]}
+        if "vote" in sampled:
+            counted = sampled[sampled["vote"] != ""].groupby("example_id")["vote"]
+            chosen = counted.agg(lambda votes: Counter(votes).most_common(1)[0][0])  # of equal counts the first
+            voted = sampled[sampled["vote"] == sampled["example_id"].map(chosen)].groupby("example_id")["score"].mean()
+            nats = sampled.pivot(index="example_id", columns="sample", values="answer_logp").to_numpy()
+            summary |= {"pass_at_k": float(table.max(1).mean()), "maj_at_k": float(voted.sum() / len(table))}
+            within = np.logaddexp.reduce(nats, axis=1) - math.log(nats.shape[1])
+            summary |= {"bound_1": float(nats.mean()), "bound_k": float(within.mean())}
     return summary

@@ -2,49 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable
+from dataclasses import replace
 
 from ..config import RunConfig
 from ..types import ConfigError, Example
+from .evaluation import EvalSet
 from .models import load_policy, load_tokenizer
 from .policy import Policy
-from .prompts import Prompter
+from .presets import CHATS, PRESETS
+from .prompts import PLAIN, Prompter
 from .tasks import Task, TaskSettings, load_task
+
+LOG = logging.getLogger(__name__)
 
 
 def open_task(config: RunConfig) -> tuple[Task, Prompter]:
     """Load the task and the tokenizer, but no weights. Raises ConfigError."""
     task = load_task(config.task, **vars(TaskSettings.of(config)))
-    return task, Prompter(load_tokenizer(config.model), task.demonstrations, config.prompt_style)
+    chat = CHATS.get(config.model, PLAIN)
+    chat = replace(chat, think_tag=config.think_tag or chat.think_tag, system=config.system_prompt or chat.system)
+    return task, Prompter(load_tokenizer(config.model), task.demonstrations, config.prompt_style, chat)
 
 
-def check_examples(
-    config: RunConfig, task: Task, prompter: Prompter, evaluated: Sequence[Example], verified: bool, max_context: int
-) -> None:
-    """Raise ConfigError for an example that cannot be trained on or evaluated, before a model is loaded.
+def open_examples(
+    config: RunConfig, task: Task, prompter: Prompter, verified: bool, max_context: int
+) -> tuple[Task, list[EvalSet]]:
+    """The task with the rows that can be trained on, and the sets to evaluate, before a model is loaded.
 
-    ``evaluated`` are held-out examples. Of a finite data set every row is looked at; one whose bytes fit the model's
-    context is not encoded, as a token holds at least a byte. ``verified``: training grades answers, too.
+    Every row of a finite data set is looked at; one whose bytes fit the model's context is not encoded, as a token
+    holds at least a byte. Bad rows are left out and logged with their numbers where ``bad_rows`` or a preset says so;
+    otherwise the first is a ConfigError. ``verified``: training grades answers, too. Questions that are evaluated are
+    never trained on.
     """
-    rows = task.rows()
-    limits = (config.max_trace_tokens, max_context)
-    for example in [*evaluated, *(rows if verified else ())]:
+    longest, wrapper = max(config.max_trace_tokens, config.eval_max_trace_tokens or 0), []
+
+    def graded(example: Example) -> None:
         prompt = prompter(example)
-        prompter.check_length(prompt, *limits, example.place, config.max_answer_tokens)
+        prompter.check_length(prompt, longest, max_context, example.place, config.max_answer_tokens)
         needed = len(prompt.answer)
         if needed > config.max_answer_tokens:
             raise ConfigError(
                 f"the answer of example {example.place!r} takes {needed} tokens with its end, and max_answer_tokens="
                 f"{config.max_answer_tokens} would cut it and count it wrong; set max_answer_tokens to {needed} or more"
             )
-    if verified or not rows:
-        return
-    wrapper = sum(map(len, vars(prompter(rows[0])).values()))  # more than any row's own
-    for example in rows:
+
+    def trained(example: Example) -> None:
         prompter.check_answer(example)
-        size = len(example.question.encode()) + 2 * len(example.answer.encode())
-        if wrapper + size + config.max_trace_tokens + config.max_answer_tokens > max_context:
-            prompter.check_length(prompter(example), *limits, example.place, config.max_answer_tokens)
+        wrapper[1:] or wrapper.extend(map(len, vars(prompter(example)).values()))  # more than any row's own
+        size = sum(wrapper) + len(example.question.encode()) + 2 * len(example.answer.encode())
+        if size + config.max_trace_tokens + config.max_answer_tokens > max_context:
+            limits = (config.max_trace_tokens, max_context, example.place, config.max_answer_tokens)
+            prompter.check_length(prompter(example), *limits)
+
+    def fault(task: Task, check: Callable[[Example], None], example: Example) -> str:
+        """Why an example cannot be used, "" where it can. ConfigError where bad rows are refused."""
+        try:
+            check(example)
+        except ConfigError as error:
+            if config.bad_rows == "refuse" and task.name not in PRESETS or not task.rows():
+                raise
+            return str(error)
+        return ""
+
+    sets, count, elsewhere = [], config.eval_questions, []
+    for name, samples in config.eval_sets() or [("", config.eval_samples)]:
+        own = name in ("", config.task)
+        tested = task if own else load_task(name, demonstrations=0, bad_rows=config.bad_rows)
+        examples, bad = [], {}
+        for example in tested.whole(count, held_out=own):
+            if len(examples) == count:
+                break
+            if reason := fault(tested, graded, example):
+                bad[example.metadata["row"]] = reason
+            else:
+                examples.append(example)
+        tested = tested.without_rows(bad)
+        if own:
+            task = tested
+        else:
+            elsewhere += examples
+            _say_bad_rows(tested)
+        examples = examples if name else tested.held_out(count)  # refused where there are too few
+        if not examples:
+            raise ConfigError(f"no question of {tested.name!r} can be evaluated; raise max_answer_tokens or add rows")
+        sets.append(EvalSet(name, tested, examples, samples))
+    check = graded if verified else trained
+    task = task.without_rows({e.metadata["row"]: why for e in task.rows() if (why := fault(task, check, e))})
+    _say_bad_rows(task)
+    return task.without(elsewhere), sets
+
+
+def _say_bad_rows(task: Task) -> None:
+    if bad := sorted(task.bad_rows.items()):
+        numbers, reasons = ", ".join(str(n) for n, _ in bad[:20]), "; ".join(f"row {n} {why}" for n, why in bad[:3])
+        LOG.warning("%s: %d rows are skipped, numbers %s: %s", task.name, len(bad), numbers, reasons)
 
 
 def open_policy(config: RunConfig, *, adapter: bool = True, rows: int | None = None) -> Policy:

@@ -4,7 +4,7 @@ Each piece of text between two seams is encoded once, and pieces are joined as i
 that the model drew, under both prompts: a decoded trace that is encoded again may have other tokens. The answer is
 always scored after the *prior* context; after the posterior it would only be copied from the prompt.
 
-few_shot (base and small models)           chat (instruct models; ``<think>`` and ``<answer>`` tags)
+few_shot (base and small models)           chat (``<think>`` or ``<thinking>``, and ``<answer>`` tags)
 
     Question: x1                               user: instruction, x
     Reasoning: z1                              assistant, prior:     <think> z </think>
@@ -13,7 +13,8 @@ few_shot (base and small models)           chat (instruct models; ``<think>`` an
     Reasoning: z                                  <answer | > y </answer>
     Answer: | y
 
-A few-shot trace ends with the first token that holds a newline, a chat trace with ``</think>``.
+A few-shot trace ends with the first token that holds a newline, a chat trace with ``</think>``. A chat turn also ends
+with what the template puts behind an assistant's words: base models know no other end of text than their own.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from typing import Any
 
 from ..files import readable
 from ..types import ConfigError, Demonstration, Example, Prompt
+from .presets import ChatPreset
 
+PLAIN = ChatPreset()
 INSTRUCTION = (
     "Answer the question. Reason step by step between <think> and </think>, "
     "then give only the final answer between <answer> and </answer>.\n\n"
@@ -58,17 +61,20 @@ FEW_SHOT = Style(
     trace_end="\n",
     answer_end="\n",
 )
-# The seam is cut inside the tag, and the answer starts with "> ": no tokenizer we tried merges across that cut.
-CHAT = Style(
-    name="chat",
-    prior=lambda x: ["<think>\n"],
-    posterior=lambda x, y: [f"The answer is {y}. I now write the reasoning that leads to it.\n", "<think>\n"],
-    seam="\n<answer",
-    answer=lambda y: f"> {y} </answer>",
-    trace_end="</think>",
-    answer_end="</answer>",
-)
-STYLES = {style.name: style for style in (FEW_SHOT, CHAT)}
+
+
+def chat_style(tag: str) -> Style:
+    """Chat prompts whose reasoning stands between ``<tag>`` and ``</tag>``."""
+    # The seam is cut inside the tag, and the answer starts with "> ": no tokenizer we tried merges across that cut.
+    return Style(
+        name="chat",
+        prior=lambda x: [f"<{tag}>\n"],
+        posterior=lambda x, y: [f"The answer is {y}. I now write the reasoning that leads to it.\n", f"<{tag}>\n"],
+        seam="\n<answer",
+        answer=lambda y: f"> {y} </answer>",
+        trace_end=f"</{tag}>",
+        answer_end="</answer>",
+    )
 
 
 class Prompter:
@@ -76,17 +82,29 @@ class Prompter:
 
     style: "few_shot", "chat" or "auto": few-shot where there are demonstrations, else chat where the tokenizer has
     a chat template, else few-shot without demonstrations. Raises ConfigError for "chat" without a template.
+    chat: think tag, system prompt and, for "chat" with a tokenizer that has none, the template.
     """
 
-    def __init__(self, tokenizer: Any, demonstrations: Sequence[Demonstration] = (), style: str = "auto") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        demonstrations: Sequence[Demonstration] = (),
+        style: str = "auto",
+        chat: ChatPreset = PLAIN,
+    ) -> None:
+        if style == "chat" and chat.template and getattr(tokenizer, "chat_template", None) is None:
+            tokenizer.chat_template = chat.template
         has_template = getattr(tokenizer, "chat_template", None) is not None
         if style == "auto":
             style = "few_shot" if demonstrations or not has_template else "chat"
         if style == "chat" and not has_template:
             raise ConfigError("prompt_style='chat' needs a tokenizer with a chat template; use 'few_shot'")
-        self.tokenizer, self.style = tokenizer, STYLES[style]
-        self.demonstrations = tuple(demonstrations)
+        self.tokenizer, self.style = tokenizer, chat_style(chat.think_tag) if style == "chat" else FEW_SHOT
+        self.demonstrations, self._chat = tuple(demonstrations), chat
+        a = self._ids("a")
+        self._prefixed = tokenizer.decode(a + a) != "aa"  # SentencePiece puts a space before every text
         self.seam = tuple(self._encode(self.style.seam))
+        self.stop_ids = self._turn_end() if style == "chat" else frozenset()
         # What all few-shot prompts start with. Llama's and Gemma's tokenizers start a text with BOS, Qwen's do not.
         first, *more = tokenizer("a")["input_ids"]
         self._prior_root = [first] if more and first == tokenizer.bos_token_id else []
@@ -97,18 +115,34 @@ class Prompter:
             self._prior_root += self._encode(*FEW_SHOT.prior(question), *tail)
             self._posterior_root += self._encode(*FEW_SHOT.posterior(question, answer), *tail)
 
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def _encode(self, *pieces: str) -> list[int]:
-        return [i for piece in pieces for i in self.tokenizer(piece, add_special_tokens=False)["input_ids"]]
+        """Each piece's own ids, as they stand in the middle of a text."""
+        before = "\n" if self._prefixed else ""  # the space is put before the newline, which no token holds on
+        return [i for piece in pieces for i in self._ids(before + piece)[len(self._ids(before)) :]]
+
+    def _render(self, messages: list[dict[str, str]], **options: bool) -> str:
+        system = [{"role": "system", "content": self._chat.system}] if self._chat.system else []
+        remedy = "leave out system_prompt" if system else "use prompt_style='few_shot'"
+        with readable("the model's chat template", remedy):
+            return self.tokenizer.apply_chat_template(system + messages, tokenize=False, **options)
+
+    def _turn_end(self) -> frozenset[int]:
+        """The special token that ends an assistant's turn in the chat template, if there is one."""
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "42"}]
+        tail = self._ids(self._render(turns).rpartition("42")[2].strip())
+        return frozenset(tail[:1]) & frozenset(getattr(self.tokenizer, "added_tokens_decoder", ()))
 
     def _chat_root(self, question: str) -> list[int]:
-        content = INSTRUCTION
+        tag = self._chat.think_tag
+        content = INSTRUCTION.replace("think>", f"{tag}>")
         for d in self.demonstrations:
-            content += f"{d.question}\n<think>\n{d.trace}\n</think>\n<answer> {d.answer} </answer>\n\n"
-        messages = [{"role": "user", "content": content + question}]
-        with readable("the model's chat template", "use prompt_style='few_shot'"):
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            content += f"{d.question}\n<{tag}>\n{d.trace}\n</{tag}>\n<answer> {d.answer} </answer>\n\n"
+        text = self._render([{"role": "user", "content": content + question}], add_generation_prompt=True)
         # Reasoning models' templates may open the thinking themselves; ours opens it in both contexts.
-        return self._encode(text.rstrip().removesuffix("<think>") if text.rstrip().endswith("<think>") else text)
+        return self._ids(text.rstrip().removesuffix("<think>") if text.rstrip().endswith("<think>") else text)
 
     def check_answer(self, example: Example) -> None:
         """Raise ``ConfigError`` for an answer that holds its own end."""
@@ -173,4 +207,4 @@ class Prompter:
         """Decoded answer without its wrapper."""
         text = self.tokenizer.decode(list(ids)).split(self.style.answer_end)[0].strip()
         # Only the chat answer starts with its tag's bracket; a few-shot answer may itself be ">".
-        return text.removeprefix(">").strip() if self.style is CHAT else text
+        return text if self.style is FEW_SHOT else text.removeprefix(">").strip()

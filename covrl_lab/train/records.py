@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
@@ -27,8 +28,8 @@ class StepRecord:
     """
 
     step: int
-    loss: float
-    policy_loss: float
+    loss: float | None  # what is not finite is None
+    policy_loss: float | None
     nll: float | None  # weighted by c_y: nats an answer token of all traces (token_mean), or a trace
     kl: float | None
     reward: float
@@ -43,13 +44,16 @@ class StepRecord:
     trace_tokens: float
     trace_tokens_prior: float | None
     trace_tokens_posterior: float | None
+    one_token_share: float  # traces of a single token
+    equal_reward_share: float | None  # questions whose traces all earn the same; None with one trace each
     answer_term_share: float  # traces in the answer term
     clipped_share: float  # tokens whose gradient the clip holds back
     effective_sample_share: float  # (sum W)^2 / (N sum W^2) of the trace weights W = prod p'/h
     responsibility_prior: float | None  # mean rho on traces of each source
     responsibility_posterior: float | None
     log_ratio_extreme_share: float  # tokens with |log q - log p| above 10 nats
-    gradient_norm: float
+    gradient_norm: float | None  # before the clip
+    skipped: int  # 1 where loss or gradient was not finite, and the update was left out
     learning_rate: float
     accuracy: float | None  # greedy held-out accuracy after this step, where it was evaluated
     seconds: float
@@ -72,7 +76,7 @@ def step_record(
 ) -> StepRecord:
     """The record of step ``step`` (from 1). ``old`` are the log-probabilities before its update.
 
-    ``measured`` are the fields that the training loop knows: gradient_norm, learning_rate, accuracy,
+    ``measured`` are the fields that the training loop knows: gradient_norm, learning_rate, skipped, accuracy,
     seconds_sampling and seconds_update.
     """
 
@@ -92,8 +96,9 @@ def step_record(
     if old.posterior is not None:
         rho = responsibility(old, config.composite_weight)
         gap = (old.posterior - old.prior).abs() > 10
+    groups = credit.reward.view(-1, batch.group_size)
     packed, padded = packed_tokens(prompts, batch, needs_posterior(config))
-    return StepRecord(
+    record = StepRecord(
         step=step,
         loss=losses["loss"],
         policy_loss=losses["policy"],
@@ -103,6 +108,8 @@ def step_record(
         prior_share=mean(prior),
         finished_share=mean(batch.finished),
         trace_tokens=mean(lengths),
+        one_token_share=mean(lengths == 1),
+        equal_reward_share=mean(groups.amax(1) == groups.amin(1)) if batch.group_size > 1 else None,
         answer_term_share=mean(credit.answer_weight != 0),
         clipped_share=losses["clipped_share"],
         effective_sample_share=float(weight.sum() ** 2 / (len(batch) * (weight**2).sum())),
@@ -116,6 +123,8 @@ def step_record(
         **by_source,
         **measured,
     )
+    wrong = [name for name, value in vars(record).items() if isinstance(value, float) and not math.isfinite(value)]
+    return replace(record, **dict.fromkeys(wrong))
 
 
 def log_ratio(old: LogProbs, config: RunConfig) -> Tensor:

@@ -7,14 +7,15 @@ it is finished.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from ..types import Prompt, TraceBatch
+from ..types import NotFinite, Prompt, TraceBatch
 from .lora import cached_adapters
 from .policy import Policy
 from .prompts import Prompter
@@ -270,15 +271,18 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     uniforms: Tensor | None = None,
+    stop_ids: Iterable[int] = (),
 ) -> tuple[list[list[int]], list[bool], list[list[float]]]:
-    """Continue each context by at most ``max_tokens`` ids until ``ended(ids)`` or an end-of-text token.
+    """Continue each context by at most ``max_tokens`` ids until ``ended(ids)``, an end-of-text token or one of
+    ``stop_ids``.
 
     uniforms (rows, max_tokens) in [0, 1) draw row i's t-th token by inverse CDF, so that a row's tokens
     do not depend on its neighbours; ``None`` decodes greedily. Returns ids, whether ``ended`` was met, and
-    the tokens' log-probabilities under softmax(logits / temperature) without the top-p cut.
+    the tokens' log-probabilities under softmax(logits / temperature) without the top-p cut. NotFinite where they
+    are not.
     """
     eos = policy.causal_lm.generation_config.eos_token_id
-    stop_ids = {*(eos if isinstance(eos, list) else [eos]), policy.tokenizer.eos_token_id}
+    stop_ids = {*stop_ids, *(eos if isinstance(eos, list) else [eos]), policy.tokenizer.eos_token_id}
     ids: list[list[int]] = [[] for _ in contexts]
     logprobs: list[list[float]] = [[] for _ in contexts]
     done, device = [False] * len(contexts), policy.device
@@ -302,6 +306,8 @@ def generate(
             (tokens, nats), drawn, alive = torch.stack(drawn, 2).tolist(), [], []
             for k, row in enumerate(active):
                 for new, logprob in zip(map(int, tokens[k]), nats[k], strict=True):
+                    if not math.isfinite(logprob):
+                        raise NotFinite(f"the probabilities of the model {policy.name!r} are not finite")
                     ids[row].append(new)
                     logprobs[row].append(logprob)
                     done[row] = ended(ids[row])
@@ -360,7 +366,7 @@ def sample_traces(
         return prompter.ends(trace, prompter.style.trace_end)
 
     uniforms = torch.rand(len(contexts), max_tokens, generator=generator, dtype=torch.float64)
-    settings = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    settings = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "stop_ids": prompter.stop_ids}
     ids, done, logprobs = generate(policy, contexts, ended=ended, uniforms=uniforms, **settings)
     finished = [d and bool(prompter.trace_text(z)) for d, z in zip(done, ids, strict=True)]
     padded = pad_sequence([torch.tensor(z) for z in ids], batch_first=True)

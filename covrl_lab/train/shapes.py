@@ -102,6 +102,8 @@ SHAPES = {
     "Qwen/Qwen2.5-14B": Shape(5120, 48, 40, 8, 128, 13824, 152064, tied=False, biases=True),
     "Qwen/Qwen3-8B": Shape(4096, 36, 32, 8, 128, 12288, 151936, tied=False, head_norms=True),
     "Qwen/Qwen3-14B": Shape(5120, 40, 40, 8, 128, 17408, 151936, tied=False, head_norms=True),
+    "Qwen/Qwen3-8B-Base": Shape(4096, 36, 32, 8, 128, 12288, 151936, tied=False, head_norms=True),
+    "Qwen/Qwen3-14B-Base": Shape(5120, 40, 40, 8, 128, 17408, 151936, tied=False, head_norms=True),
     "meta-llama/Llama-3.1-8B": Shape(4096, 32, 32, 8, 128, 14336, 128256, tied=False),
 }
 

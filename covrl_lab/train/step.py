@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import RunConfig
-from ..types import Credit, Example, LogProbs, Prompt, TraceBatch
+from ..types import ConfigError, Credit, Example, LogProbs, Prompt, TraceBatch
 from .evaluation import predict_answers
 from .methods import Method
 from .objectives import Totals, needs_posterior
@@ -104,15 +104,25 @@ def _joined(parts: Sequence[Credit]) -> Credit:
     return Credit(**{name: torch.cat(c) if isinstance(c[0], Tensor) else c[0] for name, c in columns.items()})
 
 
-def clip_gradient(policy: Policy, max_norm: float, step: int) -> float:
-    """Clip the adapter's gradient; the norm before the clip. FloatingPointError where it is not finite."""
-    norm = float(torch.nn.utils.clip_grad_norm_([p for _, p in policy.trainable()], max_norm))
-    if not math.isfinite(norm):
-        raise FloatingPointError(
-            f"the gradient of step {step + 1} is not finite; lower learning_rate or kl_weight, "
-            "or use dtype='float32' (the run resumes from its last checkpoint)"
+def clip_gradient(policy: Policy, max_norm: float) -> float:
+    """Clip the adapter's gradient; the norm before the clip, which may not be finite."""
+    return float(torch.nn.utils.clip_grad_norm_([p for _, p in policy.trainable()], max_norm))
+
+
+def must_skip(config: RunConfig, loss: float, norm: float, records: Sequence[Mapping[str, float]]) -> bool:
+    """Whether a step's update must be left out: its loss or gradient norm is not finite.
+
+    ConfigError where the run has done so in ``max_skipped_steps`` of its steps already.
+    """
+    if math.isfinite(loss + norm):
+        return False
+    if sum(record.get("skipped") or 0 for record in records) >= config.max_skipped_steps:
+        raise ConfigError(
+            f"loss {loss:g} or gradient norm {norm:g} of step {len(records) + 1} is not finite, so the run stops "
+            "before its update; raise max_skipped_steps to resume without it, or start anew with a lower "
+            "learning_rate or kl_weight, or dtype='float32'"
         )
-    return norm
+    return True
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: RunConfig, step: int) -> None:

@@ -1,38 +1,33 @@
 """Tasks: where questions, reference answers and worked examples come from. No torch.
 
-A task is a built-in generator (``TASKS``), ``reasoning_gym/NAME``, ``hf/OWNER/NAME``, or the path of a
-.jsonl, .json, .csv or .parquet file. Training and held-out questions are disjoint by construction: a hash of
+A task is a built-in generator (``TASKS``), ``reasoning_gym/NAME``, ``hf/OWNER/NAME``, a name in ``presets``, or the
+path of a .jsonl, .json, .csv or .parquet file. Training and held-out questions are disjoint by construction: a hash of
 the question's words alone decides its side, so no seed, order or file edit can move a question across.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
-from decimal import Decimal
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from ..config import RunConfig
-from ..files import readable
-from ..types import UNFIT, ConfigError, Demonstration, Example, did_you_mean
-from .answers import gym_scorer, match_answer
+from ..types import ConfigError, Demonstration, Example, did_you_mean
+from .answers import gym_scorer, match_answer, match_benchmark
 from .builtin_tasks import RANGES, TASKS
+from .presets import PRESETS, Preset, find_preset
+from .rows import FILE_SUFFIXES, BadRow, cell, check_columns, lookup, read_file, read_hub, to_question
 
 HELD_OUT_EVERY = 5  # one question in five is held out
 MAX_DEMONSTRATIONS = 8
 DEFAULT_DIFFICULTY = 2
 MAX_DRAWS = 1000  # in a row, until a generator counts as exhausted
-FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def normalise_question(question: str) -> str:
@@ -91,7 +86,12 @@ class _Stream:
                     return example
         raise ConfigError(f"task {self.name!r} gave no training question in {MAX_DRAWS} draws; choose another")
 
-    def held_out(self, count: int) -> list[Example]:
+    def without(self, questions: frozenset[str]) -> _Stream:
+        return replace(self, reserved=self.reserved | questions)
+
+    def held_out(self, count: int | None) -> list[Example]:
+        if count is None:
+            raise ConfigError(f"task {self.name!r} has no end, so eval_questions must be a number")
         found: dict[str, Example] = {}
         attempt = last_hit = 0
         while len(found) < count:
@@ -122,13 +122,22 @@ class _Rows:
         places = (divmod(index, size) for index in range(start, start + count))
         return [self.train_examples[_epoch_order(size, seed, epoch)[place]] for epoch, place in places]
 
-    def held_out(self, count: int) -> list[Example]:
-        if count > len(self.held_out_examples):
+    def without(self, questions: frozenset[str]) -> _Rows:
+        kept = [example for example in self.train_examples if _asked(example) not in questions]
+        return replace(self, train_examples=tuple(kept))
+
+    def held_out(self, count: int | None) -> list[Example]:
+        if count is not None and count > len(self.held_out_examples):
             raise ConfigError(
                 f"data set {self.name!r} has {len(self.held_out_examples)} held-out questions (a fifth), "
                 f"not {count}; ask for fewer or add rows"
             )
         return list(self.held_out_examples[:count])
+
+
+def _asked(example: Example) -> str:
+    """A question as its source asks it, normalised: without the options that a preset adds."""
+    return normalise_question(example.metadata.get("asked", example.question))
 
 
 @lru_cache(maxsize=8)
@@ -144,6 +153,7 @@ class Task:
     demonstrations: tuple[Demonstration, ...]
     _source: _Stream | _Rows = field(repr=False)
     _score: Callable[[str, Example], float] = field(repr=False)
+    bad_rows: dict[int, str] = field(default_factory=dict)  # row number -> why it was skipped
 
     def train(self, start: int, count: int, seed: int = 0) -> list[Example]:
         """Examples start .. start+count-1 of the endless training stream, a pure function of its arguments.
@@ -152,9 +162,31 @@ class Task:
         """
         return self._source.train(start, count, seed)
 
-    def held_out(self, count: int) -> list[Example]:
-        """The first ``count`` held-out examples, all different. ConfigError if there are fewer."""
+    def held_out(self, count: int | None) -> list[Example]:
+        """The first ``count`` held-out examples, all different; None: all. ConfigError if there are fewer."""
         return self._source.held_out(count)
+
+    def whole(self, count: int | None, held_out: bool = False) -> list[Example]:
+        """All of a finite data set, or all that is held out, in an order that no seed changes.
+
+        Of a generator, ``count`` held-out examples.
+        """
+        if not self.rows():
+            return self.held_out(count)
+        return self.held_out(None) if held_out else sorted(self.rows(), key=lambda e: _digest(e.question))
+
+    def without(self, questions: Sequence[Example]) -> Task:
+        """The same task without these questions in training."""
+        asked = frozenset(map(_asked, questions))
+        return replace(self, _source=self._source.without(asked)) if asked else self
+
+    def without_rows(self, bad: dict[int, str]) -> Task:
+        """The same task without these rows of a finite data set; ``bad_rows`` keeps the reasons."""
+        if not bad:
+            return self
+        parts = ("train_examples", "held_out_examples")
+        kept = {p: tuple(e for e in getattr(self._source, p) if e.metadata["row"] not in bad) for p in parts}
+        return replace(self, _source=replace(self._source, **kept), bad_rows=self.bad_rows | bad)
 
     def rows(self) -> Sequence[Example]:
         """Every example of a finite data set; none of a generator, which has no end."""
@@ -198,85 +230,35 @@ def _gym_task(name: str) -> Task:
 # --- Files and Hugging Face data sets.
 
 
-def _read_file(path: Path, limit: int | None = None) -> tuple[list[str], Iterable[dict[str, Any]]]:
-    """Column names and rows (at most ``limit``) of a data file."""
-    what = f"data file {str(path)!r}"
-    with readable(what, "mend it"):
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            file = pyarrow.parquet.ParquetFile(path)
-            return file.schema_arrow.names, [] if limit else file.read().to_pylist()
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":  # the csv module keeps "007" and "NA" as they stand
-                reader = csv.DictReader(file)
-                return list(reader.fieldnames or []), [] if limit else list(reader)
-            if path.suffix == ".json":
-                rows = json.load(file)
-            else:
-                lines, rows = ((n, line) for n, line in enumerate(file, start=1) if line.strip()), []
-                for number, line in islice(lines, limit):
-                    with readable(f"line {number} of {what}", "mend it"):
-                        rows.append(json.loads(line))
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ConfigError(f"data file {str(path)!r} must hold a list of objects, one per question")
-    return list(rows[0]) if rows else [], rows
-
-
-def _read_hub(name: str, config: str | None, split: str | None) -> tuple[list[str], Iterable[dict[str, Any]]]:
-    import datasets
-
-    try:
-        data = datasets.load_dataset(name.removeprefix("hf/"), config, split=split or "train")
-    except Exception as error:  # network, name, config or split: the hub's own words say which
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{name!r} cannot be loaded ({reason}); check the name and the network") from error
-    return data.column_names, data
-
-
-def _check_columns(name: str, found: list[str], wanted: Iterable[str | None]) -> None:
-    if not found:
-        raise ConfigError(f"data set {name!r} is empty; it needs one row per question")
-    for column in wanted:
-        if found.count(column) > 1:
-            raise ConfigError(f"data set {name!r} has two columns {column!r}; rename one")
-        if column is not None and column not in found:
-            hint = did_you_mean(column, found)
-            raise ConfigError(f"data set {name!r} has columns {found} but not {column!r}{hint}")
-
-
-def _cell(row: dict[str, Any], column: str | None, place: str) -> str:
-    """The text of a cell. ConfigError, which gives its place, where it is no text and no finite number."""
-    value = row.get(column)
-    text = "" if value is None else str(value).strip()
-    several = hasattr(value, "__len__") and not isinstance(value, str)
-    if several or UNFIT.search(text) or (isinstance(value, float | Decimal) and not math.isfinite(value)):
-        raise ConfigError(f"{place} has {value!r:.60} in {column!r}; put text or a finite number there, or remove it")
-    return text
-
-
-def _row_task(name: str, rows: Iterable[dict], question: str, answer: str, trace: str | None, shown: int) -> Task:
+def _row_task(name: str, rows: Iterable[dict], preset: Preset, shown: int, skip: bool) -> Task:
     """Split rows by the hash of their question; the first ``shown`` traced training rows are examples.
 
-    Of an answer cell ``working #### answer`` (GSM8K) the end is the answer, the beginning the trace.
+    ``skip``: bad rows are left out and counted; otherwise they are a ConfigError.
     """
     seen: set[str] = set()
+    bad: dict[int, str] = {}
     train, held_out, demonstrations = [], [], []
     for number, row in enumerate(rows, start=1):
         place = f"row {number} of {name!r}"
-        if None in row:
-            raise ConfigError(f"{place} has more cells than there are columns; put quotes around commas")
-        asked = _cell(row, question, place)
-        answered = _cell(row, answer, place).rpartition("####")[2].strip()
-        for column, text in ((question, asked), (answer, answered)):
-            if not text:
-                raise ConfigError(f"{place} has an empty {column!r}; fill it in or remove it")
+        if any(lookup(row, column) not in values for column, values in preset.keep.items()):
+            continue
+        if any(lookup(row, column) in values for column, values in preset.drop.items()):
+            continue
+        try:
+            asked, answered, more = to_question(row, preset)
+            worked = cell(row, preset.trace)
+        except BadRow as bad_row:
+            reason, remedy = bad_row.args
+            if not skip:
+                raise ConfigError(f"{place} {reason}; {remedy}, or set bad_rows='skip'") from None
+            bad[number] = reason
+            continue
         digest = _digest(asked)
         if digest in seen:
             continue
         seen.add(digest)
-        example = Example(f"{Path(name).stem}:{digest[:16]}", asked, answered, {"row": number})
-        worked = " ".join(_cell(row, trace, place).partition("####")[0].split())  # one line, as prompts need it
+        example = Example(f"{Path(name).stem}:{digest[:16]}", asked, answered, {"row": number, **more})
+        worked = " ".join(worked.partition("####")[0].split())  # one line, as prompts need it
         if is_held_out(asked):
             held_out.append(example)
         elif worked and len(demonstrations) < shown:
@@ -287,7 +269,7 @@ def _row_task(name: str, rows: Iterable[dict], question: str, answer: str, trace
         raise ConfigError(f"data set {name!r} is empty; it needs one row per question")
     held_out.sort(key=lambda example: _digest(example.question))  # files may be sorted by topic
     source = _Rows(name, tuple(train), tuple(held_out))
-    return Task(name, tuple(demonstrations), source, lambda text, example: match_answer(text, example.answer))
+    return Task(name, tuple(demonstrations), source, lambda text, example: match_answer(text, example.answer), bad)
 
 
 # --- The two entry points.
@@ -299,7 +281,8 @@ class TaskSettings:
 
     ``difficulty`` (1 to 5, None: 2) is for built-in tasks. Columns are for files and hf/ data sets, None for
     ``question`` and ``answer``; rows become demonstrations only if ``trace_column`` is given. ``dataset_config`` and
-    ``dataset_split`` (None: ``train``) are for hf/ data sets.
+    ``dataset_split`` (None: ``train``) are for hf/ data sets. ``bad_rows`` "skip" leaves out rows that are no
+    question; those of presets always are.
     """
 
     difficulty: int | None = None
@@ -309,11 +292,22 @@ class TaskSettings:
     trace_column: str | None = None
     dataset_config: str | None = None
     dataset_split: str | None = None
+    bad_rows: str = "refuse"
 
     @classmethod
     def of(cls, config: RunConfig) -> TaskSettings:
         """What a configuration says about its task."""
         return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+
+
+def _preset(name: str, given: TaskSettings) -> tuple[str, Preset, str | None]:
+    """(name, how rows are read, file if it is one) of a preset, a file or an hf/ data set."""
+    short, preset, file = find_preset(name)
+    if preset:
+        return short, preset, file
+    columns = (given.question_column or "question", given.answer_column or "answer", given.trace_column)
+    own = Preset(name.removeprefix("hf/"), *columns, given.dataset_config, given.dataset_split)
+    return name, own, None if name.startswith("hf/") else name
 
 
 def check_task(name: str, settings: TaskSettings) -> None:
@@ -326,15 +320,23 @@ def check_task(name: str, settings: TaskSettings) -> None:
     if difficulty is not None and difficulty not in RANGES:
         raise ConfigError(f"difficulty must be a whole number from 1 to {max(RANGES)}, not {difficulty!r}")
     columns = (settings.question_column, settings.answer_column, settings.trace_column)
-    on_hub, is_file = name.startswith("hf/"), Path(name).suffix in FILE_SUFFIXES
+    _, preset, file = find_preset(name)
+    on_hub, is_file = name.startswith("hf/"), not preset and Path(name).suffix in FILE_SUFFIXES
     if any(columns) and not (on_hub or is_file):
         raise ConfigError(f"columns are for files and hf/ data sets, not {name!r}")
     if (settings.dataset_config or settings.dataset_split) and not on_hub:
         raise ConfigError(f"dataset_config and dataset_split are for hf/ data sets, not {name!r}")
 
-    if name in TASKS:
+    if name in TASKS or preset and not file:
         return
-    if on_hub:
+    if preset or is_file:
+        path = Path(file or name)
+        if not os.path.isfile(path):
+            raise ConfigError(f"data file {str(path)!r} does not exist; check the path")
+        if path.suffix not in FILE_SUFFIXES:
+            raise ConfigError(f"data file {str(path)!r} must end in one of {', '.join(FILE_SUFFIXES)}")
+        check_columns(name, read_file(path, limit=1)[0], _preset(name, settings)[1].columns)
+    elif on_hub:
         if not re.fullmatch(r"hf/\w[\w.-]*/\w[\w.-]*", name):
             raise ConfigError(f"Hugging Face task {name!r} must have the form hf/OWNER/NAME")
     elif name.startswith("reasoning_gym/"):
@@ -343,14 +345,10 @@ def check_task(name: str, settings: TaskSettings) -> None:
         short = name.removeprefix("reasoning_gym/")
         if short not in DATASETS:
             raise ConfigError(f"unknown reasoning-gym task {short!r}{did_you_mean(short, DATASETS)}")
-    elif is_file:
-        if not os.path.isfile(name):
-            raise ConfigError(f"data file {name!r} does not exist; check the path")
-        found, _ = _read_file(Path(name), limit=1)
-        _check_columns(name, found, (columns[0] or "question", columns[1] or "answer", columns[2]))
     else:
         kinds = [
             *TASKS,
+            *PRESETS,
             "reasoning_gym/NAME",
             "hf/OWNER/NAME",
             *(f"FILE{suffix}" for suffix in FILE_SUFFIXES),
@@ -377,10 +375,11 @@ def load_task(name: str, **settings: Any) -> Task:
         return Task(name, shown, source, lambda text, example: match_answer(text, example.answer))
     if name.startswith("reasoning_gym/"):
         return _gym_task(name)
-    question, answer = given.question_column or "question", given.answer_column or "answer"
-    if name.startswith("hf/"):
-        found, rows = _read_hub(name, given.dataset_config, given.dataset_split)
-    else:
-        found, rows = _read_file(Path(name))
-    _check_columns(name, found, (question, answer, given.trace_column))
-    return _row_task(name, rows, question, answer, given.trace_column, given.demonstrations)
+    short, preset, file = _preset(name, given)
+    found, rows = read_file(Path(file)) if file else read_hub(name, preset)
+    check_columns(name, found, preset.columns)
+    named = short in PRESETS
+    task = _row_task(short, rows, preset, given.demonstrations, named or given.bad_rows == "skip")
+    if named:
+        return replace(task, _score=lambda text, example: match_benchmark(text, example, preset.tolerance))
+    return task

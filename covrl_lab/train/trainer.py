@@ -20,17 +20,17 @@ from ..config import RunConfig
 from ..files import Owner
 from ..runs.alarms import alarms
 from ..runs.folder import step_file, steps_done, write_parquet
-from ..types import ConfigError, Credit, Example, LogProbs, Prompt, TraceBatch
-from .checkpoints import append_line, check_run_dir, is_disk_full, keep_lines, load_checkpoint, save_checkpoint
-from .evaluation import evaluate, summarise
+from ..types import ConfigError, Credit, Example, LogProbs, NotFinite, Prompt, TraceBatch
+from .checkpoints import append_line, check_run_dir, keep_lines, load_checkpoint, save_checkpoint, write_problem
+from .evaluation import evaluate_sets
 from .methods import METHODS
 from .models import check_model, load_config
-from .opening import check_examples, open_policy, open_task
+from .opening import open_examples, open_policy, open_task
 from .plan import fit
 from .policy import Policy
 from .records import StepRecord, step_record, trace_rows
 from .sampling import draw_sources, sample_traces
-from .step import add_gradient, clip_gradient, set_learning_rate, step_generator, verifier_rewards
+from .step import add_gradient, clip_gradient, must_skip, set_learning_rate, step_generator, verifier_rewards
 from .tasks import TaskSettings, check_task
 from .tracking import Tracker, announce, bar_values
 
@@ -52,6 +52,9 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         check_model(config.model)
         check_task(config.task, TaskSettings.of(config))
+        for name, _ in config.eval_sets():
+            if name != config.task:
+                check_task(name, TaskSettings(demonstrations=0))
         check_run_dir(config)
         self.records: list[dict[str, Any]] = []  # one dictionary a finished step, those on disk too
         self.method = METHODS[config.method]
@@ -71,10 +74,9 @@ class Trainer:
             with self._owner:  # refused before anything is loaded
                 pass
         self.task, self.prompter = open_task(config)
-        self.held_out = self.task.held_out(config.eval_questions)
         self.max_context = load_config(config.model).get_text_config().max_position_embeddings
+        self.task, self.eval_sets = open_examples(config, self.task, self.prompter, self._judges, self.max_context)
         prompts = self._prompts([*self._questions(0), *self._questions(1)])
-        check_examples(config, self.task, self.prompter, self.held_out, self._judges, self.max_context)
         self.plan = fit(config, prompts[: config.questions_per_step])
         policy = open_policy(self.plan.config, rows=self.plan.rows)
         self.optimizer = torch.optim.AdamW(
@@ -122,14 +124,14 @@ class Trainer:
                 bar.set_postfix(bar_values(record, self._evaluations))
                 announce(alarms(self.records, self._evaluations), self._alarms, self.step, bar)
                 yield record
+        except NotFinite as error:  # of an earlier update's making: these weights are not saved
+            self._unrecorded = True
+            remedy = f"lower learning_rate and start anew, or resume from step {self.saved_step}, the last checkpoint"
+            raise ConfigError(f"{error} after step {self.step}; {remedy}") from error
         except (OSError, SafetensorError) as error:
-            if not is_disk_full(error):
-                raise
             self._unrecorded = True  # a file may be cut short, too
-            raise ConfigError(
-                f"no space left for {str(self.run_dir)!r}; free some and run again, it resumes from step "
-                f"{self.saved_step}"
-            ) from error
+            problem = write_problem(self.run_dir, error)
+            raise ConfigError(f"{problem} and run again, it resumes from step {self.saved_step}") from error
         finally:
             bar.close()
             if self._unrecorded:  # weights and files belong to different steps: resume from the checkpoint
@@ -159,17 +161,20 @@ class Trainer:
         old = credit = None
         for _ in range(config.updates_per_step):
             old, credit, losses = self.backward(prompts, batch, old, credit)
-            norm = clip_gradient(self.policy, config.max_grad_norm, self.step)
+            norm = clip_gradient(self.policy, config.max_grad_norm)
+            if skipped := must_skip(config, losses["loss"], norm, self.records):
+                break
             self._unrecorded = True
             self.optimizer.step()
-        self.step, self.method_state = self.step + 1, credit.method_state
+        self.step, self.method_state = self.step + 1, self.method_state if skipped else credit.method_state
         rows = trace_rows(config, self.step, examples, batch, old, credit, self.prompter)
         write_parquet(rows, step_file(self.run_dir / "traces", self.step))
         seconds_update, accuracy = time.perf_counter() - sampled, None
         if self.step == config.steps or (config.eval_every and self.step % config.eval_every == 0):
             accuracy = self.evaluate()["accuracy"]
         measured = {"accuracy": accuracy, "seconds_sampling": sampled - started, "seconds_update": seconds_update}
-        measured |= {"gradient_norm": norm, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        rate = self.optimizer.param_groups[0]["lr"]
+        measured |= {"skipped": int(skipped), "gradient_norm": norm, "learning_rate": rate}
         return step_record(config, self.step, prompts, batch, old, credit, losses, **measured)
 
     # --- the parts of a step
@@ -219,19 +224,9 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the current policy on the held-out questions; store and return the summary."""
-        config, names = self.config, ("max_trace_tokens", "max_answer_tokens", "temperature", "top_p", "seed")
-        results = evaluate(
-            self.policy,
-            self.prompter,
-            self.task,
-            self.held_out,
-            **{name: getattr(config, name) for name in names},
-            samples=config.eval_samples,
-            posterior=config.alpha < 1,
-            progress=self.progress,
-        )
+        results, summary = evaluate_sets(self.policy, self.prompter, self.eval_sets, self.config, self.progress)
         write_parquet(results, step_file(self.run_dir / "evaluations", self.step))
-        summary = {"step": self.step, **summarise(results)}
+        summary = {"step": self.step, **summary}
         append_line(self.run_dir / "evaluations.jsonl", summary)
         self._evaluations.append(summary)
         return summary

@@ -371,5 +371,5 @@ def _heading(run: Run, settings: Settings, frame: pd.DataFrame) -> str:
         f'{alarms_html(run.damage)}<div style="line-height: 1.5; overflow-wrap: anywhere">'
         f'<div style="font-size: 1.1em">{html_passage(first["question"])}</div>'
         f"reference answer <b>{code}</b><br>"
-        f'<span style="opacity: 0.75">{html.escape(" · ".join(map(str, named)))}</span></div>'
+        f'<span style="opacity: 0.75">{html_text(" · ".join(map(str, named)))}</span></div>'
     )

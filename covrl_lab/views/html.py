@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,8 @@ from ..runs.reweight import answer_logprob
 from .style import GREY, POSTERIOR, SOURCE_COLOURS
 
 _JOINERS = "\u200c\u200d"  # inside Persian words and emoji, which would fall apart without
+_BESIDE_ASCII = re.compile(f"(?<=[\0-\x7f])[{_JOINERS}]|[{_JOINERS}](?=[\0-\x7f])")
+_BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\U000e0000-\U000e0fff]")  # and no space
 LONG = 400  # characters; a longer text is folded
 
 
@@ -22,16 +25,17 @@ def visible(text: str, spaces: bool = False) -> str:
     """The same text with control, direction and other invisible characters shown by a sign.
 
     New lines become ↵, tabs ⇥, an escape ␛, U+202E ⟨U+202E⟩, and with ``spaces`` a space becomes ·. Joiners
-    stay as they are, except in a text of nothing else.
+    stay as they are, except beside ASCII and in a text of nothing else.
     """
-    text = str(text)
+    text = re.sub(_BESIDE_ASCII, lambda found: f"⟨U+{ord(found[0]):04X}⟩", str(text))
     joiners = _JOINERS if text.strip(_JOINERS) else ""
     signs = {"\n": "↵", "\t": "⇥"} | ({" ": "·"} if spaces else {})
 
     def sign(character: str) -> str:
         if character in signs:
             return signs[character]
-        if character in joiners or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+        hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") or _BLANK.match(character)
+        if character in joiners or not hidden:
             return character
         code = ord(character)
         return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
@@ -86,7 +90,7 @@ def html_number(value: Any, form: str) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, str):
-        return html.escape(value)
+        return html_text(value)
     text = "∞" if value == math.inf else f"{value:{form}}"
     return (text if text.strip("-0.%") else text.lstrip("-")).replace("-", "−")  # never −0.0
 

@@ -1,0 +1,176 @@
+"""``make torture``: runs are killed at random and at every write, and load is measured; prints a table.
+
+    python -m tests.bench.torture --kills 200 --traces 100000 --runs 200 --steps 2000
+
+Every killed run is resumed until it is done. Then its folder is compared with that of a run that nobody killed: metrics
+(without clocks), evaluations, traces and the last checkpoint, byte for byte, and no file may be left over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers import TRAINED, checkout_environment, contents, flags, made_up_run, make_trainer, numbers  # noqa: E402
+
+from covrl_lab import TraceExplorer, load_run  # noqa: E402
+from covrl_lab.runs import compare  # noqa: E402
+from covrl_lab.runs.folder import step_file, steps_in  # noqa: E402
+
+RUN = TRAINED | {"checkpoint_every": 2}
+# Kills this process before or after its n-th write, rename or removal.
+INJECTED = """
+import os, shutil, signal, sys
+from pathlib import Path
+left = [int(sys.argv[1])]
+def at_each(owner, name):
+    working = getattr(owner, name)
+    def call(*arguments, **more):
+        for moment in (0, 1):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if not moment:
+                result = working(*arguments, **more)
+        return result
+    setattr(owner, name, call)
+import covrl_lab.train.checkpoints as checkpoints
+for owner, name in ((os, "replace"), (os, "unlink"), (shutil, "rmtree"), (Path, "write_bytes"), (Path, "write_text"),
+                    (checkpoints, "save_file"), (checkpoints, "save_adapter")):
+    at_each(owner, name)
+from covrl_lab import RunConfig, Trainer
+Trainer(RunConfig(**SETTINGS), progress=False).run()
+"""
+
+
+def compared(run: Path, whole: Path) -> str:
+    """What differs between two finished run folders; empty where nothing does."""
+    if numbers(run) != numbers(whole):
+        return "metrics"
+    for name in ("evaluations.jsonl", "config.json"):
+        mine, theirs = ((folder / name).read_text().replace(str(folder), "") for folder in (run, whole))
+        if mine != theirs:
+            return name
+    for name in ("traces", "evaluations"):
+        if contents(run / name) != contents(whole / name):
+            return name
+    last = [step_file(folder / "checkpoints", steps_in(folder / "checkpoints")[-1], "") for folder in (run, whole)]
+    if contents(last[0]) != contents(last[1]):
+        return "checkpoint"
+    left = sorted(p.name for p in run.iterdir()) != sorted(p.name for p in whole.iterdir()) or [*run.rglob("*.tmp*")]
+    return "left-over files" if left else ""
+
+
+def kill_runs(folder: Path, count: int) -> list[tuple[str, str]]:
+    """Rows: half of the kills at random moments, half at writes, each followed by a resume to the end."""
+    chance, whole = random.Random(0), make_trainer(folder / "whole", RUN).run().run_dir
+    counts, bad = {"at random": 0, "at a write": 0}, []
+    rounds = 0
+    while sum(counts.values()) < count:
+        rounds += 1
+        run, kind = folder / f"killed{rounds}", list(counts)[rounds % 2]
+        settings = RUN | {"run_dir": str(run)}
+        while True:
+            code = INJECTED.replace("SETTINGS", repr(settings))
+            injected = kind == "at a write" and sum(counts.values()) < count
+            command = [sys.executable, "-c", code, str(chance.randrange(1, 150))]
+            if not injected:
+                command = [sys.executable, "-m", "covrl_lab", "train", *flags(settings)]
+            quiet = subprocess.DEVNULL
+            process = subprocess.Popen(command, env=checkout_environment(), stdout=quiet, stderr=quiet)
+            if kind == "at random" and sum(counts.values()) < count:
+                try:
+                    process.wait(chance.uniform(5, 25))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+            if process.wait() == -signal.SIGKILL:
+                counts[kind] += 1
+            elif process.returncode:
+                bad.append(f"exit {process.returncode}")
+                break
+            else:
+                break
+        problem = compared(run, whole)
+        bad += [problem] if problem else []
+        shutil.rmtree(run)
+    said = f"{rounds} folders, {len(bad)} differ" + (f": {', '.join(bad[:5])}" if bad else "")
+    return [(f"{counts['at random']} kills at random moments, {counts['at a write']} at writes", said)]
+
+
+def many_traces(folder: Path, count: int) -> list[tuple[str, str]]:
+    """Rows: a run folder of ``count`` traces in files of 16."""
+    run = made_up_run(folder / "many", steps=1, length=64)
+    table = pq.read_table(step_file(run.path / "traces", 1))
+    place, rows = table.schema.get_field_index("step"), np.ones(table.num_rows, int)
+    for step in range(2, count // 16 + 1):
+        pq.write_table(table.set_column(place, "step", [step * rows]), step_file(run.path / "traces", step))
+    found = []
+    for name in ("first", "again"):
+        started = time.process_time()
+        TraceExplorer(run)
+        found.append((f"explorer over {count:,} traces, {name}", f"{time.process_time() - started:.1f} s of one core"))
+    return found
+
+
+def many_runs(folder: Path, count: int) -> list[tuple[str, str]]:
+    """A row: ``count`` runs compared."""
+    whole = make_trainer(folder / "compared", RUN, seed=0).run().run_dir
+    for seed in range(count):
+        copy = shutil.copytree(whole, folder / "runs" / f"s{seed}")
+        text = (copy / "config.json").read_text()
+        (copy / "config.json").write_text(text.replace('"seed": 0', f'"seed": {seed}'))
+    started = time.process_time()
+    compare.performance(compare.scores(compare.find_runs(str(folder / "runs" / "*"))), compare.Resampling("both"))
+    return [(f"{count} runs compared", f"{time.process_time() - started:.1f} s of one core")]
+
+
+def many_steps(folder: Path, count: int) -> list[tuple[str, str]]:
+    """Rows: memory, open files and time of a step over a long run of the tiny model."""
+
+    def state() -> tuple[float, int]:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize() / 2**20, len(os.listdir("/proc/self/fd"))
+
+    seconds, states = [], []
+    settings = RUN | {"steps": count, "eval_every": 0, "checkpoint_every": 100, "max_trace_tokens": 6}
+    for record in make_trainer(folder / "long", settings):
+        seconds.append(record.seconds)
+        if record.step % max(1, count // 10) == 0:
+            states.append(state())
+    tenth = max(1, count // 10)
+    assert load_run(folder / "long").metrics["step"].is_monotonic_increasing
+    return [
+        (f"{count} steps: memory after a tenth, at the end", f"{states[0][0]:.0f}, {states[-1][0]:.0f} MiB"),
+        ("open files", f"{states[0][1]}, {states[-1][1]}"),
+        ("median step", f"{1e3 * np.median(seconds[:tenth]):.0f}, {1e3 * np.median(seconds[-tenth:]):.0f} ms"),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    measures = {"kills": (kill_runs, 200), "traces": (many_traces, 100_000)}
+    measures |= {"runs": (many_runs, 200), "steps": (many_steps, 2000)}
+    for name, (_, count) in measures.items():
+        parser.add_argument(f"--{name}", type=int, default=count, help="0: leave it out")
+    wanted = vars(parser.parse_args())
+    with tempfile.TemporaryDirectory(prefix="torture") as folder:
+        for name, (measure, _) in measures.items():
+            for what, said in measure(Path(folder), wanted[name]) if wanted[name] else ():
+                print(f"| {what} | {said} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
