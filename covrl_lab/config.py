@@ -149,8 +149,8 @@ class RunConfig(metaclass=_Checked):
     max_grad_norm: Positive = 1.0
     weight_decay: NotNegative = 0.0
     updates_per_step: Few = 1
-    max_packed_tokens: Count | Auto = "auto"  # tokens in one forward; longer steps are cut into micro-batches
     max_skipped_steps: CountOrZero = 0  # steps without a finite loss and gradient; one more stops the run
+    max_packed_tokens: Count | Auto = "auto"  # tokens in one forward; longer steps are cut into micro-batches
     seed: Annotated[int, Range(0, 2**32 - 1, "from 0 to 2**32 - 1")] = 0
     # --- evaluation and output
     eval_every: CountOrZero = 10  # steps; 0: only before and after
@@ -231,8 +231,8 @@ class RunConfig(metaclass=_Checked):
 
     def differences(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
         """Settings that change the numbers and differ, as ``{name: (self, other)}``."""
-        changed = self._numbers().keys() | other._numbers().keys()
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name in changed}
+        mine, theirs = ({**config.to_dict(), **config._numbers()} for config in (self, other))
+        pairs = {k: (mine[k], theirs[k]) for k in mine if k in self._numbers() or k in other._numbers()}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def run_id(self) -> str:
