@@ -122,7 +122,7 @@ def estimators(notebook, folder):
     composite = 0.25 * p + 0.75 * q
     kl = (composite * np.log(composite / p)).sum()
     assert f"exact KL(p'||p) = {kl:.6f} nats" in printed(notebook)
-    assert len(plots(notebook)) == 5
+    assert len(plots(notebook)) == 4
     tables = [text for text in shown(notebook, "text/html") if "<table" in text]
     assert len(tables) == 4 and f"<td>{kl:.4f}</td>" in re.sub(r"<td[^>]*>", "<td>", tables[0])
     assert all("w 0.25" in table for table in tables), "not at the given settings"
