@@ -42,6 +42,12 @@ def test_each_sign_raises_its_alarm(steps, later, kinds):
     assert all(any(word in text for word in ("raise", "use method")) for text in found.values())
 
 
+def test_nobody_is_told_to_use_the_method_that_is_used():
+    for method in ("covrl", "verifree", "covrl_published"):
+        text = alarms(FINE, [START, START | {"eval_trace_tokens": 8.0}], method)["trace length"]
+        assert ("method='covrl'" in text) == (method == "covrl_published")
+
+
 def test_the_first_evaluation_alone_raises_nothing():
     assert alarms(FINE, [START | {"trace_dependence": 0.0}]) == {} == alarms([], [])
 

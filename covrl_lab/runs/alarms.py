@@ -20,12 +20,17 @@ def _recent(metrics: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     return values if len(values) == RECENT else []
 
 
-def alarms(metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def alarms(
+    metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], method: str = ""
+) -> dict[str, str]:
     """What a reader should know about a run now, by kind; empty where nothing is wrong.
 
-    metrics: lines of ``metrics.jsonl``; evaluations: lines of ``evaluations.jsonl``. Lines written by older
-    versions lack some values; the rules that need them are left out.
+    metrics: lines of ``metrics.jsonl``; evaluations: lines of ``evaluations.jsonl``; method: the run's, which decides the
+    advice. Lines written by older versions lack some values; the rules that need them are left out.
     """
+    remedy = "use method='covrl' or 'verifree', or lower nll_weight"
+    if method in ("covrl", "verifree", "grpo"):  # then it is the task: too few traces lead to the answer
+        remedy = "too few traces lead to the answer: allow longer or more of them, or begin with easier questions"
     found = {}
     names = ("finished_share", "gradient_norm", "one_token_share")
     finished, norms, short = (_recent(metrics, name) for name in names)
@@ -41,8 +46,7 @@ def alarms(metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[s
         )
     if short and min(short) > HALF:
         found["one token"] = (
-            f"{sum(short) / len(short):.0%} of the traces are a single token, so nothing is reasoned: use "
-            "method='covrl' or 'verifree', or lower nll_weight"
+            f"{sum(short) / len(short):.0%} of the traces are a single token, so nothing is reasoned; {remedy}"
         )
     if norms and not any(norms):
         found["no gradient"] = (
@@ -59,7 +63,6 @@ def alarms(metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[s
 
     dependence, length = change("trace_dependence"), change("eval_trace_tokens")
     answer, accuracy = change("answer_logprob"), change("accuracy")
-    remedy = "use method='covrl' or 'verifree', or lower nll_weight"
     if dependence and dependence[0] >= USED and dependence[1] < HALF * dependence[0]:
         found["trace dependence"] = (
             f"the answer depends less on the trace: log p(y|x,z) moves by {dependence[1]:.1f} nats when the "

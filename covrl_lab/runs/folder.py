@@ -175,7 +175,8 @@ class Run:
     @property
     def alarms(self) -> dict[str, str]:
         """Signs that the run goes wrong, a sentence each by kind or file; see ``runs.alarms``."""
-        found = alarms(*(self._lines(name) for name in ("metrics.jsonl", "evaluations.jsonl")))
+        lines = [self._lines(name) for name in ("metrics.jsonl", "evaluations.jsonl")]
+        found = alarms(*lines, self.config.get("method", ""))
         return (self.damage or {}) | found
 
     @property

@@ -122,7 +122,7 @@ class Trainer:
                 self._tracker.log(record)
                 bar.update(1)
                 bar.set_postfix(bar_values(record, self._evaluations))
-                announce(alarms(self.records, self._evaluations), self._alarms, self.step, bar)
+                announce(alarms(self.records, self._evaluations, config.method), self._alarms, self.step, bar)
                 yield record
         except NotFinite as error:  # of an earlier update's making: these weights are not saved
             self._unrecorded = True
