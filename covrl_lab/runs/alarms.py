@@ -25,8 +25,8 @@ def alarms(
 ) -> dict[str, str]:
     """What a reader should know about a run now, by kind; empty where nothing is wrong.
 
-    metrics: lines of ``metrics.jsonl``; evaluations: lines of ``evaluations.jsonl``; method: the run's, which decides the
-    advice. Lines written by older versions lack some values; the rules that need them are left out.
+    metrics: lines of ``metrics.jsonl``; evaluations: lines of ``evaluations.jsonl``; method: the run's, which
+    decides the advice. Lines written by older versions lack some values; the rules that need them are left out.
     """
     remedy = "use method='covrl' or 'verifree', or lower nll_weight"
     if method in ("covrl", "verifree", "grpo"):  # then it is the task: too few traces lead to the answer
