@@ -134,14 +134,14 @@ def test_killed_before_the_first_checkpoint(short_reference, tmp_path):
     assert_same_run(run, short_reference.run_dir)
 
 
-@pytest.mark.parametrize("place", ["sample_traces", "trace_logprobs", "evaluate", "step_record", "append_line"])
+@pytest.mark.parametrize("place", ["sample_traces", "trace_logprobs", "evaluate_sets", "step_record", "append_line"])
 def test_an_interruption_anywhere_changes_nothing(short_reference, tmp_path, monkeypatch, place):
     """Ctrl-C while sampling, in the second update, in an evaluation, or before the record is written."""
     trainer, calls = make_trainer(tmp_path / "run", SHORT), []
     module = step_module if hasattr(step_module, place) else trainer_module
     working = getattr(module, place)
     # The call that falls into step 2; a step of two updates scores twice, steps 0 and 2 are evaluated.
-    fatal = {"sample_traces": 2, "trace_logprobs": 4, "evaluate": 2, "step_record": 2, "append_line": 4}[place]
+    fatal = {"sample_traces": 2, "trace_logprobs": 4, "evaluate_sets": 2, "step_record": 2, "append_line": 4}[place]
 
     def interrupted(*args, **kwargs):
         calls.append(trainer.step)

@@ -217,7 +217,12 @@ def test_trace_frame_reads_a_batch():
         answer=torch.tensor([[-0.5, -0.5], [-4.0, -1.0]]),
         answer_mask=torch.ones(2, 2, dtype=torch.bool),
     )
-    prompter = SimpleNamespace(
+
+    class Prompter(SimpleNamespace):
+        def __call__(self, example):
+            return SimpleNamespace(answer=[8, 9])
+
+    prompter = Prompter(
         trace_text=lambda ids: f"z{ids}",
         tokenizer=SimpleNamespace(decode=lambda ids: f"t{ids[0]}"),
     )
@@ -225,7 +230,7 @@ def test_trace_frame_reads_a_batch():
     assert frame["source"].tolist() == ["prior", "posterior"] and frame["finished"].tolist() == [True, False]
     assert frame["tokens"].tolist() == [["t5", "t6"], ["t7"]]
     assert frame["logp"].tolist() == [[-1.0, -2.0], [-3.0]] and frame["logq"].tolist() == [None, None]
-    assert answer_logprob(frame).tolist() == [-1.0, -5.0]
+    assert answer_logprob(frame).tolist() == [-1.0, -5.0] and frame["answer_tokens"].tolist() == [["t8", "t9"]] * 2
 
 
 # --- appearance

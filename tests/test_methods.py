@@ -466,7 +466,8 @@ class Spy:
     """Stands for a trainer's method and keeps what passes through it."""
 
     def __init__(self, method):
-        self.loss, self.needs, self._credit, self.seen = method.loss, method.needs, method.credit, []
+        self.loss, self.needs, self.by_group = method.loss, method.needs, method.by_group
+        self._credit, self.seen = method.credit, []
 
     def credit(self, batch, old, config, memory):
         credit = self._credit(batch, old, config, memory)

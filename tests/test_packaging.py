@@ -121,6 +121,6 @@ def test_an_installed_wheel_trains_sweeps_and_reports_without_the_checkout(tmp_p
     run(command, "sweep", "grid", *TINY, "--grid=seed=0,1", "--workers=1")
     assert len(list(work.glob("grid/*/done.json"))) == 2
     assert "Appended to: " in run(command, "evaluate", "run", "--eval_questions=3")
-    assert "does NOT fit" in run(command, "plan", "--config=covrl-7b", "--device=rtx4090")
+    assert "Qwen/Qwen2.5-7B (nf4) on RTX 4090" in run(command, "plan", "--config=covrl-7b", "--device=rtx4090")
     assert "Report: " in run(command, "report", "run")
     assert (work / "run" / "report.html").exists()

@@ -154,6 +154,7 @@ def trace_rows(
     judged = batch.verifier_reward is not None
     frame["prediction"] = batch.predictions if judged else None
     frame["right"] = (batch.verifier_reward >= 1).tolist() if judged else None
+    frame["answer_tokens"] = frame.pop("answer_tokens")  # last, as files of earlier versions lack it
     return frame
 
 

@@ -9,7 +9,7 @@ export default { render({ model, el }) {
     }
   };
   const name = () => {
-    for (const handle of el.parentElement.querySelectorAll(".noUi-handle:not([aria-label])")) {
+    for (const handle of el.parentElement?.querySelectorAll(".noUi-handle:not([aria-label])") ?? []) {
       handle.ariaLabel = handle.closest(".widget-slider")?.querySelector(".widget-label")?.textContent || "value";
     }
   };
