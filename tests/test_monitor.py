@@ -289,3 +289,10 @@ def test_a_folder_of_somebody_else_and_a_wrong_path_are_named(tmp_path, monkeypa
     assert f"{str(tmp_path)!r} is not a run" in monitor.snapshot.message
     assert len(monitor.static()) == 2
     monitor.close()
+
+
+def test_a_monitor_waits_where_there_is_no_run_yet(tmp_path):
+    monitor = RunMonitor(tmp_path / "run", every=1000)
+    assert monitor.snapshot.status == "waiting" and str(tmp_path / "run") in monitor.status.value
+    assert monitor.snapshot.run.alarms == {}
+    monitor.close()

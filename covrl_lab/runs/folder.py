@@ -176,7 +176,8 @@ class Run:
     def alarms(self) -> dict[str, str]:
         """Signs that the run goes wrong, a sentence each by kind or file; see ``runs.alarms``."""
         lines = [self._lines(name) for name in ("metrics.jsonl", "evaluations.jsonl")]
-        found = alarms(*lines, self.config.get("method", ""))
+        begun = (self.path / "config.json").is_file()  # a monitor waits for a run
+        found = alarms(*lines, self.config.get("method", "") if begun else "")
         return (self.damage or {}) | found
 
     @property
