@@ -217,12 +217,8 @@ def test_trace_frame_reads_a_batch():
         answer=torch.tensor([[-0.5, -0.5], [-4.0, -1.0]]),
         answer_mask=torch.ones(2, 2, dtype=torch.bool),
     )
-
-    class Prompter(SimpleNamespace):
-        def __call__(self, example):
-            return SimpleNamespace(answer=[8, 9])
-
-    prompter = Prompter(
+    prompter = SimpleNamespace(
+        answer=lambda example: [8, 9],
         trace_text=lambda ids: f"z{ids}",
         tokenizer=SimpleNamespace(decode=lambda ids: f"t{ids[0]}"),
     )

@@ -200,6 +200,17 @@ def gradients(tmp_path, **settings) -> tuple[Trainer, StepRecord, dict[str, torc
     return trainer, record, {name: p.grad.clone() for name, p in trainer.policy.trainable()}
 
 
+def same_step(record, gradient, other, other_gradient):
+    """The same sums in another order: float32 has 1e-7, sums of some hundred terms lose a little more."""
+    largest = max(float(g.abs().max()) for g in gradient.values())
+    for name, value in gradient.items():
+        torch.testing.assert_close(other_gradient[name], value, rtol=1e-3, atol=2e-5 * largest)
+    for name, value in dataclasses.asdict(record).items():
+        if name not in CLOCK:
+            expected = None if value is None else pytest.approx(value, rel=1e-4, abs=1e-6)
+            assert getattr(other, name) == expected, name
+
+
 def test_micro_batches_change_nothing(tmp_path, monkeypatch):
     counted = []
 
@@ -213,17 +224,10 @@ def test_micro_batches_change_nothing(tmp_path, monkeypatch):
     assert counted == [[list(range(12))]]
     assert record.gradient_norm > 0 and record.answer_term_share > 0, "a seed where all terms act"
     traces = load_run(whole.run_dir).traces()
-    largest = max(float(g.abs().max()) for g in gradient.values())
     for tokens in (record.packed_tokens - 1, 280, 1):
         trainer, cut, cut_gradient = gradients(tmp_path / str(tokens), max_packed_tokens=tokens)
         assert sum(counted[-1], []) == list(range(12))  # every rollout once, in order
-        for name, value in gradient.items():
-            # The same sums in another order: float32 has 1e-7, sums of some hundred terms lose a little more.
-            torch.testing.assert_close(cut_gradient[name], value, rtol=1e-3, atol=2e-5 * largest)
-        for name, value in dataclasses.asdict(record).items():
-            if name not in CLOCK:
-                expected = value if value is None else pytest.approx(value, rel=1e-4, abs=1e-6)
-                assert getattr(cut, name) == expected, name
+        same_step(record, gradient, cut, cut_gradient)
         stored = load_run(trainer.run_dir).traces()
         assert stored["trace"].tolist() == traces["trace"].tolist()
         for name in ("token_ids", "logp", "logq", "answer_logp"):
@@ -243,13 +247,7 @@ def test_whole_groups_are_scored_once(tmp_path, monkeypatch, method):
     assert passes == [True]
     cut, measured, cut_gradient = gradients(tmp_path / "cut", **settings, max_packed_tokens=record.packed_tokens - 1)
     assert passes[1:] == ([True] * 2 if method in ("covrl", "latro") else [False] * 2 + [True] * 2)
-    largest = max(float(g.abs().max()) for g in gradient.values())
-    for name, value in gradient.items():
-        torch.testing.assert_close(cut_gradient[name], value, rtol=1e-3, atol=2e-5 * largest)
-    for name, value in dataclasses.asdict(record).items():
-        if name not in CLOCK:
-            expected = None if value is None else pytest.approx(value, rel=1e-4, abs=1e-6)
-            assert getattr(measured, name) == expected, name
+    same_step(record, gradient, measured, cut_gradient)
     assert cut.method_state == pytest.approx(whole.method_state)
 
 

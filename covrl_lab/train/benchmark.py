@@ -15,7 +15,7 @@ from ..runs.folder import load_run, step_file, steps_in, write_parquet
 from ..types import ConfigError
 from .checkpoints import append_line
 from .evaluation import evaluate_sets
-from .models import load_config
+from .models import context_length
 from .opening import open_examples, open_policy, open_task
 from .policy import load_adapter
 
@@ -38,8 +38,7 @@ def evaluate_checkpoint(
     if step not in steps:
         raise ConfigError(f"{str(run.path)!r} has no checkpoint of step {step}; it has {steps[1:]}")
     task, prompter = open_task(config)
-    max_context = load_config(config.model).get_text_config().max_position_embeddings
-    _, sets = open_examples(replace(config, bad_rows="skip"), task, prompter, False, max_context)
+    _, sets = open_examples(replace(config, bad_rows="skip"), task, prompter, False, context_length(config.model))
     policy = open_policy(config)
     if step:
         check_checksums(step_file(checkpoints, step, ""))

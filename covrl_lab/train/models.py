@@ -113,6 +113,11 @@ def load_config(name: str) -> PretrainedConfig:
         return config
 
 
+def context_length(name: str) -> int:
+    """The tokens that fit the model's context, from its configuration alone."""
+    return load_config(name).get_text_config().max_position_embeddings
+
+
 def load_policy(
     name: str,
     *,

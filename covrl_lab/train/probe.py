@@ -73,7 +73,7 @@ def trace_frame(
     """
     batch, logprobs = batch.to("cpu"), logprobs.detach().to("cpu")
     decode, rows = prompter.tokenizer.decode, []
-    answers = {example.id: [decode([token]) for token in prompter(example).answer] for example in examples}
+    answers = {example.id: [decode([token]) for token in prompter.answer(example)] for example in examples}
     for i in range(len(batch)):
         example, ids, keep = examples[i // batch.group_size], batch.trace(i), batch.mask[i]
         rows.append(

@@ -153,6 +153,10 @@ class Prompter:
                 f"in prompt_style={style.name!r}; " + ("use 'chat'" if style is FEW_SHOT else "rewrite that answer")
             )
 
+    def answer(self, example: Example) -> list[int]:
+        """The ids of the reference answer with its terminator."""
+        return self._encode(self.style.answer(example.answer.strip()))
+
     def __call__(self, example: Example) -> Prompt:
         """The ids of one example's contexts, seam and answer. Raises as ``check_answer`` does."""
         self.check_answer(example)
@@ -162,7 +166,7 @@ class Prompter:
             x = x.replace("\n", " ")
         else:
             prior_root = posterior_root = self._chat_root(x)
-        answer = self._encode(style.answer(y))
+        answer = self.answer(example)
         return Prompt(
             prior=tuple(prior_root + self._encode(*style.prior(x))),
             posterior=tuple(posterior_root + self._encode(*style.posterior(x, y))),

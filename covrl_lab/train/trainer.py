@@ -24,7 +24,7 @@ from ..types import ConfigError, Credit, Example, LogProbs, NotFinite, Prompt, T
 from .checkpoints import append_line, check_run_dir, keep_lines, load_checkpoint, save_checkpoint, write_problem
 from .evaluation import evaluate_sets
 from .methods import METHODS
-from .models import check_model, load_config
+from .models import check_model, context_length
 from .opening import open_examples, open_policy, open_task
 from .plan import fit
 from .policy import Policy
@@ -74,7 +74,7 @@ class Trainer:
             with self._owner:  # refused before anything is loaded
                 pass
         self.task, self.prompter = open_task(config)
-        self.max_context = load_config(config.model).get_text_config().max_position_embeddings
+        self.max_context = context_length(config.model)
         self.task, self.eval_sets = open_examples(config, self.task, self.prompter, self._judges, self.max_context)
         prompts = self._prompts([*self._questions(0), *self._questions(1)])
         self.plan = fit(config, prompts[: config.questions_per_step])

@@ -27,7 +27,6 @@ from ..types import ConfigError
 from .comparison import plot_against_alpha
 from .explorer import TraceExplorer
 from .figures import plot_evaluation_curve
-from .html import html_number, html_table
 from .sweep_cost import describe_cost, step_time_settings
 from .widgets import Panel, Plot, Table, aside, field, row, table_column
 
@@ -354,9 +353,7 @@ class Ablation(Panel):
 
     def static(self) -> list[Any]:
         """The cost and the table of runs as HTML, and the results as figures."""
-        rows = [[html_number(line[c["name"]], c["form"]) for c in _COLUMNS] for line in self.table.rows]
-        listed = html_table([c["label"] for c in _COLUMNS], rows)
-        return [HTML(f"<p>{self.cost.value}</p>{listed}"), *self.results.figures()]
+        return [HTML(f"<p>{self.cost.value}</p>{self.table.html()}"), *self.results.figures()]
 
 
 def _listed(values: Any) -> str:

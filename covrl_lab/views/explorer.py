@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ..config import RunConfig
 from ..runs.folder import Run
 from ..runs.reweight import Settings, Traces, answer_logprob, quantities
 from ..types import ConfigError, Example, did_you_mean
-from .html import alarms_html, html_mark, html_number, html_passage, html_table, html_text
+from .html import alarms_html, html_passage, html_text
 from .token_figures import plot_token_lines
 from .token_view import SCALES, TokenView, colours, spelled, token_html
 from .widgets import HIDDEN, Panel, Plot, Table, Take, field, offer, open_run, row, table_column
@@ -326,15 +325,9 @@ class TraceExplorer(Panel):
 
     def static(self) -> list[Any]:
         """The chosen question's rollouts, the two traces and the lines, as HTML and a plotly figure."""
-        columns = [c for c in self.rollouts.columns if c["kind"] != "text"]
-        rows = [[_cell(line[c["name"]], c) for c in columns] for line in self.rollouts.rows]
-        table = html_table([html.escape(c["label"]) for c in columns], rows)
+        table = self.rollouts.html(texts=False)
         tokens = token_html(self.pair(), self.settings, self.view.colour)
         return [HTML(self.heading.value + table + tokens + self.seen.value), self.lines()]
-
-
-def _cell(value: Any, column: dict[str, Any]) -> str:
-    return html_mark(value) if column["kind"] == "mark" else html_number(value, column["form"])
 
 
 def _json(explorer: TraceExplorer) -> tuple[str, str]:

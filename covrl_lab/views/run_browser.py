@@ -14,7 +14,7 @@ from IPython.display import HTML
 from ..types import ConfigError
 from .evaluations import EvaluationBrowser
 from .explorer import TraceExplorer
-from .html import html_number, html_table, html_text
+from .html import html_text
 from .mixing import MixingRatio
 from .monitor import RunMonitor, snapshot
 from .side_by_side import TraceComparison
@@ -141,5 +141,4 @@ class RunBrowser(Panel):
 
     def static(self) -> list[Any]:
         """The table of runs as HTML."""
-        rows = [[html_number(line[c["name"]], c["form"]) for c in _COLUMNS] for line in self.table.rows]
-        return [HTML(html_table([html_text(c["label"]) for c in _COLUMNS], rows))]
+        return [HTML(self.table.html())]

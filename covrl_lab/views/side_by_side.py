@@ -16,7 +16,7 @@ from ..types import ConfigError, did_you_mean
 from .explorer import trace_index
 from .html import html_number, html_passage, html_text
 from .token_view import TokenView, align, colours, payload, traces_html
-from .widgets import HIDDEN, Panel, Table, field, open_run, row, table_column
+from .widgets import HIDDEN, Panel, Table, field, offer, open_run, row, table_column
 
 _MEAN = "mean log p(y|x,z) of the traces that {} offers, nats"
 _COLUMNS = [
@@ -142,10 +142,7 @@ class TraceComparison(Panel):
         self.questions.marked = [self.questions.picked]
         for side in (self.a, self.b):
             choices = side.choices(self.questions.picked)
-            side.trace.unobserve(self._show, names="value")
-            side.trace.options = choices
-            side.trace.value = choices[0][1] if choices else None
-            side.trace.observe(self._show, names="value")
+            offer(side.trace, choices, choices[0][1] if choices else None, self._show)
         self._show()
 
     def _show(self, change: Any = None) -> None:

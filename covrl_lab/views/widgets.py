@@ -24,7 +24,7 @@ from plotly.offline import get_plotlyjs
 
 from ..runs.folder import Run, load_run
 from ..types import ConfigError
-from .html import visible
+from .html import html_mark, html_number, html_table, html_text, visible
 
 
 def static_text(name: str) -> str:
@@ -84,6 +84,16 @@ class Table(anywidget.AnyWidget):
             self.rows, self.marked = rows, list(marked)
             left = len(frame) - len(shown)
             self.note = f"{len(shown):,} of {len(frame):,} shown; search to narrow" if left else ""
+
+    def html(self, texts: bool = True) -> str:
+        """The rows as plain HTML, or without the columns of text."""
+        columns = [c for c in self.columns if texts or c["kind"] != "text"]
+
+        def cell(value: Any, column: dict[str, Any]) -> str:
+            return html_mark(value) if column["kind"] == "mark" else html_number(value, column["form"])
+
+        rows = [[cell(line[c["name"]], c) for c in columns] for line in self.rows]
+        return html_table([html_text(c["label"]) for c in columns], rows)
 
 
 class Take(anywidget.AnyWidget):
