@@ -32,8 +32,11 @@ class _Parser(argparse.ArgumentParser):
 def train(settings: dict[str, Any], options: argparse.Namespace) -> None:
     """Train one run, or resume it."""
     config = RunConfig.from_dict(settings)
-    from .train.trainer import Trainer  # after the settings have been checked: torch takes seconds to import
+    from .train.checkpoints import repair  # after the settings have been checked: torch takes seconds to import
+    from .train.trainer import Trainer
 
+    if options.repair:
+        print(*(repair(config.run_dir) or ["nothing to mend"]), sep="\n")
     Trainer(config).run()
     print(f"Run folder: {config.run_dir}")
 
@@ -114,6 +117,7 @@ def _parser() -> _Parser:
         text = command.__doc__
         own[command] = commands.add_parser(command.__name__, help=text, description=text, allow_abbrev=False)
         own[command].set_defaults(run=command, parser=own[command])
+    own[train].add_argument("--repair", action="store_true", help="first mend damaged metrics and evaluations")
     add = own[sweep].add_argument
     add("folder", help="holds the runs; without further settings, they resume")
     add("--grid", action="append", default=[], metavar="NAME=VALUE,VALUE")

@@ -29,6 +29,10 @@ UNFIT = re.compile("[\0\ud800-\udfff]")  # what no file can hold: NUL, and half 
 class ConfigError(ValueError):
     """A setting or an input is wrong; the message says what was wrong and what to do."""
 
+    def _render_traceback_(self) -> list[str]:
+        """Notebooks show the sentence alone (a protocol of IPython)."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class NotFinite(ConfigError):
     """A model's numbers have become NaN or infinite."""
@@ -36,7 +40,7 @@ class NotFinite(ConfigError):
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest valid name, else a list of all (at most 12)."""
-    valid = [str(v) for v in valid]
+    valid = [" ".join(str(v).split())[:80] for v in valid]
     near = difflib.get_close_matches(str(name)[:100], valid, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"

@@ -15,7 +15,7 @@ from covrl_lab import RunConfig, load_run, load_task
 from covrl_lab.__main__ import main
 from covrl_lab.runs import compare
 from covrl_lab.runs.folder import read_table
-from covrl_lab.train.checkpoints import find_checkpoint
+from covrl_lab.train.checkpoints import find_checkpoint, repair
 from covrl_lab.train.models import load_config, load_policy, load_tokenizer
 from covrl_lab.types import ConfigError
 from covrl_lab.views.explorer import TraceExplorer
@@ -524,6 +524,23 @@ def test_without_a_whole_checkpoint_nothing_is_trained_anew(whole_run, tmp_path)
         "; restore it, as no older checkpoint will do, or remove",
     )
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_lines_before_every_checkpoint_are_mended_on_request(whole_run, tmp_path):
+    """Metrics lose the first line, evaluations theirs of step 2: no checkpoint will do, until they are mended."""
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    for name, line in (("metrics.jsonl", 0), ("evaluations.jsonl", 1)):
+        lines = (run / name).read_text().splitlines(keepends=True)
+        (run / name).write_text("".join(lines[:line] + lines[line + 1 :]))
+    sentence_of(lambda: make_trainer(run, RUN), "mend it with covrl-lab train --repair")
+    assert [said.rpartition(": ")[2] for said in repair(run)] == ["[1]", "[2]"]
+    assert repair(run) == []
+    whole = load_run(whole_run)
+    mended = load_run(run)
+    assert mended.evaluations.equals(whole.evaluations), "made anew from the generations"
+    assert mended.metrics["lost"].tolist()[0] == 1 and mended.metrics["step"].tolist() == [1, 2, 3, 4]
+    assert numbers(run)[1:] == numbers(whole_run)[1:]
+    assert make_trainer(run, RUN).setup().step == 4
 
 
 def test_a_run_without_its_checkpoints_says_that_it_begins_again(whole_run, tmp_path, caplog):

@@ -58,6 +58,8 @@ def test_a_misspelt_parameter_is_refused_by_name_before_anything_loads(tmp_path)
     assert code == 1
     assert said.strip().splitlines()[-1] == "ConfigError: unknown parameter 'alhpa'; did you mean 'alpha'?"
     assert not (tmp_path / "run").exists() and not printed(notebook)
+    errors = [o for cell in notebook.cells for o in cell.get("outputs", []) if o.output_type == "error"]
+    assert [error.traceback for error in errors] == [["ConfigError: " + errors[0].evalue]], "the sentence alone"
 
     # The cells up to there, in a plain interpreter: torch has not been imported.
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]

@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..config import RunConfig
-from ..files import CHECKSUMS, check_checksums, checksums, read_object, readable, refuse_links, write_whole
-from ..runs.folder import read_lines, step_file, steps_in
+from ..files import CHECKSUMS, Owner, check_checksums, checksums, read_object, readable, refuse_links, write_whole
+from ..runs.folder import read_lines, read_table, step_file, steps_in
 from ..types import ConfigError
+from .evaluation import summarise_sets
 from .policy import Policy, load_adapter, save_adapter
 
 ALLOWED_SUFFIXES = {".ipynb", ".ipynb_checkpoints", ".html", ".log", ".tmp", ".yaml", ".lock"}
@@ -109,8 +110,9 @@ def find_checkpoint(run_dir: Path) -> tuple[int, list[str]]:
             skipped.append(str(error).removesuffix(RESTORE))
     if saved:
         folder = str(run_dir / "checkpoints")
+        mend = ", mend it with covrl-lab train --repair" if lines[0].fault or lines[1].fault else ""
         raise ConfigError(
-            f"{skipped[0]}{RESTORE}, as no older checkpoint will do, or remove {folder!r} to begin again"
+            f"{skipped[0]}{RESTORE}, as no older checkpoint will do{mend}, or remove {folder!r} to begin again"
         )
     return 0, []
 
@@ -154,6 +156,30 @@ def keep_lines(path: Path, last_step: int) -> list[dict[str, Any]]:
     lines = list({r["step"]: r for r in read_lines(path).records if r["step"] <= last_step}.values())
     write_whole(path, "".join(json.dumps(r) + "\n" for r in lines))
     return lines
+
+
+def repair(run_dir: str | Path) -> list[str]:
+    """Mend damaged metrics and evaluations, so that a run resumes from its newest checkpoint; what was done.
+
+    What can be read stays. A lost line of metrics becomes one that holds its step and ``lost`` alone; a lost line of
+    evaluations is made anew from its stored generations.
+    """
+    run_dir, done = Path(run_dir), []
+    saved = max(steps_in(run_dir / "checkpoints"), default=0)
+    with Owner(run_dir):
+        for path in (run_dir / "metrics.jsonl", run_dir / "evaluations.jsonl"):
+            if not (lines := read_lines(path)).fault:
+                continue
+            found = {record["step"]: record for record in lines.records}
+            if path.stem == "metrics":
+                lost = {step: {"step": step, "seconds": 0.0, "lost": 1} for step in range(1, saved + 1)}
+            else:
+                stored = {s: read_table(step_file(run_dir / path.stem, s)) for s in steps_in(run_dir / path.stem)}
+                lost = {step: {"step": step, **summarise_sets(rows.to_pandas())} for step, rows in stored.items()}
+            lost = {step: record for step, record in lost.items() if step not in found}
+            write_whole(path, "".join(json.dumps(r) + "\n" for _, r in sorted((found | lost).items())))
+            done.append(f"{lines.fault}; mended, lines made anew: {sorted(lost) or 'none'}")
+    return done
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:

@@ -194,21 +194,26 @@ def evaluate_sets(
 
     A set's accuracy is ``NAME/accuracy``, and so on. A lone set without a name gives what ``summarise`` gives.
     """
-    settings, frames = {"max_answer_tokens": config.max_answer_tokens, "seed": config.seed}, {}
+    settings, frames = {"max_answer_tokens": config.max_answer_tokens, "seed": config.seed}, []
     for name in ("temperature", "top_p", "max_trace_tokens"):
         settings[name] = getattr(config, f"eval_{name}") or getattr(config, name)
     for one in sets:
         options = {"samples": one.samples, "posterior": config.alpha < 1, "bounds": bool(one.name)}
         frame = evaluate(policy, prompter, one.task, one.examples, **settings, **options, progress=progress)
-        frames[one.name] = frame.assign(set=one.name) if one.name else frame
-    if list(frames) == [""]:
-        return frames[""], summarise(frames[""])
-    summaries = {name: summarise(frame) for name, frame in frames.items()}
-    own = {f"{name}/{key}": value for name, summary in summaries.items() for key, value in summary.items()}
-    rows = pd.concat(frames.values(), ignore_index=True)
+        frames.append(frame.assign(set=one.name) if one.name else frame)
+    rows = pd.concat(frames, ignore_index=True)
     if rows.duplicated(["example_id", "sample"]).any():  # two files of one name, or of one preset
         rows["example_id"] = rows["set"] + " " + rows["example_id"]
-    return rows, average(summaries) | own
+    return rows, summarise_sets(rows)
+
+
+def summarise_sets(rows: pd.DataFrame) -> dict[str, float]:
+    """What a line of ``evaluations.jsonl`` says of its generations: ``summarise``, or averages and each set's own."""
+    if "set" not in rows:
+        return summarise(rows)
+    summaries = {name: summarise(frame) for name, frame in rows.groupby("set", sort=False)}
+    own = {f"{name}/{key}": value for name, summary in summaries.items() for key, value in summary.items()}
+    return average(summaries) | own
 
 
 def average(summaries: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from ..files import readable
@@ -178,11 +179,12 @@ class Prompter:
 
     def _core(self, ids: list[int], answer: str) -> tuple[bool, ...]:
         """Which tokens of a wrapped answer hold some of its own text."""
-        ends = [len(self.tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
-        start = self.tokenizer.decode(ids).find(answer)
+        read = [self.tokenizer.decode(ids[:i]) for i in range(len(ids) + 1)]
+        start = read[-1].find(answer)
         if start < 0:  # a tokenizer that does not give the text back
             return (True,) * len(ids)
-        return tuple(b > start and a < start + len(answer) for a, b in zip([0, *ends], ends, strict=False))
+        # From the first token that goes into the answer to the one that completes it; a character may take several.
+        return tuple(len(after) > start and not before[start:].startswith(answer) for before, after in pairwise(read))
 
     def check_length(
         self, prompt: Prompt, max_trace_tokens: int, max_context: int, example_id: str = "", max_answer_tokens: int = 0

@@ -73,8 +73,7 @@ def check_columns(name: str, found: list[str], wanted: Iterable[str]) -> None:
         if found.count(column) > 1:
             raise ConfigError(f"data set {name!r} has two columns {column!r}; rename one")
         if column not in found and column.split(".")[0] not in found:
-            hint = did_you_mean(column, found)
-            raise ConfigError(f"data set {name!r} has columns {found} but not {column!r}{hint}")
+            raise ConfigError(f"data set {name!r} has no column {column!r}{did_you_mean(column, found)}")
 
 
 def lookup(row: dict[str, Any], path: str | None) -> Any:
