@@ -9,17 +9,11 @@ import torch
 from helpers import TINIES, make_trainer
 
 from covrl_lab import ConfigError, RunConfig
-from covrl_lab.train import lora, scoring, tree
 from covrl_lab.train.models import load_config, load_policy
 from covrl_lab.train.plan import (
-    BLOCK,
     DEVICES,
     FEW_PACKED,
     GIB,
-    MAX_LOGITS_BYTES,
-    MAX_MATMUL_KEYS,
-    MAX_UNPACKED_BYTES,
-    MAX_UNPACKED_SHARE,
     PACKED,
     Device,
     Plan,
@@ -86,12 +80,6 @@ def test_keys_and_values_take_what_the_plan_says(model):
     own += own // shape.layers  # a layer at a time is moved
     assert memory_parts(config, shape, tokens, HERE)["keys and values"] == own + 3 * prompt
     assert prompts <= 3 * prompt  # as computed, and in the blocks of rows that share them
-
-
-def test_the_sizes_of_the_torch_modules_are_known():
-    ours = (tree.BLOCK, tree.MAX_MATMUL_KEYS, scoring.MAX_LOGITS_BYTES, lora.MAX_UNPACKED_BYTES)
-    assert ours == (BLOCK, MAX_MATMUL_KEYS, MAX_LOGITS_BYTES, MAX_UNPACKED_BYTES)
-    assert lora.MAX_UNPACKED_SHARE == MAX_UNPACKED_SHARE
 
 
 @pytest.mark.parametrize("prior_only", [False, True])

@@ -22,9 +22,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import functional as F
 
-# A CPU keeps the unpacked weights of models up to this size, so that they are not unpacked at every token. A GPU
-# does where they take no more than this share of its memory, else a layer is unpacked at a time.
-MAX_UNPACKED_BYTES, MAX_UNPACKED_SHARE = 4 * 2**30, 1 / 4
+from .limits import MAX_UNPACKED_BYTES, MAX_UNPACKED_SHARE
+
 # Layers of one module that get the same input.
 SHARED_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 

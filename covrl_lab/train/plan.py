@@ -3,34 +3,11 @@
 ``covrl-lab plan --model Qwen/Qwen2.5-7B --device rtx4090`` prints the table; every field of
 ``RunConfig`` is a flag. Without ``--device`` this machine is measured, which takes a few seconds.
 
-A step has N = questions x rollouts traces of T tokens in contexts of w tokens. Its scoring tree has n nodes,
-its prompts m, and s tokens are scored. P are the parameters of the L layers' matrices (in x out each), V the
-vocabulary, h the hidden size, H and K heads and key-value heads of size d, I the intermediate size, r the
-LoRA rank, e the bytes of ``dtype``, c = min(n, max_packed_tokens) the nodes of one forward (never less than one
-rollout's), and R <= N the rows decoded at once: as many as fit, the others follow in the places of finished ones.
-
-Memory in bytes is the larger of the two phases, on top of what always stays:
-
-    weights      P (1/2 + 1/64 + 1/4096) in NF4, double quantised, or P e;  + e V h (twice if untied) + norms;
-                 a CPU keeps what 4 P <= 4 GiB of NF4 matrices unpack to as well: + 4 P; a GPU of at
-                 least 4 P e bytes: + P e
-    adapter      16 r L sum(in + out): float32 parameters, gradients and AdamW's two moments
-    runtime      what the interpreter and its libraries, or a CUDA context, take
-    sampling     keys and values 2 e L K d (3 m + R T (1 + 1 / L)), the last while they are moved, a layer at a
-                 time;  logits 20 R V
-    update       activations;  attention masks c e (H / K) (w + T + 128);  head 1.5 x 32 MiB + 2 e h min(s, c)
-    activations  c (L + 1/2) a, or c (L e h + a) with gradient checkpointing, where one token takes in one
-                 layer a = 8 h + e (2 h + 3 H d + 2 K d (1 + (w + T) / 128) + 4 I + 7 r), on a CPU with
-                 w + T + 128 <= 512 also e H (w + T + 128) attention weights
-
-Seconds: a product costs the larger of FLOPs / (share x rate) and bytes / bandwidth.
-
-    prompts      2 P m FLOPs
-    decoding     T N / R times 2 R (P + V h) FLOPs, which read all weights, and the keys and values
-    update       2 P n (1 forward + 1 backward, + 1 with gradient checkpointing, + 1 when one question has more than
-                 c nodes) + 4 s V h for the head and its gradient; attention adds 4 (w + T + 128) H d L to each 2 P
-    dequantise   where weights are unpacked at every use: (1/2 + 2 e) P bytes a pass, besides the products
-    launches     the host's time to start a GPU's kernels, where it is longer than what they do
+Memory is the larger of the two phases, sampling and update, on top of what always stays (``memory_parts``). A
+product costs the larger of FLOPs / (share x rate) and bytes / bandwidth (``step_seconds``). A step has N = questions x
+rollouts traces of T tokens in contexts of w tokens (``Tokens``). One forward takes c = min(n, max_packed_tokens) of the
+n nodes of its scoring tree, never less than one rollout's. As many rows as fit are decoded at once, the others follow
+in the places of finished ones.
 """
 
 from __future__ import annotations
@@ -45,11 +22,10 @@ from typing import Any
 
 from ..config import RunConfig
 from ..types import ConfigError, Prompt, did_you_mean
+from .limits import BLOCK, MAX_LOGITS_BYTES, MAX_MATMUL_KEYS, MAX_UNPACKED_BYTES, MAX_UNPACKED_SHARE
 from .shapes import Shape, shape_of
 
 GIB = 2**30
-# As in tree.py, scoring.py and lora.py, which need torch; tests/test_plan.py holds them equal.
-BLOCK, MAX_MATMUL_KEYS, MAX_LOGITS_BYTES, MAX_UNPACKED_BYTES, MAX_UNPACKED_SHARE = 128, 512, 2**25, 2**32, 1 / 4
 USABLE = 0.95  # of a device's memory
 # What "auto" tries for max_packed_tokens, the largest first. A CPU gains nothing from more than CPU_PACKED, and
 # below FEW_PACKED shared prompts are computed so often that recomputing activations is cheaper.
@@ -274,7 +250,11 @@ def keeps_unpacked(config: RunConfig, shape: Shape, device: Device) -> bool:
 def memory_parts(
     config: RunConfig, shape: Shape, tokens: Tokens, device: Device, rows: int | None = None
 ) -> dict[str, float]:
-    """Bytes by part; the formula is the module's docstring. ``rows`` are decoded at once, by default all."""
+    """Bytes by part; ``rows`` are decoded at once, by default all.
+
+    weights: NF4 is double quantised, and what it unpacks to is kept where there is room. adapter: float32 parameters,
+    gradients and AdamW's two moments. runtime: the interpreter and its libraries, or a CUDA context.
+    """
     e = 2 if config.dtype == "bfloat16" else 4
     h, q, kv, rows = shape.hidden, shape.q, shape.kv, rows or tokens.rows
     c, length = min(tokens.nodes, max(config.max_packed_tokens, tokens.rollout)), tokens.context + tokens.length
@@ -291,6 +271,7 @@ def memory_parts(
     kept = shape.layers * e * h + layer if config.gradient_checkpointing else (shape.layers + 0.5) * layer
     # Prompts once as computed, in blocks up to twice. A layer's own keys and values are moved, then the next one's.
     stored = 3 * tokens.prompts + rows * tokens.length * (1 + 1 / shape.layers)
+    logits = MAX_LOGITS_BYTES["cuda" if device.unpacks else "cpu"]
     return {
         "weights": weights,
         "adapter": 16 * config.lora_rank * shape.layers * sum(a + b for a, b in shape.matrices),
@@ -299,7 +280,7 @@ def memory_parts(
         "logits": 20 * rows * shape.vocabulary,
         "activations": c * kept,
         "masks": c * e * (shape.heads // shape.kv_heads) * (length + BLOCK),
-        "head": 1.5 * min(MAX_LOGITS_BYTES, 4 * scored * shape.vocabulary) + 2 * scored * e * h,
+        "head": 1.5 * min(logits, 4 * scored * shape.vocabulary) + 2 * scored * e * h,
     }
 
 
@@ -317,8 +298,12 @@ def rows_at_once(config: RunConfig, shape: Shape, tokens: Tokens, device: Device
 def step_seconds(
     config: RunConfig, shape: Shape, tokens: Tokens, device: Device, ideal: bool = False, rows: int | None = None
 ) -> dict[str, float]:
-    """Seconds by part; the formula is the module's docstring.
+    """Seconds by part.
 
+    prompts: one forward. decoding: reads all weights, and the keys and values, at every token. update: a forward and a
+    backward pass, one more with gradient checkpointing, and one where a question has more nodes than one forward.
+    dequantise: where weights are unpacked at every use. launches: the host's time to start a GPU's kernels, where it
+    is longer than what they do.
     ``ideal`` leaves out what is done beyond the step's own arithmetic: unpacking, attention to masked tokens,
     and shared keys and values read more than once. With ``device.share`` 1 that is the machine's limit.
     """

@@ -17,10 +17,9 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from ..types import LogProbs, Prompt, TraceBatch
+from .limits import MAX_LOGITS_BYTES
 from .policy import Policy
 from .tree import build_tree, count_nodes, final_logits, logit_cap, logit_scale, run_tree
-
-MAX_LOGITS_BYTES = 32 * 2**20  # float32 logits that exist at once
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class _HeadLogprobs(torch.autograd.Function):
         cap, scale = logit_cap(policy), logit_scale(policy)
         logprobs = torch.empty(len(hidden), device=hidden.device)
         slope = torch.empty_like(hidden) if needed else None
-        rows = max(1, MAX_LOGITS_BYTES // (4 * len(weight)))
+        rows = max(1, MAX_LOGITS_BYTES.get(hidden.device.type, 2**25) // (4 * len(weight)))
         for i in range(0, len(hidden), rows):
             part, target = slice(i, i + rows), targets[i : i + rows, None]
             logits = final_logits(policy, hidden[part])

@@ -29,14 +29,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..types import ConfigError
+from .limits import BLOCK, MAX_MATMUL_KEYS
 
 if TYPE_CHECKING:
     from .policy import Policy
 
-BLOCK = 128  # nodes whose attention is computed together
-# Up to this many keys a block, a CPU computes attention with plain matrix products. They are faster there
-# than the flash kernel, but keep the attention weights for the backward pass.
-MAX_MATMUL_KEYS = 512
 FLEX_BLOCK = 128  # nodes of a block that FlexAttention computes or leaves out
 ATTENTION = "covrl_tree"  # the name under which transformers knows ``attend``
 

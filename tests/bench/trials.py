@@ -37,8 +37,9 @@ METHODS = {
     "higher_floor": {"method": "covrl", "evidence_floor": 0.25},
     "posterior_untrained": {"method": "covrl", "posterior_weight": 0.0},
     "no_answer_term": {"method": "covrl", "nll_weight": 0.0},
-    "prior_only": {"method": "covrl", "alpha": 1.0, "posterior_weight": 0.0},
+    "prior_only": {"method": "covrl", "alpha": 1.0},
     "alpha_adapts": {"method": "covrl", "alpha_rate": 0.2},
+    "alpha_quarter": {"method": "covrl", "alpha": 0.25},
 }
 THINGS = "pen cup hat map toy bag box key pie fan".split()
 

@@ -1,0 +1,11 @@
+"""Sizes that decide memory, where they act and where ``plan`` counts them. No torch."""
+
+BLOCK = 128  # nodes of a tree whose attention is computed together
+# Up to this many keys a block, a CPU computes attention with plain matrix products. They are faster there
+# than the flash kernel, but keep the attention weights for the backward pass.
+MAX_MATMUL_KEYS = 512
+# Float32 logits that exist at once, by device: a CPU keeps them in its caches, a GPU starts fewer kernels.
+MAX_LOGITS_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+# A CPU keeps the unpacked weights of models up to this size, so that they are not unpacked at every token. A GPU
+# does where they take no more than this share of its memory, else a layer is unpacked at a time.
+MAX_UNPACKED_BYTES, MAX_UNPACKED_SHARE = 4 * 2**30, 1 / 4
