@@ -16,6 +16,8 @@ from helpers import numbers as steps_of
 from nbclient import NotebookClient
 
 from covrl_lab import ConfigError, RunConfig
+from covrl_lab.runs import worker
+from covrl_lab.runs.folder import read_lines, steps_in
 from covrl_lab.runs.sweep import LocalExecutor, Sweep, gpus
 from covrl_lab.runs.worker import status, supervise
 
@@ -248,6 +250,7 @@ def test_failures_have_reasons_and_wait_for_a_retry(toy, capsys):
 def test_cancel_stop_and_timeout(toy, tmp_path, monkeypatch):
     (tmp_path / "t").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t"))
+    monkeypatch.setattr(worker, "STOP_SECONDS", 0.5)  # the target does not heed a file STOP
     sweep = toy(3, 0)
     waiting, fine = sweep.runs
     sweep.submit()
@@ -275,6 +278,7 @@ def test_cancel_stop_and_timeout(toy, tmp_path, monkeypatch):
     sweep.stop()
     assert not alive(child) and not sweep.driven
     assert sweep.statuses == {waiting: "queued", fine: "cancelled"}
+    assert not (sweep.path(waiting) / "STOP").exists()
 
     assert "longer than 0.001 minutes" in toy(3, 0, timeout_minutes=0.001).run()["reason"][0]
 
@@ -285,6 +289,19 @@ def test_cancel_stop_and_timeout(toy, tmp_path, monkeypatch):
     other.retry(fine)
     sweep.wait(PATIENCE)
     assert set(sweep.statuses.values()) == {"done"}
+
+
+def test_stop_lets_a_run_save_its_step(tmp_path):
+    """Its settings ask for no checkpoint on the way, and none of its steps is lost."""
+    sweep = Sweep(tmp_path / "sweep", SMALL | {"steps": 500, "eval_every": 0, "checkpoint_every": 1000}, {"seed": [0]})
+    (run_id,) = sweep.runs
+    path = sweep.path(run_id)
+    sweep.submit()
+    until(lambda: len(read_lines(path / "metrics.jsonl").records) > 1, "it trains")
+    sweep.stop()
+    steps = len(read_lines(path / "metrics.jsonl").records)
+    assert steps_in(path / "checkpoints") == [steps] and 2 <= steps < 500
+    assert sweep.statuses == {run_id: "queued"} and not (path / "STOP").exists()
 
 
 def test_runs_at_once_on_this_machine_have_a_gpu_each(toy, tmp_path, monkeypatch):

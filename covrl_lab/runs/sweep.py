@@ -217,7 +217,7 @@ class Sweep:
         return f"{' '.join([run_id, *values])}: {how}{f' ({reason})' if reason else ''}"
 
     def stop(self) -> None:
-        """End the driver and the runs it started on this machine; they stay queued and resume next time.
+        """End the driver and, after their step, the runs it started on this machine; they stay queued and resume.
 
         What waits on a cluster is withdrawn; what has begun there continues unless it is cancelled.
         """

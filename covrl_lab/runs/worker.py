@@ -31,6 +31,7 @@ from .folder import steps_done
 
 ENDS = ("done", "cancelled", "failed")  # markers a run folder can hold, the first one present counts
 POLL_SECONDS = 0.3
+STOP_SECONDS = 60.0  # that a stopped run has to finish its step and save a checkpoint
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
@@ -139,7 +140,8 @@ def supervise(
 
     Does nothing for a run that has ended or is at work elsewhere. threads: of the run's numerical libraries;
     None leaves the environment's. gpu: the only one that the run sees; None: all. The process is killed when
-    the run is cancelled, after ``timeout_minutes``, or when ``stop`` is set, which leaves the run queued.
+    the run is cancelled, or after ``timeout_minutes``. When ``stop`` is set, the run ends after its step, or is killed
+    after STOP_SECONDS, and stays queued.
     """
     check_platform()
     path = Path(folder)
@@ -191,17 +193,26 @@ def _watch(
     path: Path, child: subprocess.Popen, timeout_minutes: float | None, stop: threading.Event | None
 ) -> str | None:
     """Wait for the process, or kill it; why the run counts as failed, if it has not written an end itself."""
-    deadline = math.inf if timeout_minutes is None else time.monotonic() + 60 * timeout_minutes
+    started, stopped_at, asked = time.monotonic(), math.inf, path / "STOP"
     try:
         while child.poll() is None:
-            if (stop is not None and stop.is_set()) or (path / "cancelled.json").exists():
+            now = time.monotonic()
+            if (path / "cancelled.json").exists() and stopped_at == math.inf or now > stopped_at + STOP_SECONDS:
                 return None
-            if time.monotonic() > deadline:
+            if timeout_minutes is not None and now > started + 60 * timeout_minutes:
                 return f"ran for longer than {timeout_minutes:g} minutes"
+            if stop is not None and stop.is_set() and stopped_at == math.inf:
+                stopped_at = now
+                asked.touch()
             time.sleep(POLL_SECONDS)
+        if stopped_at < math.inf:
+            (path / "cancelled.json").unlink(missing_ok=True)  # it says that it was stopped, and stays queued
+            return None
     finally:
         child.kill()
         code = child.wait()
+        if stopped_at < math.inf:
+            asked.unlink(missing_ok=True)
     killed = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     return f"{killed} after step {steps_done(path)}; log.txt has what it wrote"
 
