@@ -131,7 +131,7 @@ class RunConfig(metaclass=_Checked):
     std_filter: NotNegative | None = None  # drop groups whose reward varies less than this share of average (RLPR)
     loss_aggregation: Literal["token_mean", "trace_sum"] | None = None  # trace_sum: sum per trace, mean over traces
     unfinished_penalty: NotNegative = 1.0  # an unfinished trace earns its group's worst reward minus this
-    evidence_floor: NotNegative | None = None  # c = p(y|x without a trace) ^ this, what a trace must explain better
+    evidence_floor: NotNegative | None = None  # c = p(y|x without a trace) ^ this; 0: c = 1
     posterior_weight: NotNegative | None = None  # factor of the term that draws q towards p(z|x,y)
     alpha_rate: Share | None = None  # 0: alpha stays; else how fast it follows the evidence upwards, a step
     # --- sampling

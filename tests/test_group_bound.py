@@ -126,8 +126,10 @@ def test_unfinished_traces_earn_nothing_and_a_group_without_evidence_is_left_alo
     assert not credit.advantage.any() and not credit.answer_weight.any()
 
 
-def guess_or_reason(share: torch.Tensor, group: int = 4, right: float = 0.2) -> tuple[torch.Tensor, torch.Tensor]:
-    """(published bound, group bound) where a share of the traces reason and the others are empty.
+def guess_or_reason(
+    share: torch.Tensor, floor: float, group: int = 4, right: float = 0.2
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(published bound, group bound with this evidence_floor) where a share of the traces reason, others being empty.
 
     An empty trace leaves the answer at e^-5, a right one at 0.95, a wrong one, which the model trusts, at e^-12.
     """
@@ -135,29 +137,31 @@ def guess_or_reason(share: torch.Tensor, group: int = 4, right: float = 0.2) -> 
     likelihood = torch.tensor([math.exp(-5), 0.95, math.exp(-12)], dtype=torch.float64)
     published = (probability * likelihood.log()).sum()
     bound = 0.0
-    floor = math.exp(0.5 * -5)
+    c = math.exp(floor * -5)
     for kinds in itertools.product(range(3), repeat=group):
         index = torch.tensor(kinds)
-        bound = bound + probability[index].prod() * torch.log(floor + likelihood[index].mean())
+        bound = bound + probability[index].prod() * torch.log(c + likelihood[index].mean())
     return published, bound
 
 
-def test_the_published_bound_prefers_not_to_reason_and_the_group_bound_reasons():
+@pytest.mark.parametrize("floor", [0.0, 0.5])
+def test_the_published_bound_prefers_not_to_reason_and_the_group_bound_reasons(floor):
     shares = [torch.tensor(s, dtype=torch.float64) for s in (0.01, 0.25, 0.5, 0.75, 0.99)]
-    published, bound = zip(*(map(float, guess_or_reason(s)) for s in shares), strict=True)
+    published, bound = zip(*(map(float, guess_or_reason(s, floor)) for s in shares), strict=True)
     assert np.all(np.diff(published) < 0), "one trace in the logarithm: being wrong costs more than guessing"
     assert np.all(np.diff(bound) > 0)
 
 
-def test_value_by_use_is_that_of_the_world():
+@pytest.mark.parametrize("floor", [0.0, 0.5])
+def test_value_by_use_is_that_of_the_world(floor):
     """Every group of four traces of which a quarter is right, against the world's own enumeration."""
     shares = np.array([0.0, 0.3, 1.0])
-    found = value_by_use(guessing_world(right=0.25), shares)
-    exact = np.array([guess_or_reason(torch.tensor(s), right=0.25) for s in shares], dtype=float)
+    found = value_by_use(guessing_world(right=0.25), shares, floor)
+    exact = np.array([guess_or_reason(torch.tensor(s), floor, right=0.25) for s in shares], dtype=float)
     np.testing.assert_allclose(found[["published", "group"]], exact, rtol=1e-9)
 
 
-@pytest.mark.parametrize(("floor", "reasons"), [(0.5, True), (1.0, False)])
+@pytest.mark.parametrize(("floor", "reasons"), [(0.0, True), (0.5, True), (1.0, False)])
 def test_a_floor_at_the_level_of_a_guess_pays_for_guessing(floor, reasons):
     """Credit of an empty trace beside wrong ones: small unless c is no more than the probability of a guess."""
     guess = torch.tensor([[-5.0]], dtype=torch.float64)
@@ -221,7 +225,7 @@ def test_credit_of_both_prompts_and_the_share_of_the_prior_by_hand():
     old = LogProbs(prior, posterior, likelihood, mask, no_trace=torch.full((4, 1), 2 * math.log(0.1)).double())
     from_prior = torch.tensor([True, True, False, False])
     batch = TraceBatch(mask.long(), mask, from_prior, torch.ones(4, dtype=torch.bool), 4)
-    credit = covrl_credit(batch, old, RunConfig(method="covrl", alpha_rate=0.5), {})
+    credit = covrl_credit(batch, old, RunConfig(method="covrl", alpha_rate=0.5, evidence_floor=0.5), {})
 
     h = 0.5 * p + 0.5 * q  # 0.3 everywhere: P/H = 5/3 or 1/3, Q/H the other way round
     evidence = answer * p / h

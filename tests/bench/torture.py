@@ -110,6 +110,53 @@ def kill_runs(folder: Path, count: int) -> list[tuple[str, str]]:
     return [(f"{counts['at random']} kills at random moments, {counts['at a write']} at writes", said)]
 
 
+def kill_commands(folder: Path, count: int) -> list[tuple[str, str]]:
+    """Rows: the other commands that write, killed at random moments (a sweep by its driver), then run to the end."""
+    chance, rows = random.Random(1), []
+    whole = make_trainer(folder / "apart", RUN).run().run_dir
+    run = shutil.copytree(whole, folder / "read")
+    sweep = folder / "sweep"
+    shared = flags({name: value for name, value in RUN.items() if name != "seed"})
+    commands = {
+        "sweep": ["sweep", str(sweep), "--grid=seed=0,1", "--workers=2", "--threads=1", *shared],
+        "evaluate": ["evaluate", str(run), "--eval_questions=40"],
+        "report": ["report", str(run)],
+    }
+    for name, arguments in commands.items():
+        command, kills = [sys.executable, "-m", "covrl_lab", *arguments], 0
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": checkout_environment()}
+        started = time.monotonic()
+        if name != "sweep":
+            subprocess.run(command, check=True, **quiet)
+        took = min(time.monotonic() - started, 30) if name != "sweep" else 30
+        while kills < count:
+            process = subprocess.Popen(command, **quiet)
+            try:
+                process.wait(chance.uniform(0.3 * took, took))
+            except subprocess.TimeoutExpired:
+                process.kill()
+            kills += process.wait() == -signal.SIGKILL
+        code = subprocess.run(command, **quiet).returncode
+        bad = [f"exit {code}"] * (code != 0)
+        if name == "sweep":
+            for path in sweep.iterdir():
+                seed = load_run(path).config["seed"]
+                alone = make_trainer(folder / f"alone{seed}", RUN, seed=seed).run().run_dir
+                same = numbers(path) == numbers(alone) and contents(path / "traces") == contents(alone / "traces")
+                bad += [] if same else [f"seed {seed}"]
+        elif (
+            name == "evaluate"
+        ):  # a killed one leaves a whole line or none, and generations that the next one replaces
+            lines = load_run(run).benchmarks.drop(columns="settings").drop_duplicates()
+            bad += [] if len(lines) == 1 else ["benchmarks.jsonl"]
+        else:
+            bad += [] if (run / "report.html").read_text().endswith("</html>\n") else ["report.html"]
+        left = [path for path in (sweep if name == "sweep" else run).rglob("*.tmp*")]
+        bad += [f"left over: {left[0].name}"] if left else []
+        rows.append((f"{kills} kills of covrl-lab {name}", ", ".join(bad) or "the same in the end"))
+    return rows
+
+
 def many_traces(folder: Path, count: int) -> list[tuple[str, str]]:
     """Rows: a run folder of ``count`` traces in files of 16."""
     run = made_up_run(folder / "many", steps=1, length=64)
@@ -161,7 +208,7 @@ def many_steps(folder: Path, count: int) -> list[tuple[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    measures = {"kills": (kill_runs, 200), "traces": (many_traces, 100_000)}
+    measures = {"kills": (kill_runs, 200), "others": (kill_commands, 20), "traces": (many_traces, 100_000)}
     measures |= {"runs": (many_runs, 200), "steps": (many_steps, 2000)}
     for name, (_, count) in measures.items():
         parser.add_argument(f"--{name}", type=int, default=count, help="0: leave it out")
