@@ -8,6 +8,7 @@ Imports stand inside the commands, so that help and reports start without torch.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -34,8 +35,8 @@ def train(settings: dict[str, Any], options: argparse.Namespace) -> None:
     config = RunConfig.from_dict(settings)
     from .train.trainer import Trainer  # after the settings have been checked: torch takes seconds to import
 
-    Trainer(config).run()
-    print(f"Run folder: {config.run_dir}")
+    if not Trainer(config).run().ranks.rank:
+        print(f"Run folder: {config.run_dir}")
 
 
 def sweep(settings: dict[str, Any], options: argparse.Namespace) -> int:
@@ -184,6 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows has no SIGHUP
             if signal.getsignal(number) is signal.SIG_DFL:  # nohup has it ignored
                 signal.signal(number, _interrupt)
+        if options.command != "train" and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            raise ConfigError(f"only train runs on several processes; start {options.command} without a launcher")
         if config := getattr(options, "config", None):
             settings = _read_config(config) | settings
         status = options.run(settings, options) or 0
