@@ -195,7 +195,7 @@ def evaluate_sets(
 ) -> tuple[pd.DataFrame, dict]:
     """Evaluate each set on its own: all rows, with a column ``set``, the averages over sets, and each set's own.
 
-    Ranks share its questions. A set's accuracy is ``NAME/accuracy``, and so on. A lone set without a name gives what ``summarise`` gives.
+    A set's accuracy is ``NAME/accuracy``, and so on. A lone set without a name gives what ``summarise`` gives.
     """
     settings, frames = {"max_answer_tokens": config.max_answer_tokens, "seed": config.seed, "ranks": ranks}, {}
     for name in ("temperature", "top_p", "max_trace_tokens"):

@@ -210,12 +210,10 @@ class Trainer:
         sources = draw_sources(len(prompts), config.rollouts_per_question, alpha, config.source_split, generator)
         limits = {"max_tokens": config.max_trace_tokens, "temperature": config.temperature, "top_p": config.top_p}
         limits |= {"generator": generator, "ranks": self.ranks}
-        batch = sample_traces(self.policy, self.prompter, prompts, sources, **limits)
-        batch = batch.to(self.policy.device)
+        batch = sample_traces(self.policy, self.prompter, prompts, sources, **limits).to(self.policy.device)
         if self._judges:
-            answers, rewards = verifier_rewards(
-                self.policy, self.prompter, self.task, examples, prompts, batch, config.max_answer_tokens, self.ranks
-            )
+            drawn = examples, prompts, batch, config.max_answer_tokens
+            answers, rewards = verifier_rewards(self.policy, self.prompter, self.task, *drawn, self.ranks)
             batch = dataclasses.replace(batch, verifier_reward=rewards, predictions=answers)
         return examples, prompts, batch
 
