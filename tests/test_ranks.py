@@ -27,7 +27,7 @@ JOBS["jepo"] = {"method": "jlb", "n_sample": 2}
 JOBS["all else"] = {"alpha_rate": 0.5, "max_packed_tokens": 200, "updates_per_step": 2, "judge_traces": True}
 JOBS["all else"] |= {"method": "covrl", "eval_task": "arithmetic, last_letters*2"}
 ONE = {"run": {"method": "covrl"}}
-ENDED = 120  # seconds within which all ranks must have ended; it only ends a test that hangs
+ENDED = 420  # seconds within which all ranks must have ended, a job; it only ends a test that hangs
 
 FORK = multiprocessing.get_context("forkserver")  # imports once for all ranks of all tests
 FORK.set_forkserver_preload(["covrl_lab.train.trainer"])
@@ -72,7 +72,7 @@ def broken(trainer, method, kind, step, *arguments):
 
 
 def train(folder, count, jobs, *fault):
-    """Train jobs with ``count`` ranks; the exit statuses. This process holds their store, so that no port is guessed."""
+    """Exit statuses of ``count`` ranks that train jobs. This process holds their store, so that no port is guessed."""
     from torch.distributed import TCPStore
 
     folder.mkdir(parents=True, exist_ok=True)
