@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows has no SIGHUP
             if signal.getsignal(number) is signal.SIG_DFL:  # nohup has it ignored
                 signal.signal(number, _interrupt)
-        if options.command != "train" and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        if options.command != "train" and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1:
             raise ConfigError(f"only train runs on several processes; start {options.command} without a launcher")
         if config := getattr(options, "config", None):
             settings = _read_config(config) | settings

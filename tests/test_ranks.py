@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import CLOCK, TRAINED, assert_one_sentence, lines, make_trainer
+from helpers import CLOCK, TRAINED, adapter_change, assert_one_sentence, lines, make_trainer
 
 from covrl_lab import load_run
+from covrl_lab.__main__ import main
 from covrl_lab.runs.folder import steps_in
 from covrl_lab.types import ConfigError, NotFinite
 
@@ -52,6 +53,7 @@ def work(folder, jobs, environment, kind="", faulty=0, step=0):
             said = f"{type(error).__name__}: {error}"
             (Path(folder) / f"said_{trainer.ranks.rank}").write_text(said)
             os._exit(2)
+        assert kind or adapter_change(trainer.policy) > 0.1, "it learns"
         weights = torch.cat([p.detach().flatten() for _, p in trainer.policy.trainable()])
         np.save(Path(folder) / f"{name}_{trainer.ranks.rank}.npy", weights.numpy())
 
@@ -105,12 +107,13 @@ def alone(tmp_path_factory):
 def close(found, expected, place=""):
     """Equal but for float32 rounding.
 
-    Sums of some hundred terms in another order differ by about 1e-6 of the largest, and ten steps of Adam, which
-    divides by the gradient's own size, carry that on: seen are 3e-6 in adapters of size 0.05, 3e-5 in a loss that
-    nearly cancels.
+    Sums of some hundred terms in another order differ by about 1e-6 of the largest term. A loss that nearly cancels
+    shows that 100 times larger. Adam divides a gradient by its own size, so that a weight whose gradient nearly
+    cancels moves by up to the learning rate, 5e-3, times that. Seen: 2e-4 of a loss; in adapters of size 0.05
+    differences of 3e-7 in the mean square, and 3e-5 in single weights.
     """
     if isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5), place
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5, nan_ok=True), place
     elif isinstance(expected, (list, tuple, np.ndarray)):
         assert len(found) == len(expected), place
         for one, other in zip(found, expected, strict=True):
@@ -123,9 +126,8 @@ def assert_same_numbers(folder, alone, name, count):
     """A run of ``count`` ranks against that of one process; the first rank's weights are every rank's, to the bit."""
     weights = [np.load(folder / f"{name}_{rank}.npy") for rank in range(count)]
     assert all(np.array_equal(weights[0], other) for other in weights[1:])
-    (expected,) = np.load(alone / f"{name}_0.npy")[None]
-    assert np.abs(weights[0]).max() > 0.01
-    np.testing.assert_allclose(weights[0], expected, atol=3e-5)
+    difference = np.abs(weights[0] - np.load(alone / f"{name}_0.npy"))
+    assert np.sqrt((difference**2).mean()) < 2e-6 and difference.max() < 2e-4, (name, difference.max())
     for file in ("metrics.jsonl", "evaluations.jsonl"):
         records = zip(lines(folder / name / file), lines(alone / name / file), strict=True)
         for found, expected in records:
@@ -202,5 +204,13 @@ def test_a_launcher_that_starts_one_process_of_several_is_refused(monkeypatch):
     for name, value in {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(ConfigError, match="starts one process only; use --multi_gpu"):
+    with pytest.raises(ConfigError, match="one process only, .* add --multi_gpu"):
         make_trainer("unused", BASE)
+
+
+def test_only_train_runs_on_several_processes(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        main(["report", "unused"])
+    assert "only train runs on several processes; start report without a launcher" in capsys.readouterr().err

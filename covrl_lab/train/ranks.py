@@ -45,8 +45,10 @@ class Ranks:
     def launched(cls) -> Ranks:
         """The place that a launcher gave to this process."""
         if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-            problem = "accelerate launch --cpu starts one process only"
-            raise ConfigError(f"{problem}; use --multi_gpu, which starts as many as asked without GPUs, too")
+            problem = "accelerate launch has started one process only, as it does for CPUs"
+            raise ConfigError(
+                f"{problem}; add --multi_gpu and leave --cpu out, which starts all of them, also on CPUs"
+            )
         names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
         return cls(*(int(os.environ[name]) for name in names[:2])) if {*names} <= {*os.environ} else cls()
 
