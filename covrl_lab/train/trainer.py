@@ -94,9 +94,8 @@ class Trainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with self.ranks.first(), self._owner:
             self.step, self.method_state, self.records, self._evaluations = resume(config, policy, self.optimizer)
-        self.saved_step, self._unrecorded = self.step, False
         self._tracker = Tracker("none" if self.ranks.rank else config.tracker, config, policy.device.type)
-        self.policy = policy
+        self.policy, self.saved_step, self._unrecorded = policy, self.step, False
 
     # --- the loop
 
@@ -154,8 +153,7 @@ class Trainer:
 
     def save_checkpoint(self) -> Path:
         """Write a checkpoint of the current step; returns its folder."""
-        run = self.run_dir, self.step, self.policy, self.optimizer, self.method_state
-        self.ranks.on_first(save_checkpoint, *run)
+        self.ranks.on_first(save_checkpoint, self.run_dir, self.step, self.policy, self.optimizer, self.method_state)
         self.saved_step = self.step
         return step_file(self.run_dir / "checkpoints", self.step, "")
 
