@@ -8,6 +8,7 @@ Imports stand inside the commands, so that help and reports start without torch.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -37,8 +38,8 @@ def train(settings: dict[str, Any], options: argparse.Namespace) -> None:
 
     if options.repair:
         print(*(repair(config.run_dir) or ["nothing to mend"]), sep="\n")
-    Trainer(config).run()
-    print(f"Run folder: {config.run_dir}")
+    if not Trainer(config).run().ranks.rank:
+        print(f"Run folder: {config.run_dir}")
 
 
 def sweep(settings: dict[str, Any], options: argparse.Namespace) -> int:
@@ -185,6 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name = unknown[0].lstrip("-").split("=")[0]
             valid = [flag.dest for flag in options.parser._actions if flag.option_strings and flag.dest != "help"]
             raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, valid)}")
+        if options.command != "train" and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            raise ConfigError(f"only train runs on several processes; start {options.command} without a launcher")
         for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows has no SIGHUP
             if signal.getsignal(number) is signal.SIG_DFL:  # nohup has it ignored
                 signal.signal(number, _interrupt)

@@ -146,6 +146,21 @@ def load_checkpoint(run_dir: Path, policy: Policy, optimizer: torch.optim.Optimi
     return step, read_object(folder / METHOD_STATE)
 
 
+def resume(
+    config: RunConfig, policy: Policy, optimizer: torch.optim.Optimizer
+) -> tuple[int, dict[str, float], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Step, method's state, metrics and evaluations that a run goes on from, in its folder.
+
+    What was written after the last whole checkpoint is dropped, to be written again. ConfigError as ``check_run_dir``.
+    """
+    run_dir = Path(config.run_dir)
+    check_run_dir(config)  # again: loading took a while
+    if not (run_dir / "config.json").exists():
+        config.save(run_dir / "config.json")
+    step, state = load_checkpoint(run_dir, policy, optimizer)
+    return step, state, *(keep_lines(run_dir / name, step) for name in ("metrics.jsonl", "evaluations.jsonl"))
+
+
 def keep_lines(path: Path, last_step: int) -> list[dict[str, Any]]:
     """Drop what steps after ``last_step`` left in a JSON-lines file and its folder; return the lines that stay."""
     for step in steps_in(path.parent / path.stem):
@@ -154,7 +169,9 @@ def keep_lines(path: Path, last_step: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = list({r["step"]: r for r in read_lines(path).records if r["step"] <= last_step}.values())
-    write_whole(path, "".join(json.dumps(r) + "\n" for r in lines))
+    content = "".join(json.dumps(r) + "\n" for r in lines)
+    if path.read_bytes() != content.encode():
+        write_whole(path, content)
     return lines
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from ..types import Example, Prompt
 from .answers import vote
 from .policy import Policy
 from .prompts import Prompter
+from .ranks import ALONE, Ranks
 from .sampling import generate
 from .scorer import scorer
 from .scoring import answer_logprobs
@@ -107,6 +109,7 @@ def evaluate(
     posterior: bool = False,
     bounds: bool = False,
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> pd.DataFrame:
     """One row per generation: one greedy generation a question (sample -1), then ``samples`` sampled ones.
 
@@ -122,79 +125,79 @@ def evaluate(
     width = max_trace_tokens + max_answer_tokens
     limits = {"max_trace_tokens": max_trace_tokens, "max_answer_tokens": max_answer_tokens}
 
-    def scored(result: dict, example: Example) -> float:
-        return float(task.score(result["prediction"], example)) if result["finished"] else 0.0
-
-    rows = []
-    passes = 1 + samples + posterior
     # On a GPU waiting questions take the seats of finished ones; a CPU drops finished rows, which is as fast.
-    at_once = ROWS if policy.device.type == "cpu" else 8 * ROWS
-    with tqdm(total=len(examples) * passes, desc="evaluate", disable=not progress, leave=False) as bar:
+    count, at_once = len(examples), ROWS if policy.device.type == "cpu" else 8 * ROWS
+
+    def generated(part: slice, uniforms: torch.Tensor | None = None, **how) -> list[dict]:
+        found, uniforms = [], None if uniforms is None else uniforms[part]
+        drawn = predict(policy, prompter, prompts[part], **limits, **how, uniforms=uniforms)
+        for result, example in zip(drawn, examples[part], strict=True):
+            cut = scorer.cut
+            score = float(task.score(result["prediction"], example)) if result["finished"] else 0.0
+            found.append(result | {"score": score, "scoring_cut": scorer.cut > cut})
+        bar.update(len(found))
+        return found
+
+    def scored(traces: list, part: slice) -> list[float]:
+        return answer_logprobs(policy, prompts[part], traces[part]).tolist()
+
+    rows, own = [], ranks.share(count)
+    total = (own.stop - own.start) * (1 + samples + posterior)
+    with tqdm(total=total, desc="evaluate", disable=not progress, leave=False) as bar:
         for sample in range(-1, samples):
             uniforms = None
             if sample >= 0:
                 generator = torch.Generator().manual_seed(seed * 1000 + sample + 1)
-                uniforms = torch.rand(len(examples), width, generator=generator, dtype=torch.float64)
-            drawn = []
-            for start in range(0, len(examples), at_once):
-                part = slice(start, start + at_once)
-                drawn += predict(
-                    policy,
-                    prompter,
-                    prompts[part],
-                    **limits,
-                    temperature=temperature,
-                    top_p=top_p,
-                    uniforms=None if uniforms is None else uniforms[part],
-                )
-                bar.update(len(drawn) - start)
+                uniforms = torch.rand(count, width, generator=generator, dtype=torch.float64)
+            drawn = ranks.map(
+                count, partial(generated, uniforms=uniforms, temperature=temperature, top_p=top_p), at_once
+            )
             traces = [result.pop("trace_ids") for result in drawn]
             for example, result in zip(examples, drawn, strict=True):
                 row = {"example_id": example.id, "sample": sample, "question": example.question}
-                cut, score = scorer.cut, scored(result, example)
-                row |= {"answer": example.answer} | result | {"score": score, "scoring_cut": scorer.cut > cut}
-                rows.append(row)
+                rows.append(row | {"answer": example.answer} | result)
             if sample < 0:
-                for row, use in zip(rows, trace_use(policy, prompts, traces), strict=True):
+                uses = ranks.map(count, partial(trace_use, policy, prompts, traces), ROWS)
+                for row, use in zip(rows, uses, strict=True):
                     row.update(use)
             elif bounds:
-                parts = [slice(start, start + ROWS) for start in range(0, len(examples), ROWS)]
-                nats = [x for part in parts for x in answer_logprobs(policy, prompts[part], traces[part]).tolist()]
-                for row, example, value in zip(rows[-len(examples) :], examples, nats, strict=True):
+                nats = ranks.map(count, partial(scored, traces), ROWS)
+                for row, example, value in zip(rows[-count:], examples, nats, strict=True):
                     row |= {"answer_logp": value, "vote": vote(row["prediction"], example) if row["finished"] else ""}
-        for start in range(0, len(examples) if posterior else 0, at_once):
-            part = slice(start, start + at_once)
-            results = predict(policy, prompter, prompts[part], **limits, posterior=True)
-            for row, example, result in zip(rows[: len(examples)][part], examples[part], results, strict=True):
-                row["posterior_score"] = scored(result, example)
-            bar.update(len(results))
+        if posterior:
+            found = ranks.map(count, partial(generated, posterior=True), at_once)
+            for row, result in zip(rows[:count], found, strict=True):
+                row["posterior_score"] = result["score"]
     return pd.DataFrame(rows)
 
 
-def trace_use(policy: Policy, prompts: Sequence[Prompt], traces: Sequence[Sequence[int]]) -> list[dict[str, float]]:
-    """How probable each answer is after its own trace, the next question's, and none: nats, a row a question.
+def trace_use(
+    policy: Policy, prompts: Sequence[Prompt], traces: Sequence[Sequence[int]], part: slice
+) -> list[dict[str, float]]:
+    """How probable some answers are after their own traces, the next questions', and none: nats, a row a question.
 
     Where the three agree, the answer does not depend on the trace: the model guesses.
     """
+    own, names = prompts[part], ("answer_logp", "other_trace_logp", "no_trace_logp")
     others = [*traces[1:], *traces[:1]]
-    found = []
-    for start in range(0, len(prompts), ROWS):
-        part = slice(start, start + ROWS)
-        own, names = prompts[part], ("answer_logp", "other_trace_logp", "no_trace_logp")
-        after = [z for kind in (traces, others) for z in kind[part]] + [p.empty_trace for p in own]
-        values = answer_logprobs(policy, [*own, *own, *own], after).view(3, -1).T.tolist()
-        found += [dict(zip(names, row, strict=True)) for row in values]
-    return found
+    after = [z for kind in (traces, others) for z in kind[part]] + [p.empty_trace for p in own]
+    values = answer_logprobs(policy, [*own, *own, *own], after).view(3, -1).T.tolist()
+    return [dict(zip(names, row, strict=True)) for row in values]
 
 
 def evaluate_sets(
-    policy: Policy, prompter: Prompter, sets: Sequence[EvalSet], config: RunConfig, progress: bool = True
+    policy: Policy,
+    prompter: Prompter,
+    sets: Sequence[EvalSet],
+    config: RunConfig,
+    progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> tuple[pd.DataFrame, dict]:
     """Evaluate each set on its own: all rows, with a column ``set``, the averages over sets, and each set's own.
 
     A set's accuracy is ``NAME/accuracy``, and so on. A lone set without a name gives what ``summarise`` gives.
     """
-    settings, frames = {"max_answer_tokens": config.max_answer_tokens, "seed": config.seed}, []
+    settings, frames = {"max_answer_tokens": config.max_answer_tokens, "seed": config.seed, "ranks": ranks}, []
     for name in ("temperature", "top_p", "max_trace_tokens"):
         settings[name] = getattr(config, f"eval_{name}") or getattr(config, name)
     for one in sets:

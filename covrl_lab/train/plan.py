@@ -357,10 +357,15 @@ def make_plan(config: RunConfig, shape: Shape, tokens: Tokens, device: Device) -
     return replace(made, seconds=step_seconds(chosen, shape, tokens, device, rows=rows))
 
 
-def fit(config: RunConfig, prompts: Sequence[Prompt]) -> Plan:
-    """The plan of a run on this machine, from the prompts of a step. ConfigError where it cannot fit."""
+def fit(config: RunConfig, prompts: Sequence[Prompt], processes: int = 1) -> Plan:
+    """The plan of a run on this machine, from the prompts of a step. ConfigError where it cannot fit.
+
+    ``processes`` that train it share a CPU's memory, and have a GPU each.
+    """
     shape, tokens = shape_of(config.model), Tokens.of_prompts(config, prompts)
-    made = make_plan(config, shape, tokens, find_device(config.device))
+    device = find_device(config.device)
+    device = device if device.unpacks else replace(device, memory=device.memory / processes)
+    made = make_plan(config, shape, tokens, device)
     if not made.fits:
         raise ConfigError(
             f"this run needs about {made.peak / GIB:.1f} GiB, and {made.device.name} has "

@@ -19,6 +19,7 @@ from ..types import NotFinite, Prompt, TraceBatch
 from .lora import cached_adapters
 from .policy import Policy
 from .prompts import Prompter
+from .ranks import ALONE, Ranks
 from .tree import LayerStore, additive, attention_window, build_tree, final_logits, forward, run_tree
 
 log = logging.getLogger(__name__)
@@ -350,6 +351,7 @@ def sample_traces(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
     tick: Callable[[int], object] = lambda done: None,
+    ranks: Ranks = ALONE,
 ) -> TraceBatch:
     """Draw one trace per entry of ``from_prior`` (N,); rollout i belongs to prompt i // (N / B).
 
@@ -367,7 +369,14 @@ def sample_traces(
 
     uniforms = torch.rand(len(contexts), max_tokens, generator=generator, dtype=torch.float64)
     settings = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "stop_ids": prompter.stop_ids}
-    ids, done, logprobs = generate(policy, contexts, ended=ended, uniforms=uniforms, **settings)
+
+    def drawn(questions: slice) -> list[tuple]:
+        rows = slice(questions.start * group, questions.stop * group)
+        return list(
+            zip(*generate(policy, contexts[rows], ended=ended, uniforms=uniforms[rows], **settings), strict=True)
+        )
+
+    ids, done, logprobs = zip(*ranks.map(len(prompts), drawn), strict=True)
     finished = [d and bool(prompter.trace_text(z)) for d, z in zip(done, ids, strict=True)]
     padded = pad_sequence([torch.tensor(z) for z in ids], batch_first=True)
     lengths = torch.tensor([len(z) for z in ids])

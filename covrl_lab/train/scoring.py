@@ -202,8 +202,10 @@ class Part:
     batch: TraceBatch
 
 
-def micro_batches(prompts: Sequence[Prompt], batch: TraceBatch, posterior: bool, max_tokens: int) -> list[Part]:
-    """Cut a step into parts whose packed trees have at most ``max_tokens`` nodes.
+def micro_batches(
+    prompts: Sequence[Prompt], batch: TraceBatch, posterior: bool, max_tokens: int, questions: slice = slice(None)
+) -> list[Part]:
+    """Cut some questions of a step into parts whose packed trees have at most ``max_tokens`` nodes.
 
     Parts are halved between questions first, because rollouts of one question share its prompt. A single
     rollout is never cut.
@@ -219,7 +221,8 @@ def micro_batches(prompts: Sequence[Prompt], batch: TraceBatch, posterior: bool,
             half -= half % batch.group_size
         return cut(index[:half]) + cut(index[half:])
 
-    return cut(torch.arange(len(batch)))
+    rows = torch.arange(len(batch)).view(-1, batch.group_size)[questions].flatten()
+    return cut(rows) if len(rows) else []
 
 
 def join(parts: Sequence[LogProbs]) -> LogProbs:

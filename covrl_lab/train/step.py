@@ -17,6 +17,7 @@ from .methods import Method
 from .objectives import Totals, needs_posterior
 from .policy import Policy
 from .prompts import Prompter
+from .ranks import ALONE, Ranks
 from .scoring import Part, join, micro_batches, own_prompts, pad_rows, reference, trace_logprobs
 from .tasks import Task
 
@@ -35,13 +36,19 @@ def verifier_rewards(
     prompts: Sequence[Prompt],
     batch: TraceBatch,
     max_tokens: int,
+    ranks: Ranks = ALONE,
 ) -> tuple[tuple[str, ...], Tensor]:
     """The policy's own greedy answer after each of the N traces, and (N,) the task's score of it."""
     own = own_prompts(prompts, batch)
     contexts = [[*p.prior, *batch.trace(i), *p.seam] for i, p in enumerate(own)]
-    answers = predict_answers(policy, prompter, contexts, max_tokens)
-    scores = [task.score(answer, examples[i // batch.group_size]) for i, answer in enumerate(answers)]
-    return tuple(answers), torch.tensor(scores, device=batch.mask.device)
+
+    def judged(part: slice) -> list[tuple[str, float]]:
+        answers = predict_answers(policy, prompter, contexts[part], max_tokens)
+        rows = zip(answers, range(part.start, part.stop), strict=True)
+        return [(answer, task.score(answer, examples[i // batch.group_size])) for answer, i in rows]
+
+    answers, scores = zip(*ranks.map(len(contexts), judged), strict=True)
+    return answers, torch.tensor(scores, device=batch.mask.device)
 
 
 def add_gradient(
@@ -53,8 +60,9 @@ def add_gradient(
     method_state: Mapping[str, float],
     old: LogProbs | None = None,
     credit: Credit | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[LogProbs, Credit, dict[str, float]]:
-    """Add the gradient of the method's loss to the adapter's ``grad``; the weights stay.
+    """Add the gradient of the method's loss to the adapter's ``grad``, each rank its questions'; the weights stay.
 
     ``old`` and ``credit`` are those of the step's first update; without them, those of the current policy are
     used. Returns both, and the loss with its parts. The result does not depend on how ``max_packed_tokens`` cuts
@@ -63,7 +71,7 @@ def add_gradient(
     """
     posterior, temperature = needs_posterior(config), config.temperature
     settings = {"temperature": temperature, "posterior": posterior, "no_trace": "no_trace" in method.needs}
-    parts = micro_batches(prompts, batch, posterior, config.max_packed_tokens)
+    parts = micro_batches(prompts, batch, posterior, config.max_packed_tokens, ranks.share(len(prompts)))
 
     def score(part: Part) -> LogProbs:
         return trace_logprobs(policy, part.prompts, part.batch, **settings)
@@ -72,16 +80,15 @@ def add_gradient(
         return replace(scores, **reference(policy, part.prompts, part.batch, method.needs, temperature))
 
     whole = method.by_group and not config.alpha_rate and all(len(p.index) % batch.group_size == 0 for p in parts)
-    once = old is None and credit is None and (whole or len(parts) == 1)
+    once = old is None and credit is None and all(ranks.gather([whole or len(parts) == ranks.count == 1]))
     if old is None and not once:
         with torch.no_grad():
-            old = join([with_frozen(score(part), part) for part in parts])
+            old = join(ranks.gather([with_frozen(score(part), part) for part in parts]))
     if credit is None and not once:
         credit = method.credit(batch, old, config, method_state)
     answers = pad_rows([torch.ones(len(p.answer), dtype=torch.bool) for p in own_prompts(prompts, batch)])
     totals = Totals.of(batch, credit, answers)
-    losses: dict[str, float] = {}
-    scored, earned = [], []
+    scored, earned, measured = [], [], []
     for part in parts:
         new = score(part)
         if once:  # this pass gives the old policy's numbers, too
@@ -89,12 +96,15 @@ def add_gradient(
             groups = replace(part.batch, group_size=batch.group_size)
             earned.append(method.credit(groups, scored[-1], config, method_state))
         before, worth = (scored[-1], earned[-1]) if once else (old.rows(part.index), credit.rows(part.index))
-        loss, measured = method.loss(new, before, part.batch, worth, totals, config)
+        loss, terms = method.loss(new, before, part.batch, worth, totals, config)
         loss.backward()
-        for name, value in {"loss": loss.detach(), **measured}.items():
-            losses[name] = losses.get(name, 0.0) + float(value)
+        measured.append({name: float(value) for name, value in {"loss": loss.detach(), **terms}.items()})
     if once:
-        old, credit = join(scored), _joined(earned)
+        old, credit = join(ranks.gather(scored)), _joined(ranks.gather(earned))
+    losses: dict[str, float] = {}
+    for terms in ranks.gather(measured):
+        for name, value in terms.items():
+            losses[name] = losses.get(name, 0.0) + value
     return old, credit, losses
 
 

@@ -17,15 +17,15 @@ LOG = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Sends every record to the tracker that the configuration names; does nothing with "none"."""
+    """Sends every record to a tracker; does nothing with "none"."""
 
-    def __init__(self, config: RunConfig, device: str) -> None:
+    def __init__(self, name: str, config: RunConfig, device: str) -> None:
         self._accelerator = None
-        if config.tracker == "none":
+        if name == "none":
             return
         from accelerate import Accelerator
 
-        self._accelerator = Accelerator(log_with=config.tracker, project_dir=config.run_dir, cpu=device == "cpu")
+        self._accelerator = Accelerator(log_with=name, project_dir=config.run_dir, cpu=device == "cpu")
         settings = {k: v for k, v in config.to_dict().items() if v is not None}
         self._accelerator.init_trackers("covrl_lab", config=settings)
 
@@ -36,7 +36,8 @@ class Tracker:
 
     def end(self) -> None:
         if self._accelerator is not None:
-            self._accelerator.end_training()
+            for tracker in self._accelerator.trackers:  # end_training would end the process group, too
+                tracker.finish()
 
 
 def bar_values(record: StepRecord, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from ..files import Owner
 from ..runs.alarms import alarms
 from ..runs.folder import step_file, steps_done, write_parquet
 from ..types import ConfigError, Credit, Example, LogProbs, NotFinite, Prompt, TraceBatch
-from .checkpoints import append_line, check_run_dir, keep_lines, load_checkpoint, save_checkpoint, write_problem
+from .checkpoints import append_line, check_run_dir, resume, save_checkpoint, write_problem
 from .evaluation import evaluate_sets
 from .methods import METHODS
 from .models import check_model, context_length
 from .opening import open_examples, open_policy, open_task
 from .plan import fit
 from .policy import Policy
+from .ranks import Ranks
 from .records import StepRecord, step_record, trace_rows
 from .sampling import draw_sources, sample_traces
 from .step import add_gradient, clip_gradient, must_skip, set_learning_rate, step_generator, verifier_rewards
@@ -41,14 +43,15 @@ class Trainer:
     The constructor checks settings, task, model name and run folder without loading a model. Iterating
     loads the model, resumes from the last checkpoint if there is one, and yields a ``StepRecord`` a step.
     Leaving the loop saves a checkpoint, and iterating again resumes. A file ``STOP`` in the run folder stops
-    the run after the current step.
+    the run after the current step. Started by ``accelerate launch``, processes share each step's work (ranks.py).
 
     Raises ConfigError: a setting, task or model that cannot work, a prompt longer than the model's context,
     a run folder that holds another configuration or that another process trains, too little memory or disk space.
     """
 
     def __init__(self, config: RunConfig, progress: bool = True) -> None:
-        self.config, self.progress = config, progress
+        self.config, self.ranks = config, Ranks.launched()
+        self.progress = progress and not self.ranks.rank
         self.run_dir = Path(config.run_dir)
         check_model(config.model)
         check_task(config.task, TaskSettings.of(config))
@@ -63,48 +66,55 @@ class Trainer:
         self._tracker: Tracker | None = None
         self._unrecorded = False  # whether the weights have been updated since the last whole record
         self._alarms: set[str] = set()  # kinds that have been said
-        self._owner = Owner(self.run_dir)
+        self._owner = nullcontext() if self.ranks.rank else Owner(self.run_dir)  # rank 0 writes
 
     def setup(self) -> Trainer:
         """Load task, tokenizer and model, check prompt lengths, and resume; iterating does it, too."""
-        if self.policy is not None:
-            return self
+        if self.policy is None:
+            device = self.ranks.start(self.config.device)
+            with self.ranks.together():
+                self._load(device)
+        return self
+
+    def _load(self, device: str) -> None:
         config = self.config
         if (self.run_dir / Owner.NAME).exists():
             with self._owner:  # refused before anything is loaded
                 pass
-        self.task, self.prompter = open_task(config)
+        with self.ranks.first():
+            self.task, self.prompter = open_task(config)
         self.max_context = context_length(config.model)
         self.task, self.eval_sets = open_examples(config, self.task, self.prompter, self._judges, self.max_context)
         prompts = self._prompts([*self._questions(0), *self._questions(1)])
-        self.plan = fit(config, prompts[: config.questions_per_step])
-        policy = open_policy(self.plan.config, rows=self.plan.rows)
+        self.plan = fit(config, prompts[: config.questions_per_step], self.ranks.here)
+        policy = open_policy(dataclasses.replace(self.plan.config, device=device), rows=self.plan.rows)
         self.optimizer = torch.optim.AdamW(
             [p for _, p in policy.trainable()], lr=config.learning_rate, weight_decay=config.weight_decay
         )
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        with self._owner:
-            check_run_dir(config)  # again: loading took a while
-            if not (self.run_dir / "config.json").exists():
-                config.save(self.run_dir / "config.json")
-            # What was written after the last whole checkpoint is dropped and written again.
-            self.step, self.method_state = load_checkpoint(self.run_dir, policy, self.optimizer)
-            self.saved_step, self._unrecorded = self.step, False
-            self.records = keep_lines(self.run_dir / "metrics.jsonl", self.step)
-            self._evaluations = keep_lines(self.run_dir / "evaluations.jsonl", self.step)
-        self._tracker = Tracker(config, policy.device.type)
-        self.policy = policy
-        return self
+        with self.ranks.first(), self._owner:
+            self.step, self.method_state, self.records, self._evaluations = resume(config, policy, self.optimizer)
+        self._tracker = Tracker("none" if self.ranks.rank else config.tracker, config, policy.device.type)
+        self.policy, self.saved_step, self._unrecorded = policy, self.step, False
 
     # --- the loop
 
     def __iter__(self) -> Iterator[StepRecord]:
         self.setup()
         with self._owner:
-            if steps_done(self.run_dir) != self.step:  # another process has trained meanwhile
-                self.policy = None
+            if any(self.ranks.gather([steps_done(self.run_dir) != self.step])):
+                self.policy = None  # another process has trained meanwhile
                 self.setup()
-            yield from self._steps()
+            try:
+                with self.ranks.together():
+                    yield from self._steps()
+            finally:
+                if self._unrecorded:  # weights and files belong to different steps: resume from the checkpoint
+                    self.policy = None
+                elif self.saved_step != self.step:
+                    self.save_checkpoint()
+                if self.step == self.config.steps:
+                    self._tracker.end()
 
     def _steps(self) -> Iterator[StepRecord]:
         config = self.config
@@ -112,10 +122,10 @@ class Trainer:
         try:
             if self.step == 0 and not self._evaluations:
                 self.evaluate()
-            while self.step < config.steps and not (self.run_dir / "STOP").exists():
+            while not any(self.ranks.gather([self.step >= config.steps or (self.run_dir / "STOP").exists()])):
                 record = self._train_step()
                 self.records.append(dataclasses.asdict(record))
-                append_line(self.run_dir / "metrics.jsonl", self.records[-1])
+                self.ranks.on_first(append_line, self.run_dir / "metrics.jsonl", self.records[-1])
                 self._unrecorded = False
                 if self.step % config.checkpoint_every == 0 or self.step == config.steps:
                     self.save_checkpoint()
@@ -127,19 +137,13 @@ class Trainer:
         except NotFinite as error:  # of an earlier update's making: these weights are not saved
             self._unrecorded = True
             remedy = f"lower learning_rate and start anew, or resume from step {self.saved_step}, the last checkpoint"
-            raise ConfigError(f"{error} after step {self.step}; {remedy}") from error
+            raise NotFinite(f"{error} after step {self.step}; {remedy}") from error
         except (OSError, SafetensorError) as error:
             self._unrecorded = True  # a file may be cut short, too
             problem = write_problem(self.run_dir, error)
             raise ConfigError(f"{problem} and run again, it resumes from step {self.saved_step}") from error
         finally:
             bar.close()
-            if self._unrecorded:  # weights and files belong to different steps: resume from the checkpoint
-                self.policy = None
-            elif self.saved_step != self.step:
-                self.save_checkpoint()
-            if self.step == config.steps:
-                self._tracker.end()
 
     def run(self) -> Trainer:
         """Run to the end."""
@@ -149,9 +153,9 @@ class Trainer:
 
     def save_checkpoint(self) -> Path:
         """Write a checkpoint of the current step; returns its folder."""
-        folder = save_checkpoint(self.run_dir, self.step, self.policy, self.optimizer, self.method_state)
+        self.ranks.on_first(save_checkpoint, self.run_dir, self.step, self.policy, self.optimizer, self.method_state)
         self.saved_step = self.step
-        return folder
+        return step_file(self.run_dir / "checkpoints", self.step, "")
 
     def _train_step(self) -> StepRecord:
         config, started = self.config, time.perf_counter()
@@ -168,7 +172,7 @@ class Trainer:
             self.optimizer.step()
         self.step, self.method_state = self.step + 1, self.method_state if skipped else credit.method_state
         rows = trace_rows(config, self.step, examples, batch, old, credit, self.prompter)
-        write_parquet(rows, step_file(self.run_dir / "traces", self.step))
+        self.ranks.on_first(write_parquet, rows, step_file(self.run_dir / "traces", self.step))
         seconds_update, accuracy = time.perf_counter() - sampled, None
         if self.step == config.steps or (config.eval_every and self.step % config.eval_every == 0):
             accuracy = self.evaluate()["accuracy"]
@@ -203,12 +207,11 @@ class Trainer:
         alpha = self.method_state.get("alpha", config.alpha)
         sources = draw_sources(len(prompts), config.rollouts_per_question, alpha, config.source_split, generator)
         limits = {"max_tokens": config.max_trace_tokens, "temperature": config.temperature, "top_p": config.top_p}
-        batch = sample_traces(self.policy, self.prompter, prompts, sources, generator=generator, **limits)
-        batch = batch.to(self.policy.device)
+        limits |= {"generator": generator, "ranks": self.ranks}
+        batch = sample_traces(self.policy, self.prompter, prompts, sources, **limits).to(self.policy.device)
         if self._judges:
-            answers, rewards = verifier_rewards(
-                self.policy, self.prompter, self.task, examples, prompts, batch, config.max_answer_tokens
-            )
+            drawn = examples, prompts, batch, config.max_answer_tokens
+            answers, rewards = verifier_rewards(self.policy, self.prompter, self.task, *drawn, self.ranks)
             batch = dataclasses.replace(batch, verifier_reward=rewards, predictions=answers)
         return examples, prompts, batch
 
@@ -220,13 +223,17 @@ class Trainer:
         Arguments and results as in ``step.add_gradient``.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        return add_gradient(self.plan.config, self.method, self.policy, prompts, batch, self.method_state, old, credit)
+        step = prompts, batch, self.method_state, old, credit
+        found = add_gradient(self.plan.config, self.method, self.policy, *step, self.ranks)
+        self.ranks.add_gradients([p for _, p in self.policy.trainable()])
+        return found
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the current policy on the held-out questions; store and return the summary."""
-        results, summary = evaluate_sets(self.policy, self.prompter, self.eval_sets, self.config, self.progress)
-        write_parquet(results, step_file(self.run_dir / "evaluations", self.step))
+        settings = self.config, self.progress, self.ranks
+        results, summary = evaluate_sets(self.policy, self.prompter, self.eval_sets, *settings)
+        self.ranks.on_first(write_parquet, results, step_file(self.run_dir / "evaluations", self.step))
         summary = {"step": self.step, **summary}
-        append_line(self.run_dir / "evaluations.jsonl", summary)
+        self.ranks.on_first(append_line, self.run_dir / "evaluations.jsonl", summary)
         self._evaluations.append(summary)
         return summary
