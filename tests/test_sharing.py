@@ -69,7 +69,9 @@ def sections(card):
     """heading -> rows of its table, cells without their code signs."""
     found = {}
     for part in card.text.split("\n## "):
-        rows = [re.findall(r"(?<=\| )`?([^|`]*)`?(?= \|)", line) for line in part.splitlines() if line.startswith("| ")]
+        rows = [
+            re.findall(r"(?<=\| )`?([^|`]*)`?(?= \|)", line) for line in part.splitlines() if line.startswith("| ")
+        ]
         found[part.splitlines()[0]] = rows[2:]
     return found
 
@@ -188,7 +190,10 @@ def test_the_card_names_every_setting_and_the_results(shared, run):
     card, config = ModelCard.load(shared / "README.md"), RunConfig.load(run / "config.json")
     found, usual = sections(card), RunConfig(method=config.method)
     settings = {name: (value, changed) for name, value, changed in found["Settings"]}
-    others = {name for defaults in METHOD_DEFAULTS.values() for name in defaults} | {"kl_gradient", "unfinished_penalty"}
+    others = {name for defaults in METHOD_DEFAULTS.values() for name in defaults} | {
+        "kl_gradient",
+        "unfinished_penalty",
+    }
     others -= METHOD_SETTINGS[config.method]
     for field in dataclasses.fields(RunConfig):
         value = getattr(config, field.name)
@@ -197,7 +202,9 @@ def test_the_card_names_every_setting_and_the_results(shared, run):
         else:
             text = value if isinstance(value, str) else json.dumps(value)
             assert settings[field.name] == (text, "yes" * (value != getattr(usual, field.name))), field.name
-    assert len(settings) > 40 and settings["learning_rate"] == ("0.005", "yes") and settings["kl_weight"] == ("0.3", "")
+    assert (
+        len(settings) > 40 and settings["learning_rate"] == ("0.005", "yes") and settings["kl_weight"] == ("0.3", "")
+    )
     assert {"covrl_lab", "peft", "transformers", "torch"} <= {name for name, _ in found["Written with"]}
     for words in ("8 of 8 steps, seed 3", "`tiny`", "`covrl_published`", "Licence of the base model: not stated"):
         assert words in card.text
