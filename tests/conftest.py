@@ -15,7 +15,15 @@ ALONE = """
 """.split()
 # `make quick` leaves these out, besides: they train for minutes, or load many models.
 SLOW = [name for name in ALONE if name not in ("test_explorer", "test_mixing")]
-SLOW += ["test_bench", "test_checkpoints", "test_embedded", "test_gpu_check", "test_methods", "test_trainer"]
+SLOW += [
+    "test_bench",
+    "test_checkpoints",
+    "test_embedded",
+    "test_gpu_check",
+    "test_methods",
+    "test_sharing",
+    "test_trainer",
+]
 
 # Before torch is imported; processes that a test starts inherit it, so that their numbers are the same.
 if "PYTEST_XDIST_WORKER" in os.environ:

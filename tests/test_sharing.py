@@ -22,7 +22,7 @@ from covrl_lab import ConfigError, RunConfig, load_policy, load_run, share
 from covrl_lab.__main__ import main
 from covrl_lab.defaults import METHOD_DEFAULTS, METHOD_SETTINGS
 from covrl_lab.runs.folder import SHARED, TRACE_COLUMNS
-from covrl_lab.train.cards import COLUMNS, NO_SETTINGS, PAPERS, code, loading, model_card
+from covrl_lab.train.cards import COLUMNS, NO_SETTINGS, PAPERS, loading, model_card
 from covrl_lab.train.policy import load_adapter
 from covrl_lab.train.probe import open_source
 from covrl_lab.views.bench import PromptBench, find_source
@@ -124,7 +124,7 @@ def test_the_cards_code_for_other_models(shared, base, quantization, monkeypatch
 
 
 def halves(rows, heads):
-    """Rows of q or k as llama.cpp keeps them, put back: in each head row 2 i is transformers' i, 2 i + 1 is i + d / 2."""
+    """Rows of q or k as llama.cpp keeps them, put back: of a head, row 2 i is transformers' i, 2 i + 1 is i + d / 2."""
     size, found = len(rows) // heads, np.empty_like(rows)
     for row in range(len(rows)):
         head, place = divmod(row, size)
@@ -479,6 +479,11 @@ def test_a_run_that_cannot_be_shared_is_one_sentence(run, tmp_path, monkeypatch)
     adapter.write_bytes(content[:-1] + b"x")
     refused(own, "is damaged: its SHA-256")
     adapter.write_bytes(content)
+    about = adapter.with_name("adapter_config.json").rename(tmp_path / "elsewhere.json")
+    adapter.with_name("adapter_config.json").symlink_to(about)
+    refused(own, "adapter_config.json' is a link")
+    adapter.with_name("adapter_config.json").unlink()
+    about.rename(adapter.with_name("adapter_config.json"))
 
     def interrupted(*arguments):
         raise KeyboardInterrupt

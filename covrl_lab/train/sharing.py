@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,6 @@ def share(
     run = (run if isinstance(run, Run) else load_run(run)).forgiving()
     if run.foreign:
         raise ConfigError(run.foreign)
-    refuse_links(run.path)
     config, stored = RunConfig.load(run.path / "config.json"), run.path / "checkpoints"
     if not (steps := steps_in(stored)):
         raise ConfigError(f"{str(run.path)!r} holds no checkpoint yet; a run writes one every few steps")
@@ -79,39 +78,17 @@ def share(
         raise ConfigError(f"{str(run.path)!r} holds no traces; leave out traces")
     repo = str(out).removeprefix(HUB) if str(out).startswith(HUB) else None
     _check_hub(repo) if repo is not None else _check_folder(Path(out), private)
-    family = load_config(config.model).get_text_config() if gguf else None
-    if family and family.model_type not in LLAMA_CPP:
-        raise ConfigError(f"gguf knows models of type {', '.join(LLAMA_CPP)}, not {family.model_type!r}; leave it out")
+    if gguf and (kind := load_config(config.model).get_text_config().model_type) not in LLAMA_CPP:
+        raise ConfigError(f"gguf knows models of type {', '.join(LLAMA_CPP)}, not {kind!r}; leave it out")
     checkpoint = step_file(stored, step, "")
+    for folder in (run.path.resolve(), checkpoint):  # a link would share a file from elsewhere
+        refuse_links(folder)
     check_checksums(checkpoint)
-    with readable(f"the adapter in {str(checkpoint)!r}"):
-        state = load_file(checkpoint / "adapter_model.safetensors")
-
     work = Path(tempfile.mkdtemp(prefix=".share-", dir=None if repo else Path(out).absolute().parent))
     try:
-        folder, name = work / "shared", repo or Path(out).name
+        folder, wanted = work / "shared", {"merged": merged, "adapter.gguf": gguf, "traces": traces}
         folder.mkdir()
-        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        adapter = read_object(checkpoint / "adapter_config.json")
-        if config.model == EMBEDDED:
-            adapter["base_model_name_or_path"] = EMBEDDED_ON_HUB
-        _write_json(folder / "adapter_config.json", adapter)
-        settings = {name: value for name, value in config.to_dict().items() if name not in NO_SETTINGS}
-        _write_json(folder / SHARED, {"step": step, "settings": settings, "versions": versions()})
-        wanted = {"merged": merged, "adapter.gguf": gguf, "traces": traces}
-        model_card(run, config, step, name, [file for file in wanted if wanted[file]]).save(folder / "README.md")
-        from ..views.report import report  # a shared run takes its page along
-
-        report(run, folder / "report.html")
-        if family:
-            write_gguf(folder / "adapter.gguf", state, adapter["lora_alpha"], family)
-        if traces:
-            frame = run.traces()
-            (folder / "traces").mkdir()
-            write_parquet(frame, folder / "traces" / "data" / "train-00000-of-00001.parquet")
-            trace_card(config, name, len(frame)).save(folder / "traces" / "README.md")
-        if merged:
-            _merge(config, folder)
+        _write(run, config, checkpoint, folder, repo or Path(out).name, [file for file in wanted if wanted[file]])
         if not repo:
             folder.rename(out)
     except BaseException:
@@ -120,6 +97,37 @@ def share(
     where = _upload(repo, folder, private) if repo else str(out)
     shutil.rmtree(work)
     return where
+
+
+def _write(run: Run, config: RunConfig, checkpoint: Path, folder: Path, name: str, extras: Sequence[str]) -> None:
+    """Everything that is shared of a checkpoint, with ``extras`` besides, into ``folder``."""
+    step = int(checkpoint.name.removeprefix("step_"))
+    if "traces" in extras:  # before the card, which says what was damaged
+        frame = run.traces()
+        (folder / "traces").mkdir()
+        write_parquet(frame, folder / "traces" / "data" / "train-00000-of-00001.parquet")
+        trace_card(config, name, len(frame)).save(folder / "traces" / "README.md")
+    with readable(f"the adapter in {str(checkpoint)!r}"):
+        state = load_file(checkpoint / "adapter_model.safetensors")
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    adapter = read_object(checkpoint / "adapter_config.json")
+    if config.model == EMBEDDED:
+        adapter["base_model_name_or_path"] = EMBEDDED_ON_HUB
+    settings = {key: value for key, value in config.to_dict().items() if key not in NO_SETTINGS}
+    about = {"step": step, "settings": settings, "versions": versions()}
+    for file, values in (("adapter_config.json", adapter), (SHARED, about)):
+        (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    model_card(run, config, step, name, extras).save(folder / "README.md")
+    from ..views.report import report  # a shared run takes its page along
+
+    report(run, folder / "report.html")
+    if "adapter.gguf" in extras:
+        family = load_config(config.model).get_text_config()
+        write_gguf(folder / "adapter.gguf", state, adapter["lora_alpha"], family)
+    if "merged" in extras:
+        _merge(config, folder)
+    for path in folder.rglob("*.safetensors"):  # safetensors lets their owner alone read them
+        path.chmod(0o644)
 
 
 def write_gguf(path: Path, state: Mapping[str, torch.Tensor], alpha: float, family: PretrainedConfig) -> None:
@@ -152,10 +160,6 @@ def _merge(config: RunConfig, folder: Path) -> None:
         base.tokenizer.save_pretrained(folder / "merged")
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
 def _check_folder(out: Path, private: bool) -> None:
     """ConfigError where ``out`` cannot become a folder."""
     if private:
@@ -176,31 +180,26 @@ def _check_hub(repo: str) -> None:
         repo = ""
     if repo.count("/") != 1:
         raise ConfigError("OUT on the Hub must have the form hub:OWNER/NAME")
-    _asked(_api().whoami, remedy="log in with: hf auth login; or share to a folder")
+    _asked("whoami", "log in with: hf auth login; or share to a folder")
 
 
-def _api() -> HfApi:
-    return HfApi(library_name="covrl_lab", library_version=__version__)
-
-
-def _asked(call: Any, remedy: str, **arguments: Any) -> Any:
+def _asked(method: str, remedy: str, **arguments: Any) -> Any:
+    """What the Hub answers to a method of ``HfApi``."""
     try:
-        return call(**arguments)
-    except Exception as error:  # of its network, its rules, its token: each has kinds of its own
+        return getattr(HfApi(library_name="covrl_lab", library_version=__version__), method)(**arguments)
+    except Exception as error:  # of the network, of its rules, of the token: each has kinds of its own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ConfigError(f"the Hub refuses ({reason}); {remedy}") from error
 
 
 def _upload(repo: str, folder: Path, private: bool) -> str:
-    """Make the repositories and upload ``folder``; where that fails, the folder stays."""
-    api, remedy, where = _api(), f"what was made stays in {str(folder)!r}", ""
+    """Make the repositories and upload ``folder``; where that fails, the folder stays. The model's address."""
+    remedy, addresses = f"what was made stays in {str(folder)!r}", []
     for kind, name, path in (("model", repo, folder), ("dataset", f"{repo}-traces", folder / "traces")):
         if path.is_dir():
-            # An existing repository keeps its visibility, so that it is refused where a private one is wanted.
-            made = {"repo_id": name, "repo_type": kind, "private": private or None, "exist_ok": not private}
-            address = str(_asked(api.create_repo, remedy, **made))
-            where = where or address
-            _asked(
-                api.upload_folder, remedy, repo_id=name, repo_type=kind, folder_path=path, ignore_patterns="traces/*"
-            )
-    return where
+            target = {"repo_id": name, "repo_type": kind}
+            # An existing repository keeps its visibility: it will not do where a private one is wanted.
+            made = _asked("create_repo", remedy, **target, private=private or None, exist_ok=not private)
+            addresses.append(str(made))
+            _asked("upload_folder", remedy, **target, folder_path=path, ignore_patterns="traces/*")
+    return addresses[0]
