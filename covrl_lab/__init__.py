@@ -31,6 +31,7 @@ _NAMES = {
     "train.opening": "open_model",
     "train.plan": "measure_device plan",
     "train.probe": "probe",
+    "train.sharing": "share",
     "train.tasks": "load_task",
     "train.trainer": "Trainer",
     "types": "ConfigError Example",

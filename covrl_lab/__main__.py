@@ -1,4 +1,4 @@
-"""The command line: ``covrl-lab train | sweep | plan | evaluate | compare | report``.
+"""The command line: ``covrl-lab train | sweep | plan | evaluate | compare | report | share``.
 
 Settings are flags with the names of RunConfig's fields: ``covrl-lab train --method covrl --seed 1``. ``--config`` reads
 more of them from a YAML file, or from one in ``covrl_lab/configs`` by its name; flags come before the file.
@@ -22,6 +22,14 @@ from .types import ConfigError, did_you_mean
 _WORDS = {"None": None, "True": True, "False": False}
 _EVALUATED = ("max_answer_tokens", "device")  # what evaluate may change, besides eval_*
 _TOKENS = ("prompt_tokens", "question_tokens", "answer_tokens", "trace_tokens")  # of plan: counts it would estimate
+
+
+_SHARED = {  # flags of share
+    "merged": "also the merged model, for plain transformers",
+    "gguf": "also the adapter for llama.cpp",
+    "traces": "also all stored traces, as a data set",
+    "private": "on the Hub: make new, private repositories",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -110,11 +118,19 @@ def report(settings: dict[str, Any], options: argparse.Namespace) -> None:
     print(f"Report: {write(options.run_dir, options.out)}")
 
 
+def share(settings: dict[str, Any], options: argparse.Namespace) -> None:
+    """Share a run's adapter with a model card, in a folder or on the Hugging Face Hub."""
+    from .train.sharing import share as write
+
+    wanted = {name: getattr(options, name) for name in ("step", *_SHARED)}
+    print(f"Shared: {write(options.run_dir, options.out, **wanted)}")
+
+
 def _parser() -> _Parser:
     parser = _Parser(prog="covrl-lab", description="Train and look at CoVRL runs.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     own = {}
-    for command in (train, sweep, plan, evaluate, compare, report):
+    for command in (train, sweep, plan, evaluate, compare, report, share):
         text = command.__doc__
         own[command] = commands.add_parser(command.__name__, help=text, description=text, allow_abbrev=False)
         own[command].set_defaults(run=command, parser=own[command])
@@ -135,6 +151,12 @@ def _parser() -> _Parser:
     add = own[report].add_argument
     add("run_dir")
     add("out", nargs="?", help="HTML file to write; default: report.html in the run folder")
+    add = own[share].add_argument
+    add("run_dir")
+    add("out", help="a new folder, or hub:OWNER/NAME")
+    add("--step", type=int, help="of the checkpoint; default: the last")
+    for name, text in _SHARED.items():
+        add(f"--{name}", action="store_true", help=text)
     add = own[evaluate].add_argument
     add("run_dir")
     add("--step", type=int, help="of the checkpoint; default: the last; 0: before training")

@@ -117,7 +117,7 @@ def refuse_links(folder: Path) -> None:
     ]
     for path in [folder, *inside]:
         if path.is_symlink():
-            raise ConfigError(f"{str(path)!r} is a link, and a run writes into its own folder only; remove it")
+            raise ConfigError(f"{str(path)!r} is a link, and a run stays within its own folder; remove it")
 
 
 class Owner:

@@ -22,6 +22,7 @@ SLOW += [
     "test_gpu_check",
     "test_methods",
     "test_ranks",
+    "test_sharing",
     "test_trainer",
 ]
 

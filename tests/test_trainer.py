@@ -158,6 +158,29 @@ def test_metrics_summarise_the_stored_traces(reference):
             assert metrics[name] == pytest.approx(value, rel=1e-5), (step, name)
 
 
+def test_the_sampler_is_measured_against_the_trainer(tmp_path, monkeypatch):
+    """Mean over tokens of |log-probability when drawn - when scored|, by the stored rows; and an error is seen."""
+    drawn, sample = {}, Trainer.sample
+
+    def sampled(self, step, draw=0):
+        examples, prompts, batch = sample(self, step, draw)
+        wrong = batch.mask & ~batch.from_prior[:, None] & (step == 1)  # posterior traces of the second step
+        found = batch.sampler_logprobs + 0.5 * wrong
+        drawn[step + 1] = [row[keep].numpy() for row, keep in zip(found, batch.mask, strict=True)]
+        return examples, prompts, dataclasses.replace(batch, sampler_logprobs=found)
+
+    monkeypatch.setattr(Trainer, "sample", sampled)
+    run = load_run(make_trainer(tmp_path / "run", steps=2, eval_every=0).run().run_dir)
+    for step, found in run.metrics.set_index("step")["sampler_mismatch"].items():
+        scored = [row.logp if row.source == "prior" else row.logq for row in run.traces(step).itertuples()]
+        gaps = np.concatenate([np.abs(a - b) for a, b in zip(drawn[step], scored, strict=True)])
+        assert found == pytest.approx(gaps.mean(), rel=1e-3, abs=1e-7)
+        assert (0.1 < found < 0.5) if step == 2 else (0 < found < 1e-5)
+    # A method that does not score traces after the posterior prompt: those of the prior.
+    lone = make_trainer(tmp_path / "jlb", method="jlb", alpha=0.5, steps=1, eval_every=0).run()
+    assert 0 < lone.records[0]["sampler_mismatch"] < 1e-5
+
+
 @pytest.mark.parametrize("step", [1, 7])
 def test_stored_traces_equal_a_fresh_scoring_of_their_ids(reference, step):
     """In plain padded rows, by the base model (step 1) or the checkpoint before the step."""

@@ -23,6 +23,7 @@ step rollout example_id question answer source finished trace tokens token_ids l
 reward advantage answer_weight posterior_advantage no_trace_logp prediction right answer_tokens
 """.split()
 CACHE = "traces_cache.parquet"  # beside traces/, whose time says when the run last wrote; safe to delete
+SHARED = "covrl_lab.json"  # of an adapter that ``covrl-lab share`` wrote: its step, settings and versions
 CACHE_FROM = 500  # files; a run of fewer is read soon enough without
 # What no line may lack, and no table that a view draws: older versions lack other columns.
 _IN_LINES = {"metrics": ["step", "seconds"], "evaluations": "step accuracy accuracy_low accuracy_high".split()}
@@ -107,6 +108,19 @@ def _cached(path: Path, about: dict[str, Any]) -> tuple[list[pa.Table], int]:
         if known == about | {"files": about["files"][:count]}:
             return [read_table(path)], count
     return [], 0
+
+
+def by_set(evaluations: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """``Run.evaluations`` by evaluation set, with the columns of a lone one; first "", the averages over sets.
+
+    Only those where there are fewer than two sets.
+    """
+    names = dict.fromkeys(["", *(column.rpartition("/")[0] for column in evaluations)])
+    if len(names) < 3:
+        return {"": evaluations}
+    columns = {name: [c for c in evaluations if c.rpartition("/")[0] == name] for name in names}
+    found = {name: evaluations[own].rename(columns=lambda c: c.rpartition("/")[2]) for name, own in columns.items()}
+    return {name: frame.assign(step=evaluations["step"]) for name, frame in found.items()}
 
 
 def steps_done(folder: Path) -> int:

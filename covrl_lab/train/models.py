@@ -60,12 +60,12 @@ _TINY_CONFIGS = {
     # A window shorter than any prompt, on every other layer, so that tests see it.
     "tiny-gemma3": partial(Gemma3TextConfig, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
 }
-_ALIASES = (EMBEDDED, *_TINY_CONFIGS)
+ALIASES = (EMBEDDED, *_TINY_CONFIGS)
 
 
 def check_model(name: str) -> None:
     """Raise ConfigError when `name` cannot be a model; cheap, no network, nothing is loaded."""
-    if name in _ALIASES:
+    if name in ALIASES:
         return
     folder = Path(os.path.expanduser(name))
     if name and os.path.isdir(folder):
@@ -80,7 +80,7 @@ def check_model(name: str) -> None:
             return
     raise ConfigError(
         f"unknown model {name!r}: neither a built-in name, an existing folder, nor a Hugging Face id "
-        f"like owner/name{did_you_mean(name, _ALIASES)}"
+        f"like owner/name{did_you_mean(name, ALIASES)}"
     )
 
 

@@ -52,6 +52,7 @@ class StepRecord:
     responsibility_prior: float | None  # mean rho on traces of each source
     responsibility_posterior: float | None
     log_ratio_extreme_share: float  # tokens with |log q - log p| above 10 nats
+    sampler_mismatch: float | None  # mean |log-probability when drawn - when scored|, nats a token
     gradient_norm: float | None  # before the clip
     skipped: int  # 1 where loss or gradient was not finite, and the update was left out
     learning_rate: float
@@ -96,6 +97,10 @@ def step_record(
     if old.posterior is not None:
         rho = responsibility(old, config.composite_weight)
         gap = (old.posterior - old.prior).abs() > 10
+    scored, known = old.prior, batch.mask & prior[:, None]
+    if old.posterior is not None:
+        scored, known = torch.where(prior[:, None], old.prior, old.posterior), batch.mask
+    drawn = batch.sampler_logprobs
     groups = credit.reward.view(-1, batch.group_size)
     packed, padded = packed_tokens(prompts, batch, needs_posterior(config))
     record = StepRecord(
@@ -116,6 +121,7 @@ def step_record(
         responsibility_prior=None if rho is None else mean(rho, batch.mask & prior[:, None]),
         responsibility_posterior=None if rho is None else mean(rho, batch.mask & ~prior[:, None]),
         log_ratio_extreme_share=0.0 if gap is None else mean(gap, batch.mask),
+        sampler_mismatch=None if drawn is None else mean((scored - drawn).abs(), known),
         seconds=measured["seconds_sampling"] + measured["seconds_update"],
         packed_tokens=packed,
         padded_tokens=padded,

@@ -14,7 +14,8 @@ import plotly.graph_objects as go
 from IPython.display import HTML
 
 from ..config import RunConfig
-from ..runs.folder import step_file, steps_in
+from ..files import read_object, readable
+from ..runs.folder import SHARED, step_file, steps_in
 from ..runs.reweight import answer_logprob
 from ..types import ConfigError
 from .html import html_source, html_table, html_text, visible
@@ -39,12 +40,18 @@ class Source(NamedTuple):
 
 
 def find_source(name: str | Path, **settings: Any) -> Source:
-    """Read a run folder, one checkpoint in it, or a model name; loads no model.
+    """Read a run folder, one checkpoint in it, a folder that ``share`` wrote, or a model name; loads no model.
 
     ``settings`` are fields of RunConfig that a bare model name leaves open (task, quantization, ...).
-    Raises ConfigError for a run without a checkpoint, or a model that cannot be.
+    Raises ConfigError for a run without a checkpoint, an adapter without its settings, or a model that cannot be.
     """
     path = Path(name)
+    if (about := path / SHARED).is_file():
+        with readable(repr(str(about))):
+            known = read_object(about)
+            return Source(RunConfig.from_dict(known["settings"]), {int(known["step"]): path})
+    if (path / "adapter_config.json").is_file() and path.parent.name != "checkpoints":
+        raise ConfigError(f"{str(path)!r} holds an adapter without {SHARED}, which says how it was trained")
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else path
     folder = run_dir / "checkpoints"
     if not (run_dir / "metrics.jsonl").exists() and not folder.is_dir():
@@ -145,7 +152,7 @@ class PromptBench(BenchResults):
     """Type a question and its answer, sample traces from both prompts, and look at them token by token.
 
     policy      a loaded policy with its ``prompter``, such as a trainer's (``trainer.policy``)
-    model       without a policy: a model name, or a ``checkpoint``: a run folder, or one checkpoint in it;
+    model       without a policy: a model name, or a ``checkpoint``: a run folder, one in it, or a shared folder;
                 loaded at the first click, in the background
     settings    fields of RunConfig for a bare model name: task (worked examples in the prompt), quantization,
                 dtype, ...

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..runs.folder import by_set
 from ..runs.reweight import answer_logprob
 from .style import GREY, POSTERIOR, SOURCE_COLOURS
 
@@ -134,14 +135,20 @@ def trace_table(frame: pd.DataFrame) -> str:
 
 
 def accuracy_table(evaluations: pd.DataFrame) -> str:
-    """HTML table of ``Run.evaluations``, one row an evaluation, with 95% intervals."""
+    """HTML table of ``Run.evaluations``, one row an evaluation, with 95% intervals; the average, then each set."""
     header = ["after step", "accuracy (95% interval)", "finished traces", "trace length, tokens", "questions"]
-    rows = []
-    for row in evaluations.itertuples():
-        accuracy = f"<b>{row.accuracy:.0%}</b> ({row.accuracy_low:.0%} to {row.accuracy_high:.0%})"
-        finished, length = f"{row.eval_finished_share:.0%}", f"{row.eval_trace_tokens:.1f}"
-        rows.append([f"{row.step:.0f}", accuracy, finished, length, f"{row.eval_questions:.0f}"])
-    return html_table(header, rows)
+    rows, sets, sampled = [], by_set(evaluations), any("avg_at_k" in name for name in evaluations)
+    for name, frame in sets.items():
+        if len(sets) > 1:
+            rows.append(html_text(name or f"average over {len(sets) - 1} sets"))
+        for row in frame.itertuples():
+            accuracy = f"<b>{row.accuracy:.0%}</b> ({row.accuracy_low:.0%} to {row.accuracy_high:.0%})"
+            finished, length = f"{row.eval_finished_share:.0%}", f"{row.eval_trace_tokens:.1f}"
+            cells = [f"{row.step:.0f}", accuracy, finished, length, f"{row.eval_questions:.0f}"]
+            known = getattr(row, "avg_at_k", math.nan) >= 0
+            own = f"{row.avg_at_k:.0%} ({row.avg_at_k_low:.0%} to {row.avg_at_k_high:.0%})" if known else "–"
+            rows.append([*cells, *[own] * sampled])
+    return html_table([*header, *["avg@k (95% interval)"] * sampled], rows)
 
 
 # key of reweight.summarise_traces -> (label, format)

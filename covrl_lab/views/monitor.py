@@ -49,6 +49,7 @@ _ROWS = {
     "one_token_share": ("traces of one token", "of all", BOTH, ".1%"),
     "equal_reward_share": ("questions whose traces earn the same", "of all", BOTH, ".1%"),
     "log_ratio_extreme_share": ("tokens with q/p beyond e¹⁰ or e⁻¹⁰", "of all", BOTH, ".1%"),
+    "sampler_mismatch": ("sampler against trainer", "nats a token", BOTH, ".2g"),
     "skipped": ("left out, loss or gradient not finite", "steps", BOTH, ".2g"),
     "clipped_share": ("tokens held back by the clip", "of all", BOTH, ".1%"),
     "gradient_norm": ("gradient norm", "before clipping", BOTH, ".4g"),
