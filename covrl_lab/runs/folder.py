@@ -132,7 +132,8 @@ class Run:
             raise ConfigError(sentence)
         self.damage[name] = sentence
 
-    def _lines(self, name: str) -> list[dict[str, Any]]:
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """What ``metrics.jsonl`` or ``evaluations.jsonl`` holds."""
         lines = read_lines(self.path / name)
         if lines.fault:
             self.note(name, f"{lines.fault}; restore it, or resume the run, which goes back to a checkpoint before")
@@ -157,12 +158,12 @@ class Run:
     @property
     def metrics(self) -> pd.DataFrame:
         """One row a finished step; see ``trainer.StepRecord`` for the columns."""
-        return pd.DataFrame(self._lines("metrics.jsonl"))
+        return pd.DataFrame(self.lines("metrics.jsonl"))
 
     @property
     def evaluations(self) -> pd.DataFrame:
         """One row an evaluation: step, accuracy with its interval, ...; see ``evaluation.summarise``."""
-        return pd.DataFrame(self._lines("evaluations.jsonl"))
+        return pd.DataFrame(self.lines("evaluations.jsonl"))
 
     @property
     def benchmarks(self) -> pd.DataFrame:
@@ -175,10 +176,11 @@ class Run:
     @property
     def alarms(self) -> dict[str, str]:
         """Signs that the run goes wrong, a sentence each by kind or file; see ``runs.alarms``."""
-        lines = [self._lines(name) for name in ("metrics.jsonl", "evaluations.jsonl")]
-        begun = (self.path / "config.json").is_file()  # a monitor waits for a run
-        found = alarms(*lines, self.config.get("method", "") if begun else "")
-        return (self.damage or {}) | found
+        return self.alarms_in(self.lines("metrics.jsonl"), self.lines("evaluations.jsonl"))
+
+    def alarms_in(self, metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> dict[str, str]:
+        """``alarms`` from lines that have been read."""
+        return (self.damage or {}) | alarms(metrics, evaluations, self.config.get("method", ""))
 
     @property
     def steps(self) -> list[int]:
