@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,25 @@ def write_notes(folder: Path, changed: Notes) -> None:
             f"stars and notes cannot be written to {str(folder / NOTES)!r} ({why}); this panel keeps them and tries "
             "again with the next one"
         ) from error
+
+
+def keep(run: Run, notes: Notes, unwritten: Notes, told: Sequence[Mapping[str, Any]]) -> bool:
+    """Take what a view tells of its traces (id, starred, note) into ``notes``, and write what has changed.
+
+    run: a ``forgiving`` one; unwritten: what could not be written before, and now. Whether something has changed.
+    """
+    found = {line["id"]: {"starred": bool(line["starred"]), "note": str(line["note"])} for line in told}
+    changed = {key: entry for key, entry in found.items() if entry != notes.get(key, EMPTY)}
+    if changed:
+        notes.update(changed)
+        unwritten.update(changed)
+        run.damage.pop(NOTES, None)
+        try:
+            write_notes(run.path, unwritten)
+            unwritten.clear()
+        except ConfigError as error:
+            run.note(NOTES, str(error))
+    return bool(changed)
 
 
 def place(key: str) -> tuple[int, ...]:

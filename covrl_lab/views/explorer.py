@@ -14,8 +14,8 @@ import plotly.graph_objects as go
 from IPython.display import HTML
 
 from ..config import RunConfig
-from ..runs.folder import Run
-from ..runs.notes import EMPTY, NOTES, noted, read_notes, write_notes
+from ..runs.folder import INDEX_COLUMNS, Run
+from ..runs.notes import keep, noted, read_notes
 from ..runs.reweight import Settings, Traces, answer_logprob, quantities
 from ..types import ConfigError, Example, did_you_mean
 from .html import alarms_html, html_passage, html_text
@@ -48,7 +48,7 @@ _ROLLOUT_COLUMNS = [
 ]
 _MOST_QUESTIONS = 200  # rows of the list of questions; more would be slow to draw and nobody reads them
 _GROUP = ["step", "example_id"]
-_STORED = "step rollout example_id question answer source trace finished reward advantage right prediction".split()
+_STORED = INDEX_COLUMNS[:-1]
 # What "show" offers -> which traces those are; the first two where verdicts are stored.
 _SHOWS = {"right": "right == 1", "wrong": "right == 0", "ended": "finished == 1", "not ended": "finished == 0"}
 _SHOWS |= {name: name for name in ("starred", "reward > 0", "reward < 0", "advantage > 0", "advantage < 0")}
@@ -61,8 +61,7 @@ def trace_index(run: Run) -> pd.DataFrame:
     Columns: step, rollout, example_id, question, answer, source, trace, finished, reward, advantage, right (1, 0 or
     NaN: not known), prediction (None: not known), and total, log p(y|x,z) in nats.
     """
-    columns = [*_STORED, "answer_logp"]
-    frame = run.trace_columns(columns)
+    frame = run.trace_columns()
     if frame.empty and run.damage:
         raise ConfigError(next(iter(run.damage.values())))
     frame = _with_right(frame.assign(total=answer_logprob(frame)), run.config)
@@ -289,22 +288,10 @@ class TraceExplorer(Panel):
         return self._frame.set_index("rollout", drop=False).loc[chosen]
 
     def _keep_notes(self, change: Any) -> None:
-        """Write the stars and notes that a reader has changed in the view, with those not written before."""
-        told = {line["id"]: {"starred": bool(line["starred"]), "note": str(line["note"])} for line in change.new}
-        changed = {key: entry for key, entry in told.items() if entry != self.notes.get(key, EMPTY)}
-        if not changed:  # another trace is shown
-            return
-        self.notes |= changed
-        self._unwritten |= changed
-        self.run.damage.pop(NOTES, None)
-        try:
-            write_notes(self.run.path, self._unwritten)
-            self._unwritten = {}
-        except ConfigError as error:
-            self.run.note(NOTES, str(error))
-        self.index, self._frame = noted(self.index, self.notes), noted(self._frame, self.notes)
-        self.heading.value = _heading(self.run, self.settings, self._frame)
-        self._list_rollouts()
+        if keep(self.run, self.notes, self._unwritten, change.new):
+            self.index, self._frame = noted(self.index, self.notes), noted(self._frame, self.notes)
+            self.heading.value = _heading(self.run, self.settings, self._frame)
+            self._list_rollouts()
 
     # --- what is drawn
 
@@ -327,13 +314,7 @@ class TraceExplorer(Panel):
 
     def lines(self) -> go.Figure:
         """The selected token's trace as lines; an empty figure where no trace is shown."""
-        if not self.view.traces:
-            return go.Figure()
-        side, at = self.view.selected or [0, None]
-        trace, name = self.view.traces[side], self.view.colour
-        figure = plot_token_lines(trace["tokens"], trace["values"], name, SCALES[name]["title"], at)
-        prompts = "both prompts" if "logq" in trace["values"] else "the prior prompt"
-        return figure.update_layout(title_text=f"The {trace['title']} under {prompts}", margin={"t": 60})
+        return _lines(self.view) if self.view.traces else go.Figure()
 
     def _draw_lines(self, change: Any = None) -> None:
         if self.view.selected:
@@ -349,6 +330,14 @@ class TraceExplorer(Panel):
         table = self.rollouts.html(texts=False)
         tokens = token_html(self.pair(), self.settings, self.view.colour)
         return [HTML(self.heading.value + table + tokens + self.seen.value), self.lines()]
+
+
+def _lines(view: TokenView) -> go.Figure:
+    side, at = view.selected or [0, None]
+    trace, name = view.traces[side], view.colour
+    figure = plot_token_lines(trace["tokens"], trace["values"], name, SCALES[name]["title"], at)
+    prompts = "both prompts" if "logq" in trace["values"] else "the prior prompt"
+    return figure.update_layout(title_text=f"The {trace['title']} under {prompts}", margin={"t": 60})
 
 
 def _json(explorer: TraceExplorer) -> tuple[str, str]:

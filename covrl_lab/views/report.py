@@ -40,8 +40,8 @@ def report(run: Run | str | Path, path: str | Path | None = None) -> Path:
     """Write the report of a run, finished or not, and return where it is (default: in the run folder).
 
     Configuration, training curves, held-out accuracy with 95% intervals, questions gained and lost, starred traces,
-    those of the first and the last stored step, what mixing the two sources comes to, and the versions that drew it. About
-    5 MB, nearly all of it plotly.js. Raises ConfigError for a folder that is not a run.
+    those of the first and the last stored step, what mixing the two sources comes to, and the versions that drew it.
+    About 5 MB, nearly all of it plotly.js. Raises ConfigError for a folder that is not a run.
     """
     run = (run if isinstance(run, Run) else load_run(run)).forgiving()
     if run.foreign:
