@@ -26,6 +26,7 @@ def lab(tmp_path_factory):
         shutil.copytree(EXAMPLE_RUN, lab.folder / "run")
         for name in ("double_add-covrl-s0", "shop-grpo-s1"):
             shutil.copytree(TRIALS / name, lab.folder / "trials" / name)
+        shutil.copytree(EXAMPLE_RUN, lab.folder / "trials" / "example")  # the trials' evaluations lack texts
         yield lab
 
 
@@ -81,13 +82,13 @@ def test_the_table_of_runs_shows_accuracies_of_the_files_and_opens_panels(lab):
         found = lines(lab.folder / row.get_attribute("data-id") / "evaluations.jsonl")
         before, after = (number(text) for text in row.locator("td").all_inner_texts()[5:7])
         assert (before, after) == pytest.approx([100 * found[k]["accuracy"] for k in (0, -1)], abs=0.051)
-    assert panel.locator(".covrl-table tbody tr").count() == 2
-    panel.get_by_label("filter").fill("double_add")
+    assert panel.locator(".covrl-table tbody tr").count() == 3
+    panel.get_by_label("filter").fill("example")
     row = panel.locator(".covrl-table tbody tr")
     wait_until(page, lambda: row.count() == 1)
     row.click()
     panel.get_by_role("button", name="Held-out questions").click()
-    folder = lab.folder / "trials" / "double_add-covrl-s0"
+    folder = lab.folder / "trials" / "example"
     steps = [line["step"] for line in lines(folder / "evaluations.jsonl")]
     scores = [
         pd.read_parquet(step_file(folder / "evaluations", step)).query("sample < 0").set_index("example_id")["score"]
@@ -114,7 +115,8 @@ def test_a_star_and_a_note_stay_and_stand_in_the_report(lab):
     assert json.loads(kept.read_text()) == {key: {"starred": True, "note": ""}} and key.startswith("15/")
     row = page.locator(f".covrl-explorer .covrl-table tbody tr[data-id='{key.split('/')[1]}']")
     wait_until(page, lambda: "★" in row.inner_text())
-    trace.locator(".covrl-note").fill(note)
+    trace.locator(".covrl-note").click()
+    page.keyboard.type(note)
     page.keyboard.press("Enter")
     wait_until(page, lambda: json.loads(kept.read_text())[key]["note"] == note)
 
@@ -128,6 +130,7 @@ def test_a_star_and_a_note_stay_and_stand_in_the_report(lab):
     page.locator(".covrl-explorer select").nth(2).select_option("starred")
     rows = page.locator(".covrl-explorer .covrl-table").last.locator("tbody tr")
     wait_until(page, lambda: rows.count() == 1 and rows.get_attribute("data-id") == str(rollout))
+    assert page.locator(".jp-Notebook .jp-Cell").count() == 1, "no letter of the note was a command of JupyterLab's"
     assert not lab.errors and not lab.cell_errors() and not lab.dialogs
 
     text = report(lab.folder / "run", lab.folder / "report.html").read_text(encoding="utf-8")

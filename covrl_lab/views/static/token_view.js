@@ -61,14 +61,16 @@ function noting(keep) {
   const star = element("button", "covrl-star");
   const line = element("input", "covrl-note");
   Object.assign(line, { type: "text", placeholder: "note", ariaLabel: "note" });
+  line.dataset.lmSuppressShortcuts = "true"; // in JupyterLab a letter would be a command
   star.addEventListener("click", () => keep(star.ariaPressed !== "true", line.value));
   line.addEventListener("change", () => keep(star.ariaPressed === "true" || line.value !== "", line.value)); // a note stars
+  line.addEventListener("keydown", ({ key }) => key === "Enter" && line.dispatchEvent(new Event("change"))); // JupyterLab's
   return {
     parts: [star, line],
     fill: ({ starred, note }) => {
       Object.assign(star, { textContent: starred ? "★" : "☆", title: starred ? "Take the star away" : "Star this trace" });
       Object.assign(star, { ariaPressed: String(starred), ariaLabel: "star" });
-      line.value = note;
+      if (document.activeElement !== line) line.value = note; // else it is being written
     },
   };
 }
