@@ -9,7 +9,7 @@ from hostile import HOSTILE
 
 from covrl_lab import TraceExplorer, load_run, report
 from covrl_lab.runs import notes as keeping
-from covrl_lab.runs.notes import EMPTY, NOTES, noted, read_notes, write_notes
+from covrl_lab.runs.notes import EMPTY, NOTES, noted, read_notes
 from covrl_lab.types import ConfigError
 from covrl_lab.views.html import visible
 
@@ -108,8 +108,9 @@ def test_a_damaged_file_is_named_and_left_alone(run, content):
 def test_the_report_shows_starred_traces(run, tmp_path):
     text = report(run, tmp_path / "none.html").read_text(encoding="utf-8")
     assert "Starred traces" not in text
-    write_notes(run.path, {"2/3": {"starred": True, "note": HOSTILE[0]}, "1/1": {"starred": False, "note": "no star"}})
-    write_notes(run.path, {"9/0": {"starred": True, "note": "of a step that is gone"}})
+    kept = {"2/3": {"starred": True, "note": HOSTILE[0]}, "1/1": {"starred": False, "note": "no star"}}
+    kept["9/0"] = {"starred": True, "note": "of a step that is gone"}
+    (run.path / NOTES).write_text(json.dumps(kept), encoding="utf-8")
     text = report(run, tmp_path / "some.html").read_text(encoding="utf-8")
     part = text.split("<h2>Starred traces</h2>")[1].split("<h2>")[0]
     row = run.traces(2).query("rollout == 3").iloc[0]

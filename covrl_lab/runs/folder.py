@@ -181,11 +181,8 @@ class Run:
     @property
     def alarms(self) -> dict[str, str]:
         """Signs that the run goes wrong, a sentence each by kind or file; see ``runs.alarms``."""
-        return self.alarms_in(self.lines("metrics.jsonl"), self.lines("evaluations.jsonl"))
-
-    def alarms_in(self, metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> dict[str, str]:
-        """``alarms`` from lines that have been read."""
-        return (self.damage or {}) | alarms(metrics, evaluations, self.config.get("method", ""))
+        lines = [self.lines(name) for name in ("metrics.jsonl", "evaluations.jsonl")]
+        return (self.damage or {}) | alarms(*lines, self.config.get("method", ""))
 
     @property
     def steps(self) -> list[int]:

@@ -20,6 +20,7 @@ import plotly.graph_objects as go
 from IPython.display import HTML
 
 from ..files import Owner
+from ..runs.alarms import alarms
 from ..runs.folder import Run, step_file, steps_in
 from .figures import plot_training_curves
 from .html import alarms_html, html_number, html_table, html_text, reward_unit, trace_table
@@ -125,7 +126,7 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
     else:
         status = "running"
         message = f"running: {step} of {steps} steps" if step else "running: before its first step"
-    found = run.alarms_in(*lines)
+    found = run.damage | alarms(*lines, config["method"])
     return Snapshot(run, status, message, step, steps, metrics, evaluations, left, evaluation, found)
 
 
