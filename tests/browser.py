@@ -83,7 +83,7 @@ def jupyterlab(folder, *notebooks, width=1400, height=1000):
             yield Lab(page, f"http://127.0.0.1:{port}", folder, settings)
         finally:
             server.terminate()
-            server.wait(30)
+            server.wait(120)
 
 
 def _write_settings(folder, plugin, values):
