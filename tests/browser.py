@@ -79,10 +79,11 @@ def jupyterlab(folder, *notebooks, width=1400, height=1000):
         try:
             _wait_for(f"http://127.0.0.1:{port}/api/kernelspecs", server, folder / ".server.log")
             page = chrome.new_page(viewport={"width": width, "height": height})
+            page.set_default_timeout(90_000)  # the machine may be busy
             yield Lab(page, f"http://127.0.0.1:{port}", folder, settings)
         finally:
             server.terminate()
-            server.wait(30)
+            server.wait(120)
 
 
 def _write_settings(folder, plugin, values):

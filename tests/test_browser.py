@@ -42,7 +42,7 @@ def detail(page, name):
     return number(page.locator(f".covrl-explorer .covrl-detail [data-name={name}]").inner_text())
 
 
-def wait_until(page, check, seconds=20):
+def wait_until(page, check, seconds=90):
     """Repeat ``check`` until it holds; what the kernel computes comes a moment after the click."""
     for _ in range(10 * seconds):
         if check():

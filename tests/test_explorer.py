@@ -229,6 +229,7 @@ def test_show_leaves_the_traces_it_names(tmp_path):
         "prior wrong, posterior right": frame["example_id"] == "q0",
         "ended": frame["finished"],
         "not ended": ~frame["finished"],
+        "starred": frame["step"] < 0,
         "reward > 0": frame["reward"] > 0,
         "reward < 0": frame["reward"] < 0,
         "advantage > 0": frame["advantage"] > 0,

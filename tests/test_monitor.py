@@ -294,5 +294,5 @@ def test_a_folder_of_somebody_else_and_a_wrong_path_are_named(tmp_path, monkeypa
 def test_a_monitor_waits_where_there_is_no_run_yet(tmp_path):
     monitor = RunMonitor(tmp_path / "run", every=1000)
     assert monitor.snapshot.status == "waiting" and str(tmp_path / "run") in monitor.status.value
-    assert monitor.snapshot.run.alarms == {}
+    assert monitor.snapshot.alarms == {}
     monitor.close()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,11 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import CLOCK, TRAINED, adapter_change, lines, make_trainer, move_adapter, unpacked
+from helpers import CLOCK, TINY_RUN, TRAINED, adapter_change, lines, make_trainer, move_adapter, unpacked
 
 from covrl_lab.config import RunConfig
+from covrl_lab.runs import folder
 from covrl_lab.runs.folder import load_run, step_file, steps_in
 from covrl_lab.train import step as step_module
+from covrl_lab.train import trainer
 from covrl_lab.train.models import load_policy
 from covrl_lab.train.policy import load_adapter
 from covrl_lab.train.prompts import Prompter
@@ -51,6 +54,19 @@ def test_the_run_folder_is_complete(reference):
         ".safetensors",
     }
     assert not unsafe and (run / "owner.lock").read_bytes() == b""
+
+
+def test_a_long_run_keeps_what_views_list(tmp_path, monkeypatch):
+    for module in (folder, trainer):
+        monkeypatch.setattr(module, "CACHE_FROM", 2)
+    run = load_run(make_trainer(tmp_path / "run", TINY_RUN, steps=2, eval_every=0).run().run_dir)
+    expected = run.traces()
+    for step in run.steps:  # what is kept is enough, as long as the files are those that were read
+        file = step_file(run.path / "traces", step)
+        times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+        file.write_bytes(b"")
+        os.utime(file, ns=times)
+    assert list(run.trace_columns()["trace"]) == list(expected["trace"])
 
 
 def test_metrics_are_the_step_records(reference):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,10 @@ reward advantage answer_weight posterior_advantage no_trace_logp prediction righ
 CACHE = "traces_cache.parquet"  # beside traces/, whose time says when the run last wrote; safe to delete
 SHARED = "covrl_lab.json"  # of an adapter that ``covrl-lab share`` wrote: its step, settings and versions
 CACHE_FROM = 500  # files; a run of fewer is read soon enough without
+# What a list of all traces shows of each.
+INDEX_COLUMNS = """
+step rollout example_id question answer source trace finished reward advantage right prediction answer_logp
+""".split()
 # What no line may lack, and no table that a view draws: older versions lack other columns.
 _IN_LINES = {"metrics": ["step", "seconds"], "evaluations": "step accuracy accuracy_low accuracy_high".split()}
 _IN_TABLES = {"traces": TRACE_COLUMNS[:17]}
@@ -146,7 +151,8 @@ class Run:
             raise ConfigError(sentence)
         self.damage[name] = sentence
 
-    def _lines(self, name: str) -> list[dict[str, Any]]:
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """What ``metrics.jsonl`` or ``evaluations.jsonl`` holds."""
         lines = read_lines(self.path / name)
         if lines.fault:
             self.note(name, f"{lines.fault}; restore it, or resume the run, which goes back to a checkpoint before")
@@ -171,12 +177,12 @@ class Run:
     @property
     def metrics(self) -> pd.DataFrame:
         """One row a finished step; see ``trainer.StepRecord`` for the columns."""
-        return pd.DataFrame(self._lines("metrics.jsonl"))
+        return pd.DataFrame(self.lines("metrics.jsonl"))
 
     @property
     def evaluations(self) -> pd.DataFrame:
         """One row an evaluation: step, accuracy with its interval, ...; see ``evaluation.summarise``."""
-        return pd.DataFrame(self._lines("evaluations.jsonl"))
+        return pd.DataFrame(self.lines("evaluations.jsonl"))
 
     @property
     def benchmarks(self) -> pd.DataFrame:
@@ -189,10 +195,8 @@ class Run:
     @property
     def alarms(self) -> dict[str, str]:
         """Signs that the run goes wrong, a sentence each by kind or file; see ``runs.alarms``."""
-        lines = [self._lines(name) for name in ("metrics.jsonl", "evaluations.jsonl")]
-        begun = (self.path / "config.json").is_file()  # a monitor waits for a run
-        found = alarms(*lines, self.config.get("method", "") if begun else "")
-        return (self.damage or {}) | found
+        lines = [self.lines(name) for name in ("metrics.jsonl", "evaluations.jsonl")]
+        return (self.damage or {}) | alarms(*lines, self.config.get("method", ""))
 
     @property
     def steps(self) -> list[int]:
@@ -202,9 +206,12 @@ class Run:
     def _tables(self, kind: str, steps: Sequence[int], columns: Sequence[str] | None = None) -> list[pa.Table]:
         """The traces or evaluations of some steps, a table each as it is stored, or some of their columns."""
         found, needed = [], set(_IN_TABLES[kind]).intersection(columns or _IN_TABLES[kind])
-        for file in (step_file(self.path / kind, step) for step in steps):
+        files = [step_file(self.path / kind, step) for step in steps]
+        with ThreadPoolExecutor() as pool:
+            reading = [pool.submit(read_table, file, columns) for file in files]
+        for file, read in zip(files, reading, strict=True):
             try:
-                table = read_table(file, columns)
+                table = read.result()
                 if self.damage is not None and (lacking := needed.difference(table.column_names)):
                     raise ConfigError(f"{str(file)!r} has no column {min(lacking)!r}, which views draw; restore it")
                 found.append(table)
@@ -233,10 +240,11 @@ class Run:
         tables = self._tables("traces", chosen)
         return self._joined(tables).to_pandas() if tables else pd.DataFrame(columns=TRACE_COLUMNS)
 
-    def trace_columns(self, columns: Sequence[str]) -> pd.DataFrame:
+    def trace_columns(self, columns: Sequence[str] = INDEX_COLUMNS) -> pd.DataFrame:
         """Some columns of ``traces()``, all steps; empty where a step's file lacks one.
 
-        A run of many files keeps what was read in one more, ``CACHE``, and reads only later files again.
+        A run of many files keeps what was read in one more, ``CACHE``, and reads only later files again. A trainer does
+        so every ``CACHE_FROM`` steps.
         """
         steps = self.steps
         files = [step_file(self.path / "traces", step) for step in steps]

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..config import RunConfig
 from ..files import Owner
 from ..runs.alarms import alarms
-from ..runs.folder import step_file, steps_done, write_parquet
+from ..runs.folder import CACHE_FROM, Run, step_file, steps_done, write_parquet
 from ..types import ConfigError, Credit, Example, LogProbs, NotFinite, Prompt, TraceBatch
 from .checkpoints import append_line, check_run_dir, resume, save_checkpoint, write_problem
 from .evaluation import evaluate_sets
@@ -127,6 +127,8 @@ class Trainer:
                 self.records.append(dataclasses.asdict(record))
                 self.ranks.on_first(append_line, self.run_dir / "metrics.jsonl", self.records[-1])
                 self._unrecorded = False
+                if self.step % CACHE_FROM == 0:
+                    self.ranks.on_first(Run(self.run_dir).forgiving().trace_columns)
                 if self.step % config.checkpoint_every == 0 or self.step == config.steps:
                     self.save_checkpoint()
                 self._tracker.log(record)

@@ -87,7 +87,7 @@ def question_html(rows: pd.DataFrame) -> str:
         likely = "" if nats is None or nats != nats else f", log p(y|x,z) {html_number(nats, '.1f')} nats"
         trace = "<br>".join(map(html_text, r["trace"].split("\n")))
         cards.append(
-            f'<div data-step="{r["step"]}" style="flex: 1 1 180px; max-width: 420px; border-top: 3px solid {colour}; '
+            f'<div data-step="{r["step"]}" style="flex: 1 1 140px; max-width: 420px; border-top: 3px solid {colour}; '
             f'overflow-wrap: anywhere"><b>step {r["step"]}</b> <span style="color: {colour}">{verdict}</span>{score}'
             f'<br>it said <b class="covrl-said">{html_text(r["prediction"])}</b>{likely}'
             f'<div style="color: {GREY}">trace, {r["trace_tokens"]} tokens{ended}</div>'

@@ -14,13 +14,14 @@ import plotly.graph_objects as go
 from IPython.display import HTML
 
 from ..config import RunConfig
-from ..runs.folder import Run
+from ..runs.folder import INDEX_COLUMNS, Run
+from ..runs.notes import keep, noted, read_notes
 from ..runs.reweight import Settings, Traces, answer_logprob, quantities
 from ..types import ConfigError, Example, did_you_mean
 from .html import alarms_html, html_passage, html_text
 from .token_figures import plot_token_lines
 from .token_view import SCALES, TokenView, colours, spelled, token_html
-from .widgets import HIDDEN, Panel, Plot, Table, Take, field, offer, open_run, row, table_column
+from .widgets import HIDDEN, Panel, Plot, Table, Take, field, offer, open_run, row, step_choices, table_column
 
 _ALL = "mean log p(y|x,z) of all its {} traces, nats, whatever the filters leave"
 _QUESTION_COLUMNS = [
@@ -33,6 +34,7 @@ _QUESTION_COLUMNS = [
 ]
 _ROLLOUT_COLUMNS = [
     table_column("rollout", "#", "number", "number of the rollout in its step"),
+    table_column("starred", "★", "star", "starred in this panel"),
     table_column("source", "source", "source", "the prompt that drew the trace"),
     table_column("right", "right", "mark", "whether the model's own answer after the trace is right"),
     table_column("prediction", "its answer", "text", "the model's own greedy answer after the trace"),
@@ -46,10 +48,10 @@ _ROLLOUT_COLUMNS = [
 ]
 _MOST_QUESTIONS = 200  # rows of the list of questions; more would be slow to draw and nobody reads them
 _GROUP = ["step", "example_id"]
-_STORED = "step rollout example_id question answer source trace finished reward advantage right prediction".split()
+_STORED = INDEX_COLUMNS[:-1]
 # What "show" offers -> which traces those are; the first two where verdicts are stored.
 _SHOWS = {"right": "right == 1", "wrong": "right == 0", "ended": "finished == 1", "not ended": "finished == 0"}
-_SHOWS |= {name: name for name in ("reward > 0", "reward < 0", "advantage > 0", "advantage < 0")}
+_SHOWS |= {name: name for name in ("starred", "reward > 0", "reward < 0", "advantage > 0", "advantage < 0")}
 _GAINED, _CLIPPED = "prior wrong, posterior right", "with clipped tokens"
 
 
@@ -59,8 +61,7 @@ def trace_index(run: Run) -> pd.DataFrame:
     Columns: step, rollout, example_id, question, answer, source, trace, finished, reward, advantage, right (1, 0 or
     NaN: not known), prediction (None: not known), and total, log p(y|x,z) in nats.
     """
-    columns = [*_STORED, "answer_logp"]
-    frame = run.trace_columns(columns)
+    frame = run.trace_columns()
     if frame.empty and run.damage:
         raise ConfigError(next(iter(run.damage.values())))
     frame = _with_right(frame.assign(total=answer_logprob(frame)), run.config)
@@ -140,13 +141,13 @@ class TraceExplorer(Panel):
 
     def __init__(self, run: Run | str | Path, step: int | None = None, question: str = "", colour: str = ""):
         run, step = open_run(run, step)
-        self.run, self._frame, self._shown = run.forgiving(), pd.DataFrame(), {}
+        self.run, self._frame, self._shown, self._unwritten = run, pd.DataFrame(), {}, {}
         self.settings, self.found = Settings.of(self.run.config), widgets.HTML()
         self._read()
 
         sources = [("all sources", ""), ("prior", "prior"), ("posterior", "posterior")]
         shown = step if step in set(self.index["step"]) else 0  # all
-        self.step = field(widgets.Dropdown, "step", shown, "110px", HIDDEN, options=self._steps())
+        self.step = field(widgets.Dropdown, "step", shown, "110px", HIDDEN, options=self._offered)
         self.search = widgets.Text(placeholder="search questions, answers, traces", layout={"flex": "1 1 150px"})
         self.source = field(widgets.Dropdown, "source", "", "110px", HIDDEN, options=sources)
         judged = self.index["source"][self.index["right"].notna()].nunique()  # of how many sources verdicts are known
@@ -177,6 +178,7 @@ class TraceExplorer(Panel):
         widgets.dlink((self.colour, "value"), (self.view, "colour"))
         widgets.dlink((self.fitted, "value"), (self.view, "fitted"))
         self.view.observe(self._draw_lines, names=["selected", "colour"])
+        self.view.observe(self._keep_notes, names="notes")
         self.prompts.observe(self._show_prompts, names="value")
 
         filters = row(self.step, self.search, self.source, self.show, self.again, self.found)
@@ -194,23 +196,23 @@ class TraceExplorer(Panel):
     # --- what is there
 
     def _read(self) -> None:
-        self.index = trace_index(self.run)
+        self.run = self.run.forgiving()
+        self.notes = read_notes(self.run) | self._unwritten
+        self.index = noted(trace_index(self.run), self.notes)
         text = (self.index[name].astype(str) for name in ("question", "answer", "trace"))
         self._haystack = next(text).str.cat(list(text), sep="\n").str.lower()
         means = self.index.pivot_table("total", _GROUP, "source", "mean", sort=False, observed=True)
         means["right"] = self.index.groupby(_GROUP)["right"].mean()
         self._means = means.reindex(columns=["prior", "posterior", "right"]).reset_index()
+        self._offered = step_choices(self.index["step"].unique().tolist())
         self._step, self._held = 0, {}  # whose traces are in memory; step -> rollouts with clipped tokens
-
-    def _steps(self) -> list[tuple[str, int]]:
-        return [("all steps", 0), *((f"step {s}", s) for s in self.index["step"].unique().tolist())]
 
     def refresh(self) -> None:
         """Read the run folder again; filters, order and what is chosen stay as they are."""
         self._read()
         _prompter.cache_clear()
-        steps, kept = self._steps(), self.step.value
-        offer(self.step, steps, kept if kept in dict(steps).values() else 0, self._list_questions)
+        kept = self.step.value
+        offer(self.step, self._offered, kept if kept in dict(self._offered).values() else 0, self._list_questions)
         self._list_questions()
 
     # --- what is chosen
@@ -254,7 +256,7 @@ class TraceExplorer(Panel):
         if step and step != self._step:
             self._step, self._all = step, _with_right(self.run.traces(step), self.run.config)
         frame = self._all[self._all["example_id"] == example].reset_index(drop=True)
-        frame = frame.assign(total=answer_logprob(frame), length=frame["tokens"].map(len))
+        frame = noted(frame, self.notes).assign(total=answer_logprob(frame), length=frame["tokens"].map(len))
         frame["id"] = frame["rollout"].astype(str)
         self._frame, self._shown = frame, {}
         self._shown = self._likeliest()
@@ -285,6 +287,12 @@ class TraceExplorer(Panel):
         chosen = [self._shown[source] for source in ("prior", "posterior") if source in self._shown]
         return self._frame.set_index("rollout", drop=False).loc[chosen]
 
+    def _keep_notes(self, change: Any) -> None:
+        if keep(self.run, self.notes, self._unwritten, change.new):
+            self.index, self._frame = noted(self.index, self.notes), noted(self._frame, self.notes)
+            self.heading.value = _heading(self.run, self.settings, self._frame)
+            self._list_rollouts()
+
     # --- what is drawn
 
     def _list_rollouts(self, change: Any = None) -> None:
@@ -306,13 +314,7 @@ class TraceExplorer(Panel):
 
     def lines(self) -> go.Figure:
         """The selected token's trace as lines; an empty figure where no trace is shown."""
-        if not self.view.traces:
-            return go.Figure()
-        side, at = self.view.selected or [0, None]
-        trace, name = self.view.traces[side], self.view.colour
-        figure = plot_token_lines(trace["tokens"], trace["values"], name, SCALES[name]["title"], at)
-        prompts = "both prompts" if "logq" in trace["values"] else "the prior prompt"
-        return figure.update_layout(title_text=f"The {trace['title']} under {prompts}", margin={"t": 60})
+        return _lines(self.view) if self.view.traces else go.Figure()
 
     def _draw_lines(self, change: Any = None) -> None:
         if self.view.selected:
@@ -328,6 +330,14 @@ class TraceExplorer(Panel):
         table = self.rollouts.html(texts=False)
         tokens = token_html(self.pair(), self.settings, self.view.colour)
         return [HTML(self.heading.value + table + tokens + self.seen.value), self.lines()]
+
+
+def _lines(view: TokenView) -> go.Figure:
+    side, at = view.selected or [0, None]
+    trace, name = view.traces[side], view.colour
+    figure = plot_token_lines(trace["tokens"], trace["values"], name, SCALES[name]["title"], at)
+    prompts = "both prompts" if "logq" in trace["values"] else "the prior prompt"
+    return figure.update_layout(title_text=f"The {trace['title']} under {prompts}", margin={"t": 60})
 
 
 def _json(explorer: TraceExplorer) -> tuple[str, str]:

@@ -20,6 +20,7 @@ import plotly.graph_objects as go
 from IPython.display import HTML
 
 from ..files import Owner
+from ..runs.alarms import alarms
 from ..runs.folder import Run, step_file, steps_in
 from .figures import plot_training_curves
 from .html import alarms_html, html_number, html_table, html_text, reward_unit, trace_table
@@ -74,6 +75,7 @@ class Snapshot:
     seconds_left: float | None = None  # None before the first step and after the last
     # Median time of an evaluation; None before the first one after a step, and seconds_left leaves them out.
     evaluation_seconds: float | None = None
+    alarms: dict[str, str] = field(default_factory=dict)  # ``Run.alarms``
 
 
 def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
@@ -83,7 +85,8 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
         return Snapshot(run, "waiting", f"waiting for a run in {str(run.path.absolute())!r}")
     if run.foreign:
         return Snapshot(run, "waiting", run.foreign)
-    config, metrics, evaluations = run.config, run.metrics, run.evaluations
+    config, lines = run.config, [run.lines(name) for name in ("metrics.jsonl", "evaluations.jsonl")]
+    metrics, evaluations = map(pd.DataFrame, lines)
     step, steps, left, median = 0, int(config["steps"]), None, 0.0
     # Nothing is written while an evaluation runs, and before the first step a model is loaded as well.
     evaluation, patience = _evaluation_seconds(run), 600.0
@@ -124,7 +127,8 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
     else:
         status = "running"
         message = f"running: {step} of {steps} steps" if step else "running: before its first step"
-    return Snapshot(run, status, message, step, steps, metrics, evaluations, left, evaluation)
+    found = run.damage | alarms(*lines, config["method"])
+    return Snapshot(run, status, message, step, steps, metrics, evaluations, left, evaluation, found)
 
 
 def _evaluation_seconds(run: Run) -> float | None:
@@ -189,8 +193,7 @@ def status_html(shot: Snapshot) -> str:
         last = shot.evaluations.iloc[-1]
         value = f'held-out accuracy <b data-column="accuracy">{last.accuracy:.1%}</b> after step {last.step:.0f}'
         parts.append(f"{value} (95% interval {last.accuracy_low:.1%} to {last.accuracy_high:.1%})")
-    alarms = alarms_html(shot.run.alarms)
-    return f'<div style="line-height: 1.5">{" &nbsp;·&nbsp; ".join(parts)}</div>{alarms}'
+    return f'<div style="line-height: 1.5">{" &nbsp;·&nbsp; ".join(parts)}</div>{alarms_html(shot.alarms)}'
 
 
 def numbers_html(shot: Snapshot) -> str:

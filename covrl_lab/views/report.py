@@ -21,6 +21,7 @@ from plotly.offline import get_plotlyjs
 from .. import __version__
 from ..files import write_whole
 from ..runs.folder import Run, load_run, steps_in
+from ..runs.notes import noted, place, read_notes
 from ..runs.questions import between, history
 from ..runs.reweight import Settings, Traces, answer_logprob, summarise_traces
 from ..types import ConfigError
@@ -32,15 +33,15 @@ from .widgets import static_text
 
 QUESTIONS = 3  # of a step, whose traces are shown
 
-_STYLE, _DRAW = static_text("report.css"), static_text("report.js")
+_STYLE, _DRAW = static_text("report.css"), static_text("saving.js") + static_text("report.js")
 
 
 def report(run: Run | str | Path, path: str | Path | None = None) -> Path:
     """Write the report of a run, finished or not, and return where it is (default: in the run folder).
 
-    Configuration, training curves, held-out accuracy with 95% intervals, questions gained and lost, traces of
-    the first and the last stored step, what mixing the two sources comes to, and the versions that drew it. About
-    5 MB, nearly all of it plotly.js. Raises ConfigError for a folder that is not a run.
+    Configuration, training curves, held-out accuracy with 95% intervals, questions gained and lost, starred traces,
+    those of the first and the last stored step, what mixing the two sources comes to, and the versions that drew it.
+    About 5 MB, nearly all of it plotly.js. Raises ConfigError for a folder that is not a run.
     """
     run = (run if isinstance(run, Run) else load_run(run)).forgiving()
     if run.foreign:
@@ -56,6 +57,7 @@ def page(run: Run) -> str:
     """The report as one HTML document."""
     config, metrics, evaluations = run.config, run.metrics, run.evaluations
     settings = Settings.of(config)
+    starred = _starred(run, settings)  # first: what is damaged stands in the head
     traces = {step: run.traces(step) for step in sorted({*run.steps[:1], *run.steps[-1:]})}
     traces = {step: frame for step, frame in traces.items() if len(frame)}
     rows = history(run) if len(steps_in(run.path / "evaluations")) > 1 else pd.DataFrame({"step": []})
@@ -67,6 +69,7 @@ def page(run: Run) -> str:
         pair = asked[0], asked[-1]
         change = change_html(between(rows, *pair), *pair)
         parts += ["<h2>Held-out questions</h2>", f'<div class="wide">{change}</div>', _figure(plot_questions(rows))]
+    parts += starred
     for step, frame in traces.items():
         parts += [f"<h2>Traces of step {step}</h2>", *_traces(frame, settings)]
     if traces:
@@ -132,14 +135,31 @@ def _head(run: Run, config: dict[str, Any], metrics: pd.DataFrame, evaluations: 
     return f'<h1>{title}</h1>\n<div class="soft">{" · ".join(facts)}</div>\n{found}{alarms_html(run.alarms)}'
 
 
+def _question(group: pd.DataFrame, where: str = "") -> str:
+    """A question's heading."""
+    question, answer = (html_text(group[name].iloc[0]) for name in ("question", "answer"))
+    return f"<h3>{where}<code>{question}</code> reference answer <code>{answer}</code></h3>"
+
+
+def _starred(run: Run, settings: Settings) -> list[str]:
+    """The traces that readers starred, with their notes; also a note whose trace is gone."""
+    notes = {key: entry for key, entry in read_notes(run).items() if entry["starred"]}
+    parts, stored = ["<h2>Starred traces</h2>"] * bool(notes), set(run.steps)
+    for key in sorted(notes, key=place):
+        step, rollout = place(key)
+        frame = run.traces(step) if step in stored else pd.DataFrame({"rollout": []})
+        own, where = frame[frame["rollout"] == rollout], f"step {step}, rollout {rollout}: "
+        gone = f"<h3>{where}its trace is not stored</h3><p>★ <i>{html_text(notes[key]['note'])}</i></p>"
+        parts += [_question(own, where), token_html(noted(own, notes), settings)] if len(own) else [gone]
+    return parts
+
+
 def _traces(frame: pd.DataFrame, settings: Settings) -> list[str]:
     """The first questions' traces that make the answer most probable, token by token, and all as text."""
     parts = [_figure(plot_answer_logprobs(frame, 2 * QUESTIONS))]
     chosen = frame[frame["example_id"].isin(frame["example_id"].unique()[:QUESTIONS])]
     for _, group in chosen.assign(total=answer_logprob(chosen)).groupby("example_id", sort=False):
         best = group.loc[[own["total"].idxmax() for _, own in group.groupby("source", sort=False)]]
-        question, answer = (html_text(group[name].iloc[0]) for name in ("question", "answer"))
-        parts.append(f"<h3><code>{question}</code> reference answer <code>{answer}</code></h3>")
-        parts.append(token_html(best, settings))
+        parts += [_question(group), token_html(best, settings)]
     summary = f"<summary>all traces of these {chosen['example_id'].nunique()} questions</summary>"
     return [*parts, f'<details>{summary}<div class="wide">{trace_table(chosen)}</div></details>']

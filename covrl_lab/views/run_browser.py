@@ -62,7 +62,7 @@ def list_runs(folders: Sequence[str | Path] = FOLDERS, depth: int = 3) -> pd.Dat
                 line |= {
                     "state": shot.status if shot.steps else shot.message,
                     "step": shot.step,
-                    "alarms": len(shot.run.alarms),
+                    "alarms": len(shot.alarms),
                 }
                 line |= {"before": scores.iloc[0], "accuracy": scores.iloc[-1]} if len(scores) else {}
             except (OSError, ValueError, KeyError, TypeError) as error:

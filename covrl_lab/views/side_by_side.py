@@ -16,7 +16,7 @@ from ..types import ConfigError, did_you_mean
 from .explorer import trace_index
 from .html import html_number, html_passage, html_text
 from .token_view import TokenView, align, colours, payload, traces_html
-from .widgets import HIDDEN, Panel, Table, field, offer, open_run, row, table_column
+from .widgets import HIDDEN, Panel, Table, field, offer, open_run, row, step_choices, table_column
 
 _MEAN = "mean log p(y|x,z) of the traces that {} offers, nats"
 _COLUMNS = [
@@ -35,10 +35,11 @@ class _Side:
     def __init__(self, name: str, run: Run, step: int | None, source: str) -> None:
         self.name, self.run, self.settings = name, open_run(run, step)[0], Settings.of(run.config)
         self.index = trace_index(run)
-        steps = [("all steps", 0), *((f"step {s}", s) for s in run.steps)]
         sources = ["any source", *sorted(self.index["source"].unique(), reverse=True)]
         source = source if source in sources else "prior"
-        self.step = field(widgets.Dropdown, f"{name}'s step", step or 0, "120px", HIDDEN, options=steps)
+        self.step = field(
+            widgets.Dropdown, f"{name}'s step", step or 0, "120px", HIDDEN, options=step_choices(run.steps)
+        )
         self.source = field(widgets.Dropdown, f"{name}'s source", source, "120px", HIDDEN, options=sources)
         self.trace = field(widgets.Dropdown, "trace", None, "330px", "40px", options=[])
         title = widgets.HTML(f"<b>{name}</b> {html_text(run.path.name)}")

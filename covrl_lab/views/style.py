@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+import plotly.io as pio
 
 # Colours that stay apart with the common colour-vision deficiencies and on light and dark grounds.
 PRIOR, POSTERIOR, BOTH = "#1f77b4", "#d55e00", "#009e73"
@@ -21,6 +22,8 @@ _AXIS = {
     "automargin": True,
     "title": {"standoff": 8},
 }
+# Four buttons are as high as the lowest figure: more would stand in a second row, over the data.
+_BAR = {"orientation": "v", "remove": "zoomin zoomout autoscale select lasso".split()}
 TEMPLATE = go.layout.Template(
     layout={
         "paper_bgcolor": "rgba(0, 0, 0, 0)",
@@ -30,12 +33,15 @@ TEMPLATE = go.layout.Template(
         "xaxis": _AXIS,
         "yaxis": _AXIS,
         "margin": {"l": 60, "r": 40, "t": 60, "b": 50},  # r: room for the mode bar
-        "modebar": {"orientation": "v", "bgcolor": "rgba(0, 0, 0, 0)", "color": GREY, "activecolor": POSTERIOR},
+        "modebar": _BAR | {"bgcolor": "rgba(0, 0, 0, 0)", "color": GREY, "activecolor": POSTERIOR},
         "title": {"x": 0, "xref": "paper", "xanchor": "left", "font": {"size": 14}},
         "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
         "hoverlabel": {"align": "left", "namelength": -1},
     }
 )
+
+# Of figures that a cell returns, as ``static/saving.js`` has it for panels and reports; JSON has no button for SVG.
+pio.renderers["plotly_mimetype"].config = {"displaylogo": False, "toImageButtonOptions": {"format": "png", "scale": 2}}
 
 
 def add_line(figure: go.Figure, x: Any, y: Any, name: str, colour: str, width: float = 2, **settings: Any) -> None:

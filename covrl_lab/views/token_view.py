@@ -126,8 +126,16 @@ def align(a: dict[str, Any], b: dict[str, Any]) -> int:
     return len(pairs)
 
 
+def _aligned(traces: Sequence[Mapping[str, Any]], colour: str) -> list[dict[str, Any]]:
+    """The same traces; two with their ``difference``, where it is the colour."""
+    found = [dict(trace) for trace in traces]
+    if colour == "difference" and len(found) == 2 and not all(colour in trace["values"] for trace in found):
+        align(*found)
+    return found
+
+
 def payload(frame: pd.DataFrame, settings: reweight.Settings, alternatives: Sequence[Any] | None = None) -> list[dict]:
-    """What the widget draws of each row: texts made visible, numbers rounded, None for unknown; two are aligned."""
+    """What the widget draws of each row: texts made visible, numbers rounded, None for unknown."""
     found = reweight.quantities(reweight.Traces.of(frame), settings)
     drawn = []
     for i, (row, total) in enumerate(zip(frame.to_dict("records"), answer_logprob(frame), strict=True)):
@@ -140,13 +148,12 @@ def payload(frame: pd.DataFrame, settings: reweight.Settings, alternatives: Sequ
                 "source": row["source"],
                 "right": None if right is None or right != right else bool(right),
                 "prediction": None if row.get("prediction") is None else visible(row["prediction"]),
+                "note": "★ " * bool(row.get("starred")) + visible(row.get("note") or ""),
                 "tokens": [visible(t, spaces=True) or "∅" for t in spelled(row["tokens"], row.get("trace", ""))],
                 "values": {name: _plain(numbers) for name, numbers in values.items() if np.isfinite(numbers).any()},
                 "alternatives": alternatives and [_visible_alternatives(token) for token in alternatives[i]],
             }
         )
-    if len(drawn) == 2:
-        align(*drawn)
     return drawn
 
 
@@ -176,7 +183,8 @@ class TokenView(anywidget.AnyWidget):
     """One or two traces token by token; click a token, or focus one and use the arrow keys, Home and End.
 
     ``show`` draws traces. ``selected`` is [row, token from 0] (empty: none) and ``colour`` a name of ``SCALES``;
-    both follow the widget and can be set. With ``fitted`` the colours span what the traces hold.
+    both follow the widget and can be set. With ``fitted`` the colours span what the traces hold. ``notes``: of rows
+    with ``starred`` and ``note`` (see ``runs.notes``) what a reader sees and changes, a dictionary each.
     """
 
     _esm = static_text("token_view.js")
@@ -187,6 +195,7 @@ class TokenView(anywidget.AnyWidget):
     colour = traitlets.Unicode("log_gap").tag(sync=True)
     fitted = traitlets.Bool(False).tag(sync=True)
     selected = traitlets.List().tag(sync=True)
+    notes = traitlets.List().tag(sync=True)
 
     def show(
         self, frame: pd.DataFrame, settings: reweight.Settings | None = None, alternatives: Sequence[Any] | None = None
@@ -199,9 +208,12 @@ class TokenView(anywidget.AnyWidget):
         with self.hold_sync():
             self.selected = []
             self.traces = payload(frame, settings or reweight.Settings(), alternatives)
+            rows = frame.itertuples() if "starred" in frame else ()
+            self.notes = [{"id": f"{r.step}/{r.rollout}", "starred": r.starred, "note": r.note} for r in rows]
 
     @traitlets.observe("traces", "colour", "fitted")
     def _fit(self, change: Any) -> None:
+        self.traces = _aligned(self.traces, self.colour)
         self.scales = SCALES | ({self.colour: fitted(self.colour, self.traces)} if self.fitted else {})
 
     @traitlets.validate("colour")
@@ -223,7 +235,7 @@ def token_html(frame: pd.DataFrame, settings: reweight.Settings | None = None, c
 def traces_html(traces: Sequence[Mapping[str, Any]], colour: str) -> str:
     """What ``payload`` gives as plain HTML."""
     scale, boxes = SCALES[_known_colour(colour)], []
-    for trace in traces:
+    for trace in _aligned(traces, colour):
         spans = []
         for t, text in enumerate(trace["tokens"]):
             numbers = {name: row[t] for name, row in trace["values"].items() if row[t] is not None}
@@ -243,7 +255,7 @@ def traces_html(traces: Sequence[Mapping[str, Any]], colour: str) -> str:
         boxes.append(
             '<div style="flex: 1 1 300px; min-width: 0; margin: 0 16px 8px 0">'
             f"{html_source(trace['source'], trace['title'])} {html_mark(trace['right'], trace['prediction'])} "
-            f"{html.escape(trace['subtitle'])}<br>"
+            f"{html.escape(trace['subtitle'])}<br><i>{html.escape(trace['note'])}</i>{'<br>' * bool(trace['note'])}"
             # <code>: no page's formula renderer looks for dollars in it.
             '<code dir="auto" style="overflow-wrap: anywhere; line-height: 1.8; background: transparent">'
             f"{''.join(spans)}</code></div>"

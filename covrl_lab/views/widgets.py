@@ -35,7 +35,7 @@ def static_text(name: str) -> str:
 class Plot(anywidget.AnyWidget):
     """A plotly figure that is redrawn in place; ``figure`` is its JSON, nothing where it is empty."""
 
-    _esm = static_text("plot.js")
+    _esm = static_text("saving.js") + static_text("plot.js")
     figure = traitlets.Unicode().tag(sync=True)
 
     def __init__(self, on_click: Callable[[dict[str, Any]], None] | None = None, **kwargs: Any):
@@ -53,7 +53,7 @@ class Plot(anywidget.AnyWidget):
 class Table(anywidget.AnyWidget):
     """Rows to sort and to pick from, by mouse or arrow keys.
 
-    columns: dictionaries with name, label, kind ("number", "text", "source", "flag" or "mark": right or wrong),
+    columns: dictionaries with name, label, kind ("number", "text", "source", "flag", "star" or "mark": right or wrong),
     digits (decimals; below 0: significant digits) and about.
     rows: dictionaries by column name, and "id" (text). The widget sets ``picked`` (an id) and ``sort``
     (column name, descending?); whoever fills the rows sorts them. ``marked``: ids shown as chosen.
@@ -90,6 +90,8 @@ class Table(anywidget.AnyWidget):
         columns = [c for c in self.columns if texts or c["kind"] != "text"]
 
         def cell(value: Any, column: dict[str, Any]) -> str:
+            if column["kind"] == "star":
+                return "★" * value
             return html_mark(value) if column["kind"] == "mark" else html_number(value, column["form"])
 
         rows = [[cell(line[c["name"]], c) for c in columns] for line in self.rows]
@@ -119,8 +121,8 @@ HIDDEN = "0px"  # a label's width that leaves it to screen readers
 
 
 def field(kind: type, label: str, value: Any, width: str, label_width: str = "60px", **settings: Any) -> Any:
-    """An input widget with its label before it; ``width`` counts the label in."""
-    shape = {"style": {"description_width": label_width}, "layout": {"width": width}}
+    """An input widget with its label before it; ``width`` counts the label in, and is less where the page is narrow."""
+    shape = {"style": {"description_width": label_width}, "layout": {"width": width, "max_width": "100%"}}
     return kind(value=value, description=label, **shape, **settings)
 
 
@@ -134,6 +136,11 @@ def aside(function: Callable[[], None]) -> threading.Thread:
     thread = threading.Thread(target=function, daemon=True)
     thread.start()
     return thread
+
+
+def step_choices(steps: Sequence[int]) -> list[tuple[str, int]]:
+    """What a choice of steps offers; 0 stands for all."""
+    return [("all steps", 0), *((f"step {step}", step) for step in steps)]
 
 
 def offer(choice: Any, options: Sequence[Any], value: Any, observer: Callable[[Any], None]) -> None:

@@ -154,6 +154,9 @@ def gpu_plans(models: list[str], **settings: Any) -> list[Plan]:
     return [plan(model=model, device=device, **settings) for model in models for device in DEVICES]
 
 
+pd.set_option("display.max_colwidth", None)  # advice is a whole sentence
+
+
 def plans_table(plans: list[Plan]) -> pd.DataFrame:
     """One row a plan: memory, time, and what to lower where it does not fit."""
     rows = [

@@ -34,7 +34,7 @@ async function render({ model, el }) {
   const draw = () => {
     if (!model.get("figure")) return plotly.purge(plot);
     const { data, layout } = JSON.parse(model.get("figure"));
-    plotly.react(plot, data, { ...layout, autosize: true });
+    plotly.react(plot, data, { ...layout, autosize: true }, saving(plotly));
     plot.removeAllListeners("plotly_click");
     plot.on("plotly_click", ({ points: [{ x, y, curveNumber }] }) => model.send({ clicked: { x, y, curve: curveNumber } }));
   };

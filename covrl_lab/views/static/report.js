@@ -2,5 +2,5 @@
 for (const block of document.querySelectorAll('script[type="application/json"]')) {
   const figure = JSON.parse(block.textContent);
   Plotly.newPlot(block.previousElementSibling, figure.data, figure.layout,
-    {responsive: true, displaylogo: false});
+    { ...saving(Plotly), responsive: true });
 }

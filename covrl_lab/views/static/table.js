@@ -15,6 +15,12 @@ function mark(right) {
   return Object.assign(document.createElement("span"), { textContent, title, role: "img", ariaLabel: title });
 }
 
+// ★ or nothing.
+function star(starred) {
+  const [textContent, ariaLabel] = starred ? ["★", "starred"] : ["", "not starred"];
+  return Object.assign(document.createElement("span"), { textContent, ariaLabel, role: "img" });
+}
+
 function render({ model, el }) {
   el.classList.add("covrl-table");
   const scroll = document.createElement("div");
@@ -61,7 +67,7 @@ function render({ model, el }) {
         const cell = document.createElement("td");
         cell.className = column.kind + (column.kind === "source" ? ` covrl-${values[column.name]}` : "");
         const value = values[column.name];
-        cell.append(column.kind === "mark" ? mark(value) : shown(value, column.digits));
+        cell.append(({ mark, star }[column.kind] ?? shown)(value, column.digits));
         if (column.kind === "text") [cell.title, cell.dir] = [value, "auto"];
         row.append(cell);
       }

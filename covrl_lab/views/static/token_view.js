@@ -56,6 +56,25 @@ function alternatives(trace, t) {
   });
 }
 
+// A star to press and a line of text; "keep" is told what a reader makes of them.
+function noting(keep) {
+  const star = element("button", "covrl-star");
+  const line = element("input", "covrl-note");
+  Object.assign(line, { type: "text", placeholder: "note", ariaLabel: "note" });
+  line.dataset.lmSuppressShortcuts = "true"; // in JupyterLab a letter would be a command
+  star.addEventListener("click", () => keep(star.ariaPressed !== "true", line.value));
+  line.addEventListener("change", () => keep(star.ariaPressed === "true" || line.value !== "", line.value)); // a note stars
+  line.addEventListener("keydown", ({ key }) => key === "Enter" && line.dispatchEvent(new Event("change"))); // JupyterLab's
+  return {
+    parts: [star, line],
+    fill: ({ starred, note }) => {
+      Object.assign(star, { textContent: starred ? "★" : "☆", title: starred ? "Take the star away" : "Star this trace" });
+      Object.assign(star, { ariaPressed: String(starred), ariaLabel: "star" });
+      if (document.activeElement !== line) line.value = note; // else it is being written
+    },
+  };
+}
+
 function render({ model, el }) {
   const legend = element("div", "covrl-legend");
   const body = element("div", "covrl-traces");
@@ -66,9 +85,16 @@ function render({ model, el }) {
   el.append(legend, body, detail, tip);
   let spans = []; // per trace, per token
   let current = null; // the selected span
+  let notings = []; // per trace, where notes are kept
 
   function draw() {
     tip.hidePopover();
+    notings = model.get("notes").map(({ id }) =>
+      noting((starred, note) => {
+        model.set("notes", model.get("notes").map((old) => (old.id === id ? { id, starred, note } : old)));
+        model.save_changes();
+      }),
+    );
     spans = model.get("traces").map((trace, i) => {
       const list = element("div", "covrl-list");
       list.setAttribute("role", "listbox");
@@ -92,7 +118,8 @@ function render({ model, el }) {
       const head = element("h4", `covrl-${trace.source}`, trace.title);
       head.append(...verdict(trace), element("small", "", trace.subtitle));
       const box = element("section", "covrl-trace");
-      box.append(head, list);
+      head.prepend(...(notings[i]?.parts.slice(0, 1) ?? []));
+      box.append(head, list, ...(notings[i]?.parts.slice(1) ?? []));
       return { box, found };
     });
     body.replaceChildren(...spans.map(({ box }) => box));
@@ -100,6 +127,11 @@ function render({ model, el }) {
     current = null;
     paint();
     mark();
+    fillNotes();
+  }
+
+  function fillNotes() {
+    model.get("notes").forEach((entry, i) => notings[i]?.fill(entry));
   }
 
   function paint() {
@@ -227,6 +259,7 @@ function render({ model, el }) {
   body.addEventListener("mouseleave", () => tip.hidePopover());
 
   model.on("change:traces", draw);
+  model.on("change:notes", fillNotes);
   model.on("change:colour change:scales", paint);
   model.on("change:selected", mark);
   draw();

@@ -1,0 +1,177 @@
+"""Side by side, the table of runs, stars and notes, and figures saved, in a real JupyterLab, against the files."""
+
+import difflib
+import json
+import re
+import shutil
+import struct
+
+import numpy as np
+import pandas as pd
+import pytest
+from browser import jupyterlab
+from helpers import EXAMPLE_RUN, lines
+from hostile import HOSTILE
+from screens import TRIALS
+from test_browser import number, wait_until
+
+from covrl_lab import load_run, report
+from covrl_lab.runs.folder import step_file
+from covrl_lab.views.html import visible
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    with jupyterlab(tmp_path_factory.mktemp("lab")) as lab:
+        shutil.copytree(EXAMPLE_RUN, lab.folder / "run")
+        for name in ("double_add-covrl-s0", "shop-grpo-s1"):
+            shutil.copytree(TRIALS / name, lab.folder / "trials" / name)
+        shutil.copytree(EXAMPLE_RUN, lab.folder / "trials" / "example")  # the trials' evaluations lack texts
+        yield lab
+
+
+def shown(lab, name, *cells):
+    """The page with a notebook of these cells, run."""
+    lab.write(f"{name}.ipynb", *cells)
+    lab.open(f"{name}.ipynb")
+    lab.run_all()
+    return lab.page
+
+
+def test_side_by_side_shows_what_difflib_and_the_files_say(lab):
+    page = shown(lab, "side", "from covrl_lab import TraceComparison\nTraceComparison('run')")
+    panel, run = page.locator(".covrl-side-by-side"), load_run(lab.folder / "run")
+    frame = run.traces()
+    frame["total"] = frame["answer_logp"].map(np.sum)
+    row = panel.locator(".covrl-table tbody tr").nth(5)
+    question = row.get_attribute("data-id")
+    row.click()
+    sides = [frame[(frame["example_id"] == question) & (frame["source"] == s)] for s in ("prior", "posterior")]
+    a, b = (own["total"].mean() for own in sides)
+    cells = [number(text) for text in row.locator("td").all_inner_texts()[2:]]
+    assert cells == pytest.approx([a, b, b - a], abs=0.051)
+
+    def agrees(a, b):
+        """Whether the panel says what difflib finds in these two rows."""
+        tokens = [list(row["tokens"]) for row in (a, b)]
+        blocks = difflib.SequenceMatcher(None, *tokens, autojunk=False).get_matching_blocks()
+        pairs = [(block.a + k, block.b + k) for block in blocks for k in range(block.size)]
+        moved = sum(b["logp"][j] - a["logp"][i] for i, j in pairs)
+        lengths = [len(found) for found in tokens]
+        numbers = re.search(
+            r"(\d+) tokens in common, of (\d+) in A and (\d+) in B.*?([+−]?[\d.]+) nats", panel.inner_text()
+        )
+        dotted = panel.locator(".covrl-list .only").count()
+        told = [number(found) for found in numbers.groups()] if numbers else []
+        return told == pytest.approx([len(pairs), *lengths, moved], abs=0.006) and dotted == sum(lengths) - 2 * len(
+            pairs
+        )
+
+    best = [own.loc[own["total"].idxmax()] for own in sides]
+    wait_until(page, lambda: agrees(*best))
+    panel.get_by_label("trace", exact=True).nth(1).select_option(index=1)
+    second = sides[1].sort_values("total", ascending=False).iloc[1]
+    wait_until(page, lambda: agrees(best[0], second))
+    assert not lab.errors and not lab.cell_errors() and not lab.requests
+
+
+def test_the_table_of_runs_shows_accuracies_of_the_files_and_opens_panels(lab):
+    page = shown(lab, "runs", "from covrl_lab import RunBrowser\nRunBrowser('trials')")
+    panel = page.locator(".covrl-runs")
+    for row in panel.locator(".covrl-table tbody tr").all():
+        found = lines(lab.folder / row.get_attribute("data-id") / "evaluations.jsonl")
+        before, after = (number(text) for text in row.locator("td").all_inner_texts()[5:7])
+        assert (before, after) == pytest.approx([100 * found[k]["accuracy"] for k in (0, -1)], abs=0.051)
+    assert panel.locator(".covrl-table tbody tr").count() == 3
+    panel.get_by_label("filter").fill("example")
+    row = panel.locator(".covrl-table tbody tr")
+    wait_until(page, lambda: row.count() == 1)
+    row.click()
+    panel.get_by_role("button", name="Held-out questions").click()
+    folder = lab.folder / "trials" / "example"
+    steps = [line["step"] for line in lines(folder / "evaluations.jsonl")]
+    scores = [
+        pd.read_parquet(step_file(folder / "evaluations", step)).query("sample < 0").set_index("example_id")["score"]
+        for step in (steps[0], steps[-1])
+    ]
+    gained = int(((scores[0] < 1) & (scores[1] == 1)).sum())
+    cell = panel.locator(".covrl-evaluations [data-outcome=gained]")
+    cell.wait_for()
+    assert cell.inner_text() == str(gained) and gained > 0
+    panel.get_by_role("button", name="Traces").click()  # another panel takes its place
+    panel.locator(".covrl-explorer .covrl-list").first.wait_for()
+    assert panel.locator(".covrl-evaluations").count() == 0
+    assert not lab.errors and not lab.cell_errors() and not lab.requests
+
+
+def test_a_star_and_a_note_stay_and_stand_in_the_report(lab):
+    cell = "from covrl_lab import TraceExplorer\nTraceExplorer('run', 15)"
+    page = shown(lab, "notes", cell)
+    kept, note = lab.folder / "run" / "notes.json", HOSTILE[1]
+    trace = page.locator(".covrl-explorer .covrl-trace").nth(1)
+    trace.locator(".covrl-star").click()
+    wait_until(page, kept.exists)
+    (key,) = json.loads(kept.read_text())
+    assert json.loads(kept.read_text()) == {key: {"starred": True, "note": ""}} and key.startswith("15/")
+    row = page.locator(f".covrl-explorer .covrl-table tbody tr[data-id='{key.split('/')[1]}']")
+    wait_until(page, lambda: "★" in row.inner_text())
+    trace.locator(".covrl-note").click()
+    page.keyboard.type(note)
+    page.keyboard.press("Enter")
+    wait_until(page, lambda: json.loads(kept.read_text())[key]["note"] == note)
+
+    page = shown(lab, "notes", cell)  # another kernel
+    trace = page.locator(".covrl-explorer .covrl-trace").nth(1)
+    assert trace.locator(".covrl-note").input_value() == note
+    assert trace.locator(".covrl-star").get_attribute("aria-pressed") == "true"
+    rollout = int(key.split("/")[1])
+    tokens = load_run(lab.folder / "run").traces(15).set_index("rollout")["tokens"][rollout]
+    assert trace.locator("[role=option]").all_inner_texts() == [visible(t, spaces=True) for t in tokens]
+    page.locator(".covrl-explorer select").nth(2).select_option("starred")
+    rows = page.locator(".covrl-explorer .covrl-table").last.locator("tbody tr")
+    wait_until(page, lambda: rows.count() == 1 and rows.get_attribute("data-id") == str(rollout))
+    assert page.locator(".jp-Notebook .jp-Cell").count() == 1, "no letter of the note was a command of JupyterLab's"
+    assert not lab.errors and not lab.cell_errors() and not lab.dialogs
+
+    page.goto(report(lab.folder / "run", lab.folder / "report.html").as_uri())
+    part = page.locator("h2:text-is('Starred traces') ~ h3").first
+    assert part.inner_text().startswith(f"step 15, rollout {rollout}: ")
+    assert page.get_by_text(f"★ {note}", exact=True).count() == 1
+
+
+def saves(page, plot, formats):
+    """Save a figure by its tool bar; an SVG is one, and a PNG has twice the width of what is shown."""
+    plot.scroll_into_view_if_needed()
+    plot.hover()
+    for form in formats:
+        with page.expect_download() as saved:
+            plot.locator(
+                f'.modebar-btn[data-title="Download plot as a{"n SVG" if form == "svg" else " PNG"}"]'
+            ).click()
+        content = open(saved.value.path(), "rb").read()
+        if form == "svg":
+            assert (
+                content.startswith(b"<svg") and b"</svg>" in content and saved.value.suggested_filename.endswith("svg")
+            )
+        else:
+            shown = plot.evaluate("plot => [plot._fullLayout.width, plot._fullLayout.height]")
+            assert content.startswith(b"\x89PNG") and list(struct.unpack(">II", content[16:24])) == [
+                2 * x for x in shown
+            ]
+
+
+def test_figures_are_saved_as_svg_and_as_png_of_twice_the_size(lab):
+    figure = "from covrl_lab import load_run, plot_training_curves\nrun = load_run('run')\n"
+    figure += "plot_training_curves(run.metrics, run.evaluations)"
+    page = shown(lab, "saved", "from covrl_lab import TraceExplorer\nTraceExplorer('run')", figure)
+    live = page.locator(".covrl-explorer .covrl-plot.js-plotly-plot")
+    live.wait_for()
+    saves(page, live, ["png", "svg"])
+    saves(page, page.locator(".js-plotly-plot:visible:not(.covrl-plot)").last, ["png"])
+    assert not lab.errors and not lab.requests
+    path = report(lab.folder / "run", lab.folder / "report.html")
+    page.goto(path.as_uri())
+    plot = page.locator(".js-plotly-plot").first
+    plot.wait_for()
+    saves(page, plot, ["png", "svg"])
+    assert not lab.errors
