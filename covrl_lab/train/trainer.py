@@ -179,9 +179,8 @@ class Trainer:
         if self.step == config.steps or (config.eval_every and self.step % config.eval_every == 0):
             accuracy = self.evaluate()["accuracy"]
         measured = {"accuracy": accuracy, "seconds_sampling": sampled - started, "seconds_update": seconds_update}
-        rate = self.optimizer.param_groups[0]["lr"]
-        measured |= {"skipped": int(skipped), "gradient_norm": norm, "learning_rate": rate}
-        return step_record(config, self.step, prompts, batch, old, credit, losses, **measured)
+        more = {"skipped": int(skipped), "gradient_norm": norm, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        return step_record(config, self.step, prompts, batch, old, credit, losses, **measured, **more)
 
     # --- the parts of a step
 
@@ -202,8 +201,7 @@ class Trainer:
 
         ``draw`` other than 0 gives further, independent traces of the same questions.
         """
-        config = self.config
-        examples = self._questions(step)
+        config, examples = self.config, self._questions(step)
         prompts = self._prompts(examples)
         generator = step_generator(config.seed, f"rollouts-{draw}" if draw else "rollouts", step)
         alpha = self.method_state.get("alpha", config.alpha)
@@ -232,8 +230,8 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the current policy on the held-out questions; store and return the summary."""
-        settings = self.config, self.progress, self.ranks
-        results, summary = evaluate_sets(self.policy, self.prompter, self.eval_sets, *settings)
+        sets = self.eval_sets, self.config, self.progress, self.ranks
+        results, summary = evaluate_sets(self.policy, self.prompter, *sets)
         self.ranks.on_first(write_parquet, results, step_file(self.run_dir / "evaluations", self.step))
         summary = {"step": self.step, **summary}
         self.ranks.on_first(append_line, self.run_dir / "evaluations.jsonl", summary)
