@@ -29,10 +29,10 @@ _MOST_ROWS = 500  # of the list; the heat map holds all
 _LISTED = 20  # questions of each list where nothing can be scrolled
 
 
-def plot_questions(rows: pd.DataFrame, chosen: str = "") -> go.Figure:
+def plot_questions(rows: pd.DataFrame) -> go.Figure:
     """Scores of all answers, a row a question (the soonest learned on top), a column an evaluation.
 
-    rows: ``questions.history``. The question with the id ``chosen`` is framed.
+    rows: ``questions.history``.
     """
     order = by_learning(rows)
     said = [
@@ -48,9 +48,6 @@ def plot_questions(rows: pd.DataFrame, chosen: str = "") -> go.Figure:
     look = {"colorscale": [[0, "rgba(213, 94, 0, 0.28)"], [1, BOTH]], "showscale": False, "xgap": 2, "ygap": 1}
     look["hovertemplate"] = "step %{x}: %{text}<extra></extra>"
     figure.add_heatmap(x=steps, y=places, z=z, zmin=0, zmax=1, text=table["said"], **look)
-    for place in order.index[order["example_id"] == chosen]:
-        ends = {"x0": 0, "x1": 1, "y0": place - 0.5, "y1": place + 0.5}
-        figure.add_shape(type="rect", xref="paper", line={"color": POSTERIOR, "width": 2}, **ends)
     groups = order.reset_index().groupby("learned", sort=False)["index"].agg(["mean", "size"])
     groups = groups[groups["size"] * (height - 90) >= 14 * count]  # a label needs the height of its text
     figure.update_xaxes(title_text="after step", type="category", showgrid=False)
@@ -110,6 +107,7 @@ class EvaluationBrowser(Panel):
     def __init__(self, run: Run | str | Path, before: int | None = None, after: int | None = None):
         self.run = (run if isinstance(run, Run) else load_run(run)).forgiving()
         self.history = history(self.run)
+        self.heat_map = plot_questions(self.history)
         steps = self.history["step"].unique().tolist()
         before, after = steps[0] if before is None else before, steps[-1] if after is None else after
         if missing := {before, after} - set(steps):
@@ -136,6 +134,7 @@ class EvaluationBrowser(Panel):
     def refresh(self) -> None:
         """Read the evaluations again; steps, list and question stay."""
         self.history = history(self.run)
+        self.heat_map = plot_questions(self.history)
         for choice in (self.before, self.after):
             offer(choice, self.history["step"].unique().tolist(), choice.value, self._list)
         self._list()
@@ -151,8 +150,11 @@ class EvaluationBrowser(Panel):
     def _open(self, change: Any = None) -> None:
         self.questions.marked = [self.questions.picked]
         self.question.value = question_html(self.history[self.history["example_id"] == self.questions.picked])
-        self.plot.draw(plot_questions(self.history, self.questions.picked))
+        place = self.listed.index[self.listed["id"] == self.questions.picked][0]
+        ends = {"x0": 0, "x1": 1, "y0": place - 0.5, "y1": place + 0.5}
+        framed = go.Figure(self.heat_map).add_shape(type="rect", xref="paper", line_color=POSTERIOR, **ends)
+        self.plot.draw(framed)
 
     def static(self) -> list[Any]:
         """Heat map, what was gained and lost, and the chosen question, as a plotly figure and HTML."""
-        return [plot_questions(self.history), HTML(self.change.value + self.question.value)]
+        return [self.heat_map, HTML(self.change.value + self.question.value)]

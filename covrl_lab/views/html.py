@@ -46,7 +46,8 @@ def visible(text: str, spaces: bool = False) -> str:
 
 def figure_text(text: str, width: int = 60, lines: int = 8, spaces: bool = False) -> str:
     """Text for plotly, which reads a little HTML and TeX: visible, wrapped, cut after ``lines``, escaped."""
-    wrapped = textwrap.wrap(visible(text, spaces), width, max_lines=lines, placeholder=" …")
+    start = str(text)[: 20 * width * lines]  # more than is kept, unless it is nearly all spaces
+    wrapped = textwrap.wrap(visible(start, spaces), width, max_lines=lines, placeholder=" …")
     # Quotes stay: plotly knows no entity for them, and text never becomes an attribute.
     return "<br>".join(html.escape(line, quote=False).replace("$", "&#36;") for line in wrapped)
 
