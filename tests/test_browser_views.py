@@ -143,6 +143,9 @@ def saves(page, plot, formats):
     """Save a figure by its tool bar; an SVG is one, and a PNG has twice the width of what is shown."""
     plot.scroll_into_view_if_needed()
     plot.hover()
+    titles = plot.locator(".modebar-btn").evaluate_all("found => found.map(button => button.dataset.title)")
+    saving = {"Download plot as a PNG"} | ({"Download plot as an SVG"} if "svg" in formats else set())
+    assert set(titles) == {"Reset axes", "Zoom", "Pan"} | saving, "none that uploads"
     for form in formats:
         with page.expect_download() as saved:
             plot.locator(

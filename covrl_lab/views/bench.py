@@ -91,7 +91,7 @@ class BenchResults(Panel):
 
     def __init__(self) -> None:
         self.frames: dict[str, pd.DataFrame] = {}
-        self.summary, self.curve = widgets.HTML(), Plot(layout={"min_height": "430px"})
+        self.summary, self.curve = widgets.HTML(), Plot(layout={"min_height": "460px"})
         self.weights = widgets.ToggleButtons()
         self.traces = {source: _field(widgets.Dropdown, f"{source} trace", None) for source in SOURCE_COLOURS}
         self.colour = _field(widgets.Dropdown, "colour by", "log_gap", options=colours())
@@ -110,6 +110,7 @@ class BenchResults(Panel):
         kept = self.weights.value if self.weights.value in names else names[-1]
         offer(self.weights, names, kept, self._list_traces)
         self._list_traces()
+        self.weights.layout.display = None if len(names) > 1 else "none"  # one is no choice
         self.results.layout.display = None
 
     def _list_traces(self, change: Any = None) -> None:

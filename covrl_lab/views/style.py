@@ -41,7 +41,11 @@ TEMPLATE = go.layout.Template(
 )
 
 # Of figures that a cell returns, as ``static/saving.js`` has it for panels and reports; JSON has no button for SVG.
-pio.renderers["plotly_mimetype"].config = {"displaylogo": False, "toImageButtonOptions": {"format": "png", "scale": 2}}
+pio.renderers["plotly_mimetype"].config = {
+    "displaylogo": False,
+    "showSendToCloud": False,  # a button that uploads the figure, on by default
+    "toImageButtonOptions": {"format": "png", "scale": 2},
+}
 
 
 def add_line(figure: go.Figure, x: Any, y: Any, name: str, colour: str, width: float = 2, **settings: Any) -> None:

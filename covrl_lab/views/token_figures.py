@@ -218,8 +218,8 @@ def plot_coherence(frame: pd.DataFrame, chosen: Sequence[int] | None = None) -> 
     figure.update_layout(xaxis_title_text="last token read (· space, ↵ end of line, – none yet)")
     figure.update_yaxes(title_text="log p(y | x, z up to here), nats")
     return figure.update_layout(
-        height=430,
-        margin={"t": 90},
+        height=460,
+        margin={"t": 125},  # the longest tokens above the plot, and the legend above them
         width=None if longest <= 90 else 11 * longest,
-        legend={"x": 0, "xanchor": "left", "y": 1.12},
+        legend={"x": 0, "xanchor": "left", "y": 1.38},
     )

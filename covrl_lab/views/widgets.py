@@ -122,7 +122,7 @@ HIDDEN = "0px"  # a label's width that leaves it to screen readers
 
 def field(kind: type, label: str, value: Any, width: str, label_width: str = "60px", **settings: Any) -> Any:
     """An input widget with its label before it; ``width`` counts the label in, and is less where the page is narrow."""
-    shape = {"style": {"description_width": label_width}, "layout": {"width": width, "max_width": "100%"}}
+    shape = {"style": {"description_width": label_width}, "layout": {"width": width, "max_width": "calc(100% - 4px)"}}
     return kind(value=value, description=label, **shape, **settings)
 
 
@@ -157,7 +157,7 @@ class StaticCopy(anywidget.AnyWidget):
     outputs = traitlets.Int().tag(sync=True)
 
 
-# A saved widget that finds no kernel is a line of text alone, with an error: its copy stands before it.
+# A saved widget that finds no kernel is an error, or a line of its text: its copy stands before it.
 _NO_ERRORS = "<style>.jp-OutputArea-output.jupyter-widgets:not(:has(*)) { display: none }</style>"
 
 
@@ -182,7 +182,8 @@ class Panel:
         display(HTML(_NO_ERRORS))
         self._copies = [display(bundle, raw=True, display_id=True) for bundle in self._bundles()]
         self._follow_changes(self.widget)
-        display(widgets.VBox([self.widget, StaticCopy(outputs=len(self._copies))]))
+        bundle = widgets.VBox([self.widget, StaticCopy(outputs=len(self._copies))])._repr_mimebundle_()
+        display({kind: content for kind, content in bundle.items() if kind != "text/plain"}, raw=True)
 
     def _follow_changes(self, widget: widgets.Widget) -> None:
         widget.observe(self._changed)

@@ -1,6 +1,7 @@
 // What a figure's tool bar saves: a PNG of twice the size, or an SVG.
 const saving = (plotly) => ({
   displaylogo: false,
+  showSendToCloud: false, // a button that uploads the figure, on by default
   toImageButtonOptions: { format: "png", scale: 2 },
   modeBarButtonsToAdd: [{
     name: "svg",
