@@ -35,6 +35,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     | {
         "alpha": 0.5,
         "alpha_rate": 0.0,
+        "evidence_floor": 0.5,
         "posterior_weight": 1.0,
         "reward": "probability",
         "baseline": "none",

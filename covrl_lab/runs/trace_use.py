@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 
-def value_by_use(traces: pd.DataFrame, shares: np.ndarray, evidence_floor: float = 0.0) -> pd.DataFrame:
+def value_by_use(traces: pd.DataFrame, shares: np.ndarray, evidence_floor: float = 0.5) -> pd.DataFrame:
     """Both bounds of CoVRL, in nats, when each trace is kept with probability ``share`` and else exchanged for none.
 
     traces: rows of ``Run.traces()`` of method ``covrl``, whole groups; their mean over questions is taken. Columns:

@@ -37,7 +37,7 @@ def covrl_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: Sta
 
     With e_i = p(y|x,z_i) P(z_i)/H(z_i) the evidence of trace i, 0 where unfinished, the objective of a question is
 
-        E[log(c + (1/G) sum_i e_i)]  ->  log(c + p(y|x))        c = 1, or p(y|x without a trace) ^ evidence_floor
+        E[log(c + (1/G) sum_i e_i)]  ->  log(c + p(y|x))        c = p(y|x without a trace) ^ evidence_floor
 
     whose gradient, for the prior, is that of mean_i s_i (log p(z_i|x) + log p(y|x,z_i)), s_i = e_i / (c + mean e).
     A_i = s_i - b_i P/H and c_y = s_i. The posterior is drawn towards the true posterior p(z|x,y), not towards

@@ -35,10 +35,11 @@ METHODS = {
     "posterior_untrained": {"method": "covrl", "posterior_weight": 0.0},
     "no_answer_term": {"method": "covrl", "nll_weight": 0.0},
     "prior_only": {"method": "covrl", "alpha": 1.0},
+    "no_logarithm": {"method": "covrl", "evidence_floor": 0.0},
     "quarter_floor": {"method": "covrl", "evidence_floor": 0.25},
-    "half_floor": {"method": "covrl", "evidence_floor": 0.5},
     "floor_of_a_guess": {"method": "covrl", "evidence_floor": 1.0},
     "alpha_adapts": {"method": "covrl", "alpha_rate": 0.2},
+    "no_logarithm_alpha_adapts": {"method": "covrl", "evidence_floor": 0.0, "alpha_rate": 0.2},
     "alpha_quarter": {"method": "covrl", "alpha": 0.25},
 }
 THINGS = "pen cup hat map toy bag box key pie fan".split()
@@ -122,7 +123,7 @@ def run(name: str, settings: dict) -> str:
         shutil.copy(folder / file, kept / file)
     for file in folder.glob("evaluations/*.parquet"):
         keep_columns(file, kept / "evaluations" / file.name, SCORES)
-    if name.endswith("-half_floor-s0"):
+    if name.endswith("-covrl-s0"):
         for step in (1, 2, 3):  # what the bounds are worth before anything is learned (notebook 08)
             file = f"traces/step_{step:05d}.parquet"
             keep_columns(folder / file, kept / file, BOUNDS)
