@@ -208,8 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name = unknown[0].lstrip("-").split("=")[0]
             valid = [flag.dest for flag in options.parser._actions if flag.option_strings and flag.dest != "help"]
             raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, valid)}")
-        if options.command != "train" and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            raise ConfigError(f"only train runs on several processes; start {options.command} without a launcher")
+        several = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1
+        if several and (options.command != "train" or options.repair):
+            raise ConfigError("only train, without --repair, runs on several processes; use no launcher for this")
         for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows has no SIGHUP
             if signal.getsignal(number) is signal.SIG_DFL:  # nohup has it ignored
                 signal.signal(number, _interrupt)

@@ -339,7 +339,7 @@ def test_what_is_chosen_is_in_view_and_the_lines_can_be_clicked(lab):
     own = frame[frame["example_id"] == "q35"].set_index("rollout")
     cells = [row.split("\t") for row in rollouts.locator("tbody tr").all_inner_texts()]
     shown = [int(row[0]) for row in cells]
-    assert [row[4:6] for row in cells] == [[f"{own['reward'][k]:.3g}", "0.00"] for k in shown], "never -0.00"
+    assert [row[5:7] for row in cells] == [[f"{own['reward'][k]:.3g}", "0.00"] for k in shown], "never -0.00"
     said = [{True: "right", False: "wrong"}[own["right"][rollout]] for rollout in shown]
     assert [mark.get_attribute("aria-label") for mark in marks.all()] == said
     page.locator(".widget-dropdown select").nth(2).select_option("wrong")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 
 import nbformat
 import psutil
@@ -92,7 +93,9 @@ def holder(folder):
     if status(folder)[0] != "running":
         return None
     text = (folder / "lock").read_text()
-    return psutil.Process(json.loads(text)["pid"]) if text else None
+    with suppress(psutil.NoSuchProcess):  # it has just ended
+        return psutil.Process(json.loads(text)["pid"]) if text else None
+    return None
 
 
 def in_training(sweep):

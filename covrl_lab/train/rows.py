@@ -73,7 +73,8 @@ def check_columns(name: str, found: list[str], wanted: Iterable[str]) -> None:
         if found.count(column) > 1:
             raise ConfigError(f"data set {name!r} has two columns {column!r}; rename one")
         if column not in found and column.split(".")[0] not in found:
-            raise ConfigError(f"data set {name!r} has no column {column!r}{did_you_mean(column, found)}")
+            hint = did_you_mean(column, found)
+            raise ConfigError(f"data set {name!r} has columns {str(found):.200} but not {column!r}{hint}")
 
 
 def lookup(row: dict[str, Any], path: str | None) -> Any:
