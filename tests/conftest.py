@@ -14,18 +14,12 @@ ALONE = """
     test_browser_views test_explorer test_mixing test_monitor test_nbval test_packaging test_report test_sweep
     test_train_notebook
 """.split()
-# `make quick` leaves these out, besides: they train for minutes, or load many models.
+# `make quick` leaves these out, besides: they train for minutes, load many models, or start many processes.
 SLOW = [name for name in ALONE if name not in ("test_explorer", "test_mixing")]
-SLOW += [
-    "test_bench",
-    "test_checkpoints",
-    "test_embedded",
-    "test_gpu_check",
-    "test_methods",
-    "test_ranks",
-    "test_sharing",
-    "test_trainer",
-]
+SLOW += """
+    test_bench test_checkpoints test_disk test_embedded test_gpu_check test_methods test_owner test_ranks test_scorer
+    test_sharing test_trainer
+""".split()
 
 # Before torch is imported; processes that a test starts inherit it, so that their numbers are the same.
 if "PYTEST_XDIST_WORKER" in os.environ:

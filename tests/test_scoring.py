@@ -194,6 +194,7 @@ def test_packed_equals_padded_equals_one_by_one(policies, prompts, batch, name):
     assert 2 < -float(torch.cat(expected["prior"]).mean().detach()) < 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*TINIES, *FAMILIES])
 def test_blocks_of_attention_change_nothing(policies, prompts, batch, name, monkeypatch):
     policy = policies(name)
