@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import suppress
 
@@ -292,6 +293,23 @@ def test_cancel_stop_and_timeout(toy, tmp_path, monkeypatch):
     other.retry(fine)
     sweep.wait(PATIENCE)
     assert set(sweep.statuses.values()) == {"done"}
+
+
+def test_a_run_cancelled_while_it_is_stopped_stays_cancelled(toy):
+    sweep = toy(3)
+    (run_id,) = sweep.runs
+    sweep.path(run_id).mkdir(parents=True)
+    (sweep.path(run_id) / "STOP").write_text(worker.STOPPED)  # of a driver that died: the run starts all the same
+    sweep.submit()
+    until((sweep.path(run_id) / "metrics.jsonl").exists, "the run is at work")
+    assert not (sweep.path(run_id) / "STOP").exists()
+    stopping = threading.Thread(target=sweep.stop)
+    stopping.start()
+    until((sweep.path(run_id) / "STOP").exists, "it is asked to stop")
+    sweep.cancel(run_id)
+    stopping.join(PATIENCE)
+    assert not stopping.is_alive() and sweep.statuses == {run_id: "cancelled"}
+    assert not (sweep.path(run_id) / "STOP").exists()
 
 
 def test_stop_lets_a_run_save_its_step(tmp_path):

@@ -32,6 +32,7 @@ from .folder import steps_done
 ENDS = ("done", "cancelled", "failed")  # markers a run folder can hold, the first one present counts
 POLL_SECONDS = 0.3
 STOP_SECONDS = 60.0  # that a stopped run has to finish its step and save a checkpoint
+STOPPED = "its sweep was stopped"  # what a sweep writes into a run's file STOP: such a run stays queued
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
@@ -119,10 +120,16 @@ def execute(folder: Path, notebook: Path, lock: int, sockets: str) -> None:
         raise
     steps = steps_done(folder)
     if steps < config.steps:
-        write_end(folder, "cancelled", f"stopped after step {steps} of {config.steps} by a file STOP")
+        if not _stopped_by_sweep(folder):
+            write_end(folder, "cancelled", f"stopped after step {steps} of {config.steps} by a file STOP")
     else:
         write_end(folder, "done", seconds=round(time.time() - started, 1), first_step=first)
         print("--- done", flush=True)
+
+
+def _stopped_by_sweep(folder: Path) -> bool:
+    asked = folder / "STOP"
+    return asked.exists() and asked.read_text(encoding="utf-8") == STOPPED
 
 
 # --- what an executor calls
@@ -148,6 +155,8 @@ def supervise(
     with open(path / "lock", "a", encoding="utf-8") as held:
         ours = lock(held) and status(path)[0] not in ENDS
         if ours:
+            if _stopped_by_sweep(path):  # by one that died meanwhile
+                (path / "STOP").unlink()
             # Made here, as the process that executes the run may be killed.
             with tempfile.TemporaryDirectory(prefix="covrl", ignore_cleanup_errors=True) as sockets:
                 child = _start(path, notebook, threads, gpu, held, sockets)
@@ -193,25 +202,25 @@ def _watch(
     path: Path, child: subprocess.Popen, timeout_minutes: float | None, stop: threading.Event | None
 ) -> str | None:
     """Wait for the process, or kill it; why the run counts as failed, if it has not written an end itself."""
-    started, stopped_at, asked = time.monotonic(), math.inf, path / "STOP"
+    deadline = math.inf if timeout_minutes is None else time.monotonic() + 60 * timeout_minutes
+    patience, asked = math.inf, path / "STOP"  # until when a stopped run may go on
     try:
         while child.poll() is None:
             now = time.monotonic()
-            if (path / "cancelled.json").exists() and stopped_at == math.inf or now > stopped_at + STOP_SECONDS:
+            if now > patience or (path / "cancelled.json").exists():
                 return None
-            if timeout_minutes is not None and now > started + 60 * timeout_minutes:
+            if now > deadline:
                 return f"ran for longer than {timeout_minutes:g} minutes"
-            if stop is not None and stop.is_set() and stopped_at == math.inf:
-                stopped_at = now
-                asked.touch()
+            if stop is not None and stop.is_set() and patience == math.inf:
+                patience = now + STOP_SECONDS
+                write_whole(asked, STOPPED)
             time.sleep(POLL_SECONDS)
-        if stopped_at < math.inf:
-            (path / "cancelled.json").unlink(missing_ok=True)  # it says that it was stopped, and stays queued
+        if patience < math.inf:
             return None
     finally:
         child.kill()
         code = child.wait()
-        if stopped_at < math.inf:
+        if patience < math.inf:
             asked.unlink(missing_ok=True)
     killed = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     return f"{killed} after step {steps_done(path)}; log.txt has what it wrote"

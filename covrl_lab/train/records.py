@@ -94,11 +94,10 @@ def step_record(
     weight = log_ratio(old, config).sum(1).double()
     weight = (weight - weight.max()).exp()
     rho = gap = None
+    scored, known = old.prior, batch.mask & prior[:, None]  # under the prompt that drew the trace
     if old.posterior is not None:
         rho = responsibility(old, config.composite_weight)
         gap = (old.posterior - old.prior).abs() > 10
-    scored, known = old.prior, batch.mask & prior[:, None]
-    if old.posterior is not None:
         scored, known = torch.where(prior[:, None], old.prior, old.posterior), batch.mask
     drawn = batch.sampler_logprobs
     groups = credit.reward.view(-1, batch.group_size)

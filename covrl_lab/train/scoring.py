@@ -60,7 +60,7 @@ class _HeadLogprobs(torch.autograd.Function):
         cap, scale = logit_cap(policy), logit_scale(policy)
         logprobs = torch.empty(len(hidden), device=hidden.device)
         slope = torch.empty_like(hidden) if needed else None
-        rows = max(1, MAX_LOGITS_BYTES.get(hidden.device.type, 2**25) // (4 * len(weight)))
+        rows = max(1, MAX_LOGITS_BYTES.get(hidden.device.type, MAX_LOGITS_BYTES["cpu"]) // (4 * len(weight)))
         for i in range(0, len(hidden), rows):
             part, target = slice(i, i + rows), targets[i : i + rows, None]
             logits = final_logits(policy, hidden[part])
