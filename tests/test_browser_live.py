@@ -2,7 +2,7 @@
 
 import pytest
 from browser import jupyterlab
-from helpers import TINY_RUN, start_training
+from helpers import TINY_RUN, start_training, until
 
 from covrl_lab import load_run
 from covrl_lab.train.probe import open_source, probe_question
@@ -52,7 +52,8 @@ def test_the_monitor_follows_and_stops_a_run(lab, running):
     page.wait_for_selector(".covrl-monitor .js-plotly-plot .main-svg")
     assert page.locator('[data-jp-kernel-status="busy"]').count() == 0
     page.locator(".covrl-monitor button", has_text="Stop after this step").click()
-    assert running.wait(120) == 0
+    until((lab.folder / "run" / "STOP").exists, "the file STOP")
+    assert running.wait(420) == 0  # nice beside other tests: a step may take a minute
     has_text(lab, ".covrl-monitor", "stopped after step ")
 
     run = load_run(lab.folder / "run")
