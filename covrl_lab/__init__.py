@@ -24,7 +24,7 @@ _NAMES = {
     "runs.sweep": "Sweep",
     "runs.trace_use": "guessing_world value_by_use",
     "runs.worker": "limit_cells",
-    "theory.views": "EstimatorPanel",
+    "theory.views": "EstimatorPanel plot_group_splits",
     "theory.world": "World",
     "train.benchmark": "evaluate_checkpoint",
     "train.models": "load_policy",

@@ -10,6 +10,7 @@ from covrl_lab.theory import estimators
 from covrl_lab.theory.views import (
     EstimatorPanel,
     plot_gradient_quality,
+    plot_group_splits,
     plot_kl_estimators,
     plot_ratio_range,
     plot_responsibility,
@@ -154,6 +155,53 @@ def test_responsibility_is_w_p_over_the_composite():
     assert means.loc[0.0].tolist() == pytest.approx([w, w])
     # Under p' the mean is w, at any distance.
     assert (w * means["prior"] + (1 - w) * means["posterior"]).tolist() == pytest.approx([w] * 3)
+
+
+def group_by_hand(right, posterior, sources, floor):
+    """Gap and noise of groups of two traces from ``sources``, from probabilities alone."""
+    p, r = np.array([right, (1 - right) / 2, (1 - right) / 2]), np.array([0.99, 0.002, 0.002])
+    q, c = p * r**posterior / (p * r**posterior).sum(), math.exp(floor)
+    hybrid = sum({"p": p, "q": q}[source] for source in sources) / 2
+    answers = np.stack([r, (1 - r) / 2, (1 - r) / 2], 1)  # after each trace
+    bound, probs, gradients = 0.0, [], []
+    for i in range(3):
+        for j in range(3):
+            probs.append({"p": p, "q": q}[sources[0]][i] * {"p": p, "q": q}[sources[1]][j])
+            e = (r * p / hybrid)[[i, j]]
+            credit = e / (c + e.mean())
+            # A baseline is left only by a second trace of the same source: what the other one alone would earn.
+            baseline = e[::-1] / (c + e[::-1]) if sources[0] == sources[1] else np.zeros(2)
+            advantage = credit - baseline * (p / hybrid)[[i, j]]
+            prior, answer = np.zeros(3), np.zeros((3, 3))
+            for trace, a, s in zip((i, j), advantage, credit, strict=True):
+                prior += a * (np.eye(3)[trace] - p) / 2
+                answer[trace] += s * (np.eye(3)[0] - answers[trace]) / 2
+            bound += probs[-1] * math.log(c + e.mean())
+            gradients.append([*prior, *answer.flatten()])
+    probs, gradients = np.array(probs), np.array(gradients)
+    mean = probs @ gradients
+    noise = math.sqrt(probs @ ((gradients - mean) ** 2).sum(1)) / np.linalg.norm(mean)
+    return math.log(c + p @ r) - bound, noise
+
+
+@pytest.mark.parametrize(("right", "posterior"), [(0.1, 0.5), (0.6, 1.0)])
+def test_splits_of_a_group_against_sums_by_hand(right, posterior):
+    world = World.of_reasoning(right, posterior)
+    frame = estimators.group_splits(world, 2, floor=-1.5).set_index("alpha")
+    for alpha, sources in ((1.0, "pp"), (0.5, "pq"), (0.0, "qq")):
+        gap, noise = group_by_hand(right, posterior, sources, -1.5)
+        # The worlds' logits are made from float32 numbers.
+        assert frame.loc[alpha, "gap"] == pytest.approx(gap, abs=1e-6)
+        assert frame.loc[alpha, "noise"] == pytest.approx(noise, rel=1e-5)
+
+
+def test_one_posterior_trace_is_worth_most_where_the_prior_is_often_right():
+    """Two of four serve a rare prior with a half-blind posterior better; notebook 06 draws it."""
+    often, rare = (estimators.group_splits(World.of_reasoning(right, 0.5)).set_index("alpha") for right in (0.3, 0.02))
+    assert often["noise"].idxmin() == 0.75 and rare.loc[0.5, "noise"] < rare.loc[0.75, "noise"]
+    assert (np.diff(often.sort_index()["gap"]) > 0).all()  # the bound tightens with every posterior trace
+    figure = plot_group_splits(often.reset_index().assign(right=0.3, posterior=0.5))
+    assert list(figure.data[0].y) == list(often["noise"]) and figure.layout.yaxis.type == "log"
 
 
 def test_figures_hold_the_frames_numbers():

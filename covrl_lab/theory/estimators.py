@@ -8,6 +8,7 @@ and the temperature (``World.between``). Nothing here plots.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable
 
@@ -196,6 +197,36 @@ def gradient_quality(world: World, alpha: float, composite_weight: float, clip_r
         name = label.split(",")[0]
         config = RunConfig(method=name, **settings_read(name, EXACT_SETTINGS | changes))
         add("whole loss", label, *method_gradients(world, name, config, reference))
+    return pd.DataFrame(rows)
+
+
+def group_splits(world: World, size: int = 4, floor: float = -2.5) -> pd.DataFrame:
+    """``covrl``'s group bound, a row for each split of ``size`` traces between prior and posterior; ``floor`` is log c.
+
+    alpha: the prior's share; gap: nats by which the bound lies below log(c + p(y|x)); noise: root of the summed
+    variances of one group's gradient over all logits, as a multiple of its expectation's norm. Sums over all
+    groups, so for one-token worlds.
+    """
+    _need_one_token(world)
+    config, method, rows = RunConfig(method="covrl", evidence_floor=1.0, posterior_weight=0.0), METHODS["covrl"], []
+    new, count = world.logprobs(), len(world.traces)
+    new = dataclasses.replace(new, no_trace=torch.full_like(new.answer, floor / world.answer_tokens))
+    old, chances = new.detach(), torch.cat([world.prior_probs(), world.posterior_probs()]).detach()
+    limit = (math.exp(floor) + world.log_evidence().exp()).log().item()
+    for posterior in range(size + 1):
+        sources = [range(count)] * (size - posterior) + [range(count, 2 * count)] * posterior
+        bound, probs, gradients = 0.0, [], []
+        for group in map(list, itertools.product(*sources)):
+            part, part_old = dataclasses.replace(world.batch().rows(group), group_size=size), old.rows(group)
+            credit = method.credit(part, part_old, config, {})
+            totals = Totals.of(part, credit, part_old.answer_mask)
+            gradients.append(-world.gradient(method.loss(new.rows(group), part_old, part, credit, totals, config)[0]))
+            probs.append(chances[group].prod())
+            bound += (probs[-1] * (math.exp(floor) + credit.reward.mean()).log()).item()
+        probs, gradients = torch.stack(probs), torch.stack(gradients)
+        mean = probs @ gradients
+        noise = (probs @ (gradients - mean).square().sum(1)).sqrt() / mean.norm()
+        rows.append({"alpha": 1 - posterior / size, "gap": limit - bound, "noise": noise.item()})
     return pd.DataFrame(rows)
 
 

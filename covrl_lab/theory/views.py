@@ -144,6 +144,28 @@ def plot_responsibility(frame: pd.DataFrame) -> go.Figure:
     return figure.update_traces(hovertemplate="distance %{x:.2f}: ρ = %{y:.3f}")
 
 
+def plot_group_splits(frame: pd.DataFrame) -> go.Figure:
+    """``estimators.group_splits`` of worlds ``World.of_reasoning``, whose arguments are two more columns."""
+    parts = list(frame.groupby("posterior", sort=False))
+    titles = [f"q ∝ p(z|x) p(y|x,z)<sup>{posterior:g}</sup>" for posterior, _ in parts]
+    figure = _panels(len(parts), shared_yaxes=True, subplot_titles=titles)
+    for col, (_, part) in enumerate(parts, 1):
+        for (right, own), colour in zip(part.groupby("right", sort=False), PALETTE, strict=False):
+            settings = {
+                "mode": "lines+markers",
+                "name": f"{right:.0%}",
+                "legendgroup": f"{right}",
+                "line": {"color": colour},
+            }
+            figure.add_scatter(x=own["alpha"], y=own["noise"], showlegend=col == 1, row=1, col=col, **settings)
+    ticks = [0.2, 0.3, 0.5, 1, 2, 3, 5, 10]
+    figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks])
+    figure.update_yaxes(title_text="noise of one group (× its expected gradient, log scale)", col=1)
+    figure.update_xaxes(title_text="α, share of traces drawn from the prior", tickformat=".2f")
+    figure.update_layout(legend_title_text="prior traces that are right:", legend_y=1.15, height=430)
+    return figure.update_traces(hovertemplate="α %{x:.2f}: %{y:.2f}×")
+
+
 # --- the panel
 
 # name -> (label, least, largest, step)

@@ -32,6 +32,21 @@ class World:
         self.posterior = [table(VOCABULARY**t) for t in range(length)]
         self.answer = [table(len(self.traces)) for _ in range(answer_tokens)]
 
+    @classmethod
+    def of_reasoning(cls, right: float, posterior: float = 1.0) -> World:
+        """One-token traces of which one leads to the answer; the prior writes it with probability ``right``.
+
+        The answer has probability 0.99 after it and 0.002 after the others. q is proportional to
+        p(z|x) p(y|x,z)^posterior: p itself at 0, the true posterior at 1.
+        """
+        world = cls(1)
+        with torch.no_grad():
+            world.prior[0].copy_(torch.tensor([[right, (1 - right) / 2, (1 - right) / 2]]).log())
+            likely = torch.tensor([0.99, 0.002, 0.002])
+            world.answer[0].copy_(torch.stack([likely, (1 - likely) / 2, (1 - likely) / 2], 1).log())
+            world.posterior[0].copy_(world.prior[0] + posterior * world.answer_logprobs().T)
+        return world
+
     @property
     def parameters(self) -> list[Tensor]:
         return [*self.prior, *self.posterior, *self.answer]

@@ -41,6 +41,7 @@ METHODS = {
     "alpha_adapts": {"method": "covrl", "alpha_rate": 0.2},
     "no_logarithm_alpha_adapts": {"method": "covrl", "evidence_floor": 0.0, "alpha_rate": 0.2},
     "alpha_quarter": {"method": "covrl", "alpha": 0.25},
+    "alpha_three_quarters": {"method": "covrl", "alpha": 0.75},
 }
 THINGS = "pen cup hat map toy bag box key pie fan".split()
 
