@@ -41,7 +41,7 @@ _NAMES = {
     "views.evaluations": "EvaluationBrowser",
     "views.explorer": "TraceExplorer",
     "views.figures": "plot_answer_logprobs plot_evaluation_curve plot_training_curves",
-    "views.html": "accuracy_table trace_table",
+    "views.html": "accuracy_table reward_unit trace_table",
     "views.mixing": "MixingRatio",
     "views.monitor": "RunMonitor",
     "views.report": "report",

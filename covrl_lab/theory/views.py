@@ -160,7 +160,7 @@ def plot_group_splits(frame: pd.DataFrame) -> go.Figure:
             figure.add_scatter(x=own["alpha"], y=own["noise"], showlegend=col == 1, row=1, col=col, **settings)
     ticks = [0.2, 0.3, 0.5, 1, 2, 3, 5, 10]
     figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks])
-    figure.update_yaxes(title_text="noise of one group (× its expected gradient, log scale)", col=1)
+    figure.update_yaxes(title_text="noise of a group (× its expected gradient)", col=1)
     figure.update_xaxes(title_text="α, share of traces drawn from the prior", tickformat=".2f")
     figure.update_layout(legend_title_text="prior traces that are right:", legend_y=1.15, height=430)
     return figure.update_traces(hovertemplate="α %{x:.2f}: %{y:.2f}×")

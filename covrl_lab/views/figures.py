@@ -72,14 +72,14 @@ def plot_answer_logprobs(frame: pd.DataFrame, questions: int = 8) -> go.Figure:
 
 
 def plot_training_curves(
-    metrics: pd.DataFrame, evaluations: pd.DataFrame | None = None, reward_unit: str = "nats"
+    metrics: pd.DataFrame, evaluations: pd.DataFrame | None = None, reward_unit: str = "the method's reward"
 ) -> go.Figure:
     """Small multiples over a run's steps: what rises when it learns, and what else might make it rise.
 
-    metrics and evaluations are ``Run.metrics`` and ``Run.evaluations``; a quantity that the method does not
-    have (KL without a posterior) gets no panel. The bars on accuracy are 95% intervals, those of
-    ``evaluation.summarise``. From 60 steps on, each step is a faint line and the bold one a centred mean over
-    a twentieth of the run.
+    metrics and evaluations are ``Run.metrics`` and ``Run.evaluations``, reward_unit is ``reward_unit(run.config)``;
+    a quantity that the method does not have (KL without a posterior) gets no panel. The bars on accuracy are 95%
+    intervals, those of ``evaluation.summarise``. From 60 steps on, each step is a faint line and the bold one a
+    centred mean over a twentieth of the run.
     """
     colours = SOURCE_COLOURS | {"all traces": BOTH, "held-out questions": PRIOR}
     curves = [  # panel, unit, column, name
