@@ -19,7 +19,8 @@ SELECTED = f"{TOKEN}[aria-selected=true]"
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
-    shutil.copytree(EXAMPLE_RUN, folder / "results" / "example_run")
+    for name in ("example_run", "story"):
+        shutil.copytree(EXAMPLE_RUN.parent / name, folder / "results" / name)
     with jupyterlab(folder, "02_traces.ipynb", height=1300) as lab:
         yield lab
 
