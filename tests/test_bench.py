@@ -77,7 +77,7 @@ def test_the_bench_asks_before_and_after_training(trained):
     bench = PromptBench(checkpoint=trained, k=2, max_tokens=6, seed=3, **ASK)
     assert [step for _, step in bench.step.options] == [1, 2] and bench.step.value == 2
     bench.generate.click()
-    bench.wait(120)
+    bench.wait(300)
     assert "done" in bench.message.value and bench.bar.value == 100
     assert list(bench.frames) == ["before training", "after training"]
     policy, prompter = opened(trained)
@@ -117,7 +117,7 @@ def test_the_bench_asks_before_and_after_training(trained):
 
     bench.step.value = 1
     bench.generate.click()
-    bench.wait(120)
+    bench.wait(300)
     first, _ = opened(trained, step=1)
     expected = probe_question(first, prompter, **ASK, **settings)
     assert bench.frames["after training"]["logp"].tolist() == expected["logp"].tolist()

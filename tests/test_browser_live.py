@@ -91,7 +91,7 @@ def test_the_bench_samples_and_shows_what_the_files_and_the_model_give(lab, runn
     while not (run / "metrics.jsonl").exists():  # at once after the test above; alone it takes seconds
         lab.page.wait_for_timeout(100)
     (run / "STOP").touch()
-    assert running.wait(120) == 0
+    assert running.wait(420) == 0
     lab.write(
         "bench.ipynb",
         "from covrl_lab import PromptBench\nPromptBench(checkpoint='run', k=2, max_tokens=6)",

@@ -66,7 +66,7 @@ def test_the_monitor_follows_stops_and_resumes_a_run_of_another_process(tmp_path
 
         monitor.button.click()
         assert (run / "STOP").exists() and monitor.snapshot.status in ("stopping", "stopped")
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0
         until(lambda: monitor.snapshot.status == "stopped")
         records = lines(run / "metrics.jsonl")
         step = len(records)
@@ -90,7 +90,7 @@ def test_the_monitor_follows_stops_and_resumes_a_run_of_another_process(tmp_path
         other = RunMonitor(run, every=0.05)  # as after a restart of the kernel
         until(lambda: other.snapshot.step > step + 1)
         other.button.click()
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0
         after = lines(run / "metrics.jsonl")
         assert after[:step] == records and [r["step"] for r in after] == list(range(1, len(after) + 1))
         other.close()
@@ -274,7 +274,7 @@ def test_a_killed_training_is_seen_at_once(tmp_path):
         assert snapshot(run).status == "running"
     finally:
         process.kill()
-    process.wait(60)
+    process.wait(300)
     shot = snapshot(run)
     assert shot.status == "stopped" and f"after step {shot.step} of 2000" in shot.message
 

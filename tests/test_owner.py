@@ -37,7 +37,7 @@ def test_a_signal_saves_and_the_run_resumes_to_the_same_numbers(reference_number
     process = train(run)
     until(lambda: steps(run) >= 2 or process.poll() is not None, "two steps")
     process.send_signal(number)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == status
     last = said.decode().replace("\r", "\n").strip().splitlines()[-1]
     assert last == f"covrl-lab train: ended by {number.name}; the same command resumes it" and b"Traceback" not in said
@@ -57,7 +57,7 @@ def test_a_second_process_is_refused_with_the_name_of_the_first(tmp_path):
     first = train(run, steps=100_000)
     try:
         until(lambda: steps(run) >= 1 or first.poll() is not None, "a step")
-        _, said = train(run, steps=100_000).communicate(timeout=120)
+        _, said = train(run, steps=100_000).communicate(timeout=300)
         assert f"is being trained by process {first.pid} on " in said.decode() and b"Traceback" not in said
         with pytest.raises(ConfigError, match=f"process {first.pid} on"):
             make_trainer(run, BASE, steps=100_000).setup()
@@ -97,7 +97,7 @@ def test_a_script_that_is_ended_saves_first(number, reference_numbers, tmp_path)
     )
     until(lambda: steps(run) >= 2 or process.poll() is not None, "two steps")
     process.send_signal(number)
-    assert process.wait(120) == -number
+    assert process.wait(300) == -number
     done = len(lines(run / "metrics.jsonl"))
     assert 2 <= done < 8 and (steps_in(run / "checkpoints") in ([done], []))  # [] where a step was in hand
     make_trainer(run, BASE).run()
@@ -121,7 +121,7 @@ def test_a_notebook_under_papermill_that_is_ended_saves_first(reference_numbers,
     children = [int(p) for p in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).stdout.split()]
     for pid in (*children, process.pid):
         os.kill(pid, signal.SIGTERM)
-    assert process.wait(120) != 0
+    assert process.wait(300) != 0
     until(lambda: Owner.gone(run), "the kernel's end")
     done = len(lines(run / "metrics.jsonl"))
     assert 2 <= done < 8 and (steps_in(run / "checkpoints") in ([done], []))

@@ -37,6 +37,7 @@ METHODS = {
     "prior_only": {"method": "covrl", "alpha": 1.0},
     "no_logarithm": {"method": "covrl", "evidence_floor": 0.0},
     "quarter_floor": {"method": "covrl", "evidence_floor": 0.25},
+    "no_norm_clip": {"method": "covrl", "max_grad_norm": 1000.0},
     "floor_of_a_guess": {"method": "covrl", "evidence_floor": 1.0},
     "alpha_adapts": {"method": "covrl", "alpha_rate": 0.2},
     "no_logarithm_alpha_adapts": {"method": "covrl", "evidence_floor": 0.0, "alpha_rate": 0.2},
