@@ -34,12 +34,14 @@ START = {
         (FINE, {"answer_logprob": -5.0, "accuracy": 0.1, "accuracy_high": 0.2}, ["reward without accuracy"]),
         (FINE, {"answer_logprob": -5.0, "accuracy": 0.2, "accuracy_high": 0.3}, []),  # within its interval
         (FINE, {"answer_logprob": -5.0, "accuracy": 0.6, "accuracy_high": 0.7}, []),
+        (FINE, {"guess_accuracy": 0.16}, ["guessing"]),
+        (FINE, {"guess_accuracy": 0.14}, []),  # below the interval of the accuracy
     ],
 )
 def test_each_sign_raises_its_alarm(steps, later, kinds):
     found = alarms(steps, [START, START | later])
     assert list(found) == kinds
-    assert all(any(word in text for word in ("raise", "use method")) for text in found.values())
+    assert all(any(word in text for word in ("raise", "use method", "begin with")) for text in found.values())
 
 
 def test_nobody_is_told_to_use_the_method_that_is_used():
@@ -50,6 +52,13 @@ def test_nobody_is_told_to_use_the_method_that_is_used():
 
 def test_the_first_evaluation_alone_raises_nothing():
     assert alarms(FINE, [START | {"trace_dependence": 0.0}]) == {} == alarms([], [])
+
+
+def test_a_model_that_guesses_is_told_from_the_first_evaluation_on():
+    text = alarms([], [START | {"accuracy": 0.107, "accuracy_low": 0.062, "guess_accuracy": 0.081}])["guessing"]
+    assert "10.7%" in text and "8.1%" in text
+    never = START | {"accuracy": 0.0, "accuracy_low": 0.0, "guess_accuracy": 0.0}
+    assert alarms([], [never]) == {}
 
 
 def test_a_model_that_never_used_its_traces_raises_nothing():

@@ -482,13 +482,34 @@ def test_evaluate_scores_finished_generations_only(tiny_policies, prompter, prom
     assert frame["finished"].any() and not frame["finished"].all()
     assert (frame["score"] == np.where(frame["finished"], 0.5, 0.0)).all()
     finished = frame[frame["finished"]]
-    assert seen == list(zip(finished["prediction"], finished["example_id"], strict=True))
+    # Greedy answers are also scored on the two other questions, which says what guessing would give.
+    greedy = finished[finished["sample"] < 0]
+    others = [
+        (row.prediction, other)
+        for row in greedy.itertuples()
+        for other in "abcab"["abc".index(row.example_id) + 1 :][:2]
+    ]
+    own = list(zip(finished["prediction"], finished["example_id"], strict=True))
+    assert seen == [*own[: len(greedy)], *others, *own[len(greedy) :]]
     assert list(frame["sample"]) == [s for s in range(-1, 6) for _ in EXAMPLES]
     assert list(frame["example_id"]) == ["a", "b", "c"] * 7
     assert list(frame["answer"]) == ["seven", "mat", "8"] * 7
     greedy = predict(policy, prompter, prompts, max_trace_tokens=6, max_answer_tokens=4)
     columns = ["trace", "prediction", "finished", "trace_tokens"]
     assert frame[columns].head(3).to_dict("records") == [{k: row[k] for k in columns} for row in greedy]
+
+
+def test_what_the_answers_score_on_other_questions(tiny_policies, prompter, bias):
+    """Three questions, an answer that is right for "a" alone: 1 of 2 others for b and for c, and none for a."""
+    policy = tiny_policies("tiny")
+    bias(policy, newline=4.0)
+    task = SimpleNamespace(score=lambda prediction, example: float(example.id == "a"))
+    frame = evaluated(policy, prompter, task, samples=0)
+    assert list(frame["guess_score"]) == [
+        0.5 * (name != "a" and done) for name, done in zip("abc", frame["finished"], strict=True)
+    ]
+    assert summarise(frame)["guess_accuracy"] == pytest.approx(frame["guess_score"].mean())
+    assert summarise(frame)["guess_accuracy"] > 0
 
 
 def test_evaluate_is_a_function_of_its_seed_and_not_of_its_batches(tiny_policies, prompter, monkeypatch):

@@ -24,7 +24,7 @@ from covrl_lab.runs.sweep import LocalExecutor, Sweep, gpus
 from covrl_lab.runs.worker import status, supervise
 
 SMALL = TINY_RUN | {"steps": 4, "checkpoint_every": 2}
-GRID = {"alpha": [0.25, 0.5, 0.75], "seed": [0, 1, 2, 3]}
+GRID = {"alpha": [0.25, 0.5, 0.75], "seed": [0, 1]}
 PATIENCE = 420  # seconds until a test gives up
 
 
@@ -72,8 +72,8 @@ for values in itertools.product(*grid.values()):
     environment = checkout_environment()
     subprocess.run([sys.executable, "-c", code, argument], check=True, env=environment)
     found = {path.name: numbers(path) for path in folder.iterdir()}
-    assert len(found) == 12 and all(len(steps) == SMALL["steps"] for steps, _ in found.values())
-    assert len({str(steps) for steps, _ in found.values()}) == 12, "runs cannot be told apart"
+    assert len(found) == 6 and all(len(steps) == SMALL["steps"] for steps, _ in found.values())
+    assert len({str(steps) for steps, _ in found.values()}) == 6, "runs cannot be told apart"
     return found
 
 
@@ -119,7 +119,7 @@ def driver(folder, *more):
 def test_killed_driver_and_killed_worker(reference, tmp_path):
     sweep = Sweep(tmp_path / "sweep", SMALL, GRID)
     first = driver(sweep.folder, "--workers=2", "--threads=1")
-    until(lambda: list(sweep.statuses.values()).count("done") >= 4, "four runs are done")
+    until(lambda: list(sweep.statuses.values()).count("done") >= 2, "two runs are done")
     busy = until(lambda: in_training(sweep), "a run is in training")[1]
     family = [busy, *busy.children(recursive=True)]
     assert len(family) >= 2, "the kernel is a process of its own"
@@ -128,7 +128,7 @@ def test_killed_driver_and_killed_worker(reference, tmp_path):
     until(lambda: not alive(*family), "orphans died")
     until(lambda: "running" not in sweep.statuses.values(), "locks are free")
     early = {i: (sweep.path(i) / "done.json").stat() for i, how in sweep.statuses.items() if how == "done"}
-    assert 4 <= len(early) < 12
+    assert 2 <= len(early) < 6
 
     # Two drivers at once go on; one of their workers is killed, which is no reason to stop for the others.
     both = [driver(sweep.folder, "--workers=1", "--threads=1") for _ in range(2)]
@@ -188,7 +188,7 @@ def test_submitit_local_executor(reference, lean, tmp_path):
     executor.update_parameters(timeout_min=10)
     sweep = Sweep(tmp_path / "sweep", SMALL, GRID, notebook=lean, threads=1)
     table = sweep.run(executor, workers=2, progress=False)
-    assert list(table["status"]) == ["done"] * 12
+    assert list(table["status"]) == ["done"] * 6
     assert_finished_once(sweep, reference)
 
 

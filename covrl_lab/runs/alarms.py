@@ -53,9 +53,15 @@ def alarms(
             f"the gradient was 0 in the last {RECENT} steps, so nothing is being learned: the traces of a "
             "question all earn the same; raise rollouts_per_question or choose an easier task"
         )
+    first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
+    if (guess := last.get("guess_accuracy", 0)) > last.get("accuracy_low", 0):
+        found["guessing"] = (
+            f"accuracy is {last['accuracy']:.1%}, and the same answers would score {guess:.1%} on other questions: the "
+            "model guesses, and accuracy moves with its favourite answer; begin with easier questions or a larger "
+            "model, as rewards cannot teach what is never right"
+        )
     if len(evaluations) < 2:
         return found
-    first, last = evaluations[0], evaluations[-1]
 
     def change(name: str) -> tuple[float, float] | None:
         pair = first.get(name), last.get(name)

@@ -31,6 +31,7 @@ from .scoring import answer_logprobs
 from .tasks import Task
 
 ROWS = 32  # generations decoded together
+SWAPS, SWAPPED = 8, 2000  # other questions an answer is scored on, and how many such scores there are about
 
 
 class EvalSet(NamedTuple):
@@ -117,8 +118,9 @@ def evaluate(
     by the task's own scorer; 0 if the trace did not finish), scoring_cut (the scorer took too long, or too much
     memory, and so gave 0). Greedy rows also have answer_logp, other_trace_logp
     and no_trace_logp: the reference answer's log-probability in nats after the model's own trace, after that of
-    the next question, and after none; and, with ``posterior``, posterior_score: the score of the model's answer
-    after its greedy trace from the posterior prompt, a ceiling that the prior may reach. With ``bounds`` sampled rows
+    the next question, and after none; guess_score: what the same answer scores on other questions, on average; and,
+    with ``posterior``, posterior_score: the score of the model's answer after its greedy trace from the posterior
+    prompt, a ceiling that the prior may reach. With ``bounds`` sampled rows
     have answer_logp, too, and vote, by which answers count as the same in a majority.
     """
     prompts = [prompter(e) for e in examples]
@@ -136,6 +138,16 @@ def evaluate(
             score = float(task.score(result["prediction"], example)) if result["finished"] else 0.0
             found.append(result | {"score": score, "scoring_cut": scorer.cut > cut})
         bar.update(len(found))
+        return found
+
+    def guessed(drawn: list[dict], part: slice) -> list[float | None]:
+        found, others = [], range(1, min(count, 1 + max(1, min(SWAPS, SWAPPED // count))))
+        for i, result in enumerate(drawn[part], part.start):
+            cut, scores = scorer.cut, []
+            for k in others:
+                usable = result["finished"] and not result["scoring_cut"] and scorer.cut == cut
+                scores.append(float(task.score(result["prediction"], examples[(i + k) % count])) if usable else 0.0)
+            found.append(sum(scores) / len(scores) if scores else None)
         return found
 
     def scored(traces: list, part: slice) -> list[float]:
@@ -158,8 +170,9 @@ def evaluate(
                 rows.append(row | {"answer": example.answer} | result)
             if sample < 0:
                 uses = ranks.map(count, partial(trace_use, policy, prompts, traces), ROWS)
-                for row, use in zip(rows, uses, strict=True):
-                    row.update(use)
+                guesses = ranks.map(count, partial(guessed, drawn))
+                for row, use, guess in zip(rows, uses, guesses, strict=True):
+                    row |= use | {"guess_score": guess}
             elif bounds:
                 nats = ranks.map(count, partial(scored, traces), ROWS)
                 for row, example, value in zip(rows[-count:], examples, nats, strict=True):
@@ -242,9 +255,10 @@ def summarise(results: pd.DataFrame) -> dict[str, float]:
     pass@1 of greedy decoding is the share of questions whose one answer is right; avg@k is the mean score
     over k sampled answers, averaged over questions. answer_logprob is the mean of log p(y|x,z) in nats after greedy
     traces, no_trace_logprob after none, and trace_dependence the mean distance that log p(y|x,z) moves when the
-    trace is exchanged for another question's. The interval is Wilson's where greedy answers are right
-    or wrong, and a bootstrap over questions for partial credit and for avg@k. With ``bounds``, also
-    pass_at_k, maj_at_k, and in nats bound_1, the mean of log p(y|x,z), and bound_k, the mean of
+    trace is exchanged for another question's. guess_accuracy is the mean score of the greedy answers on other
+    questions: at this accuracy the answers have nothing to do with the questions. The interval is Wilson's where
+    greedy answers are right or wrong, and a bootstrap over questions for partial credit and for avg@k. With
+    ``bounds``, also pass_at_k, maj_at_k, and in nats bound_1, the mean of log p(y|x,z), and bound_k, the mean of
     log (1/k) sum_j p(y|x,z_j): METHODS.md.
     """
     greedy = results[results["sample"] < 0]
@@ -270,6 +284,8 @@ def summarise(results: pd.DataFrame) -> dict[str, float]:
             "no_trace_logprob": float(greedy["no_trace_logp"].mean()),
             "trace_dependence": float(moved.mean()),
         }
+    if "guess_score" in greedy and greedy["guess_score"].notna().all():
+        summary["guess_accuracy"] = float(greedy["guess_score"].mean())
     if "posterior_score" in greedy:
         summary["posterior_accuracy"] = float(greedy["posterior_score"].mean())
     sampled = results[results["sample"] >= 0]

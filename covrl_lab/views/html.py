@@ -136,16 +136,23 @@ def trace_table(frame: pd.DataFrame) -> str:
 
 
 def accuracy_table(evaluations: pd.DataFrame) -> str:
-    """HTML table of ``Run.evaluations``, one row an evaluation, with 95% intervals; the average, then each set."""
-    header = ["after step", "accuracy (95% interval)", "finished traces", "trace length, tokens", "questions"]
-    rows, sets, sampled = [], by_set(evaluations), any("avg_at_k" in name for name in evaluations)
+    """HTML table of ``Run.evaluations``, one row an evaluation, with 95% intervals; the average, then each set.
+
+    "by guessing" is what the same answers score on other questions; older runs lack it.
+    """
+    sampled, guessed = (any(name in column for column in evaluations) for name in ("avg_at_k", "guess_accuracy"))
+    header = ["after step", "accuracy (95% interval)", *["by guessing"] * guessed]
+    header += ["finished traces", "trace length, tokens", "questions"]
+    rows, sets = [], by_set(evaluations)
     for name, frame in sets.items():
         if len(sets) > 1:
             rows.append(html_text(name or f"average over {len(sets) - 1} sets"))
         for row in frame.itertuples():
             accuracy = f"<b>{row.accuracy:.0%}</b> ({row.accuracy_low:.0%} to {row.accuracy_high:.0%})"
             finished, length = f"{row.eval_finished_share:.0%}", f"{row.eval_trace_tokens:.1f}"
-            cells = [f"{row.step:.0f}", accuracy, finished, length, f"{row.eval_questions:.0f}"]
+            guess = html_number(getattr(row, "guess_accuracy", None), ".0%")
+            cells = [f"{row.step:.0f}", accuracy, *[guess] * guessed]
+            cells += [finished, length, f"{row.eval_questions:.0f}"]
             known = getattr(row, "avg_at_k", math.nan) >= 0
             own = f"{row.avg_at_k:.0%} ({row.avg_at_k_low:.0%} to {row.avg_at_k_high:.0%})" if known else "–"
             rows.append([*cells, *[own] * sampled])

@@ -130,6 +130,8 @@ def _head(run: Run, config: dict[str, Any], metrics: pd.DataFrame, evaluations: 
                 f" Exchanging the trace for another question's moves log p(y|x,z) by {last.trace_dependence:.1f} "
                 f"nats ({first.trace_dependence:.1f} before training)."
             )
+        if "guess_accuracy" in evaluations:
+            found += f" On other questions the same answers would score {last.guess_accuracy:.1%}."
         found += "</p>"
     title = html_text(run.path.absolute().name)
     return f'<h1>{title}</h1>\n<div class="soft">{" · ".join(facts)}</div>\n{found}{alarms_html(run.alarms)}'
