@@ -27,7 +27,7 @@ SMOKE = {
     "01_quickstart": SMALL | {"model": "tiny-qwen3"},
     "02_traces": {},
     "03_train": SMALL | {"model": "tiny-gemma3"},
-    "04_mixing_ratio": SMALL | {"alphas": "0.3, 0.7", "seeds": "0", "eval_every": 1, "launch": True},
+    "04_mixing_ratio": SMALL | {"model": "tiny", "alphas": "0.3, 0.7", "seeds": "0", "eval_every": 1, "launch": True},
     "05_compare": {},
     "06_estimators": ESTIMATORS | {"seed": 3},
     "07_speed": {},
@@ -106,7 +106,7 @@ def train(notebook, folder):
 
 
 def mixing_ratio(notebook, folder):
-    assert len(list(folder.glob("runs/mixing_ratio/**/metrics.jsonl"))) == 2 and len(plots(notebook)) >= 2
+    assert len(list(folder.glob("runs/mixing_ratio/**/metrics.jsonl"))) == 2 and len(plots(notebook)) >= 3
 
 
 def compare(notebook, folder):
@@ -122,7 +122,7 @@ def estimators(notebook, folder):
     composite = 0.25 * p + 0.75 * q
     kl = (composite * np.log(composite / p)).sum()
     assert f"exact KL(p'||p) = {kl:.6f} nats" in printed(notebook)
-    assert len(plots(notebook)) == 4
+    assert len(plots(notebook)) == 5
     tables = [text for text in shown(notebook, "text/html") if "<table" in text]
     assert len(tables) == 4 and f"<td>{kl:.4f}</td>" in re.sub(r"<td[^>]*>", "<td>", tables[0])
     assert all("w 0.25" in table for table in tables), "not at the given settings"

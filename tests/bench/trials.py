@@ -101,7 +101,8 @@ def write_tasks(rows: int = 1500) -> None:
         (RUNS / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-SCORES = ["example_id", "sample", "score", "finished", "trace_tokens", "answer_logp", "no_trace_logp"]
+SCORES = ["example_id", "sample", "answer", "prediction", "score", "finished", "trace_tokens"]
+SCORES += ["answer_logp", "no_trace_logp"]
 BOUNDS = ["step", "example_id", "source", "answer_logp", "no_trace_logp", "reward"]
 
 
