@@ -27,6 +27,7 @@ OWN_NAMES = {
     "launch": "bool",  # run the grid without a click
     "results": "str",  # where finished runs lie
     "trials": "str",  # where the trials of the objective lie
+    "story": "str",  # a run whose traces of every step explain what was learned
     "runs": "str",  # patterns of run folders to compare
     "reference": "str",  # label of the method that others are compared with
     "over": "str",  # what intervals draw anew
