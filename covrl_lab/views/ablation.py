@@ -154,8 +154,8 @@ class _Results:
         self.alpha.figure = self.learning.figure = ""
 
     def figures(self) -> list[go.Figure]:
-        """The figures as they stand."""
-        return [go.Figure(json.loads(plot.figure or "{}")) for plot in (self.alpha, self.learning)]
+        """The figures as they stand; none before a run has finished a step."""
+        return [go.Figure(json.loads(plot.figure)) for plot in (self.alpha, self.learning) if plot.figure]
 
 
 class Ablation(Panel):

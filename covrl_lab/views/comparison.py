@@ -130,7 +130,7 @@ def plot_against_alpha(frame: pd.DataFrame) -> go.Figure:
     frame: from ``sweep_results``. Unfinished runs count with what they have measured so far. The lines of a
     plot are shifted a little, so that no interval hides another.
     """
-    titles = ["Held-out accuracy", "Reward in the last fifth of the steps"]
+    titles = ["Held-out accuracy", "Reward in the last fifth of the steps<br>(dotted: of posterior traces)"]
     figure = make_subplots(cols=2, horizontal_spacing=0.12, subplot_titles=titles)
     methods = sorted(set(frame["method"]))
     room = min([0.06, *0.4 * np.diff(np.unique(frame["alpha"].astype(float)))])  # left and right of an alpha
@@ -181,6 +181,7 @@ def _means(
         marker={"size": 9, "symbol": f"diamond{symbol}"},
         error_y=error_bars(means["mean"], means["low"], means["high"]),
         customdata=means[["alpha", "runs", "low", "high"]],
+        showlegend=column == 1 or bool(frame["accuracy"].isna().all()),  # the other panel has the same colours
         hovertemplate="α %{customdata[0]:g}: %{y:.3g} (95%: %{customdata[2]:.3g} to %{customdata[3]:.3g}, "
         "%{customdata[1]} runs)",
         row=1,
