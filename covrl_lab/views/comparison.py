@@ -130,7 +130,7 @@ def plot_against_alpha(frame: pd.DataFrame) -> go.Figure:
     frame: from ``sweep_results``. Unfinished runs count with what they have measured so far. The lines of a
     plot are shifted a little, so that no interval hides another.
     """
-    titles = ["Held-out accuracy", "Reward in the last fifth of the steps<br>(dotted: of posterior traces)"]
+    titles = ["Held-out accuracy", "Reward, last fifth (dotted: posterior)"]
     figure = make_subplots(cols=2, horizontal_spacing=0.12, subplot_titles=titles)
     methods = sorted(set(frame["method"]))
     room = min([0.06, *0.4 * np.diff(np.unique(frame["alpha"].astype(float)))])  # left and right of an alpha
