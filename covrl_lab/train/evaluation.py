@@ -144,7 +144,7 @@ def evaluate(
         found, others = [], range(1, min(count, 1 + max(1, min(SWAPS, SWAPPED // count))))
         for i, result in enumerate(drawn[part], part.start):
             cut, scores = scorer.cut, []
-            for k in others:
+            for k in others:  # an answer that a scorer had to be stopped on is not tried again
                 usable = result["finished"] and not result["scoring_cut"] and scorer.cut == cut
                 scores.append(float(task.score(result["prediction"], examples[(i + k) % count])) if usable else 0.0)
             found.append(sum(scores) / len(scores) if scores else None)
