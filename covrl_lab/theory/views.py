@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 
 from ..types import ConfigError, did_you_mean
 from ..views.html import html_number, html_table, html_text
-from ..views.style import BOTH, GREY, PALETTE, POSTERIOR, PRIOR, SOURCE_COLOURS, TEMPLATE
+from ..views.style import BOTH, GREY, PALETTE, POSTERIOR, PRIOR, SOURCE_COLOURS, TEMPLATE, add_line
 from ..views.widgets import Panel, Plot, field, row
 from . import estimators
 from .world import World
@@ -151,13 +151,8 @@ def plot_group_splits(frame: pd.DataFrame) -> go.Figure:
     figure = _panels(len(parts), shared_yaxes=True, subplot_titles=titles)
     for col, (_, part) in enumerate(parts, 1):
         for (right, own), colour in zip(part.groupby("right", sort=False), PALETTE, strict=False):
-            settings = {
-                "mode": "lines+markers",
-                "name": f"{right:.0%}",
-                "legendgroup": f"{right}",
-                "line": {"color": colour},
-            }
-            figure.add_scatter(x=own["alpha"], y=own["noise"], showlegend=col == 1, row=1, col=col, **settings)
+            x, y, shown = own["alpha"], own["noise"], col == 1
+            add_line(figure, x, y, f"{right:.0%}", colour, showlegend=shown, row=1, col=col)
     ticks = [0.2, 0.3, 0.5, 1, 2, 3, 5, 10]
     figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks])
     figure.update_yaxes(title_text="noise of a group (× its expected gradient)", col=1)
