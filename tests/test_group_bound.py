@@ -11,9 +11,9 @@ import torch
 from covrl_lab import RunConfig
 from covrl_lab.runs.trace_use import guessing_world, value_by_use
 from covrl_lab.theory.world import World
-from covrl_lab.train.methods import METHODS, _adapted, covrl_credit
+from covrl_lab.train.methods import MAX_ALPHA, METHODS, adapt_alpha, covrl_credit
 from covrl_lab.train.objectives import Totals, group_credit, source_weights
-from covrl_lab.types import LogProbs, TraceBatch
+from covrl_lab.types import Credit, LogProbs, TraceBatch
 
 NO_TRACE = -3.0  # log p(y|x) without a trace, nats
 COUNTS = [(1, 2, 2), (1, 1, 1), (1, 1, 2), (1, 3, 0), (1, 2, 1), (3, 1, 1), (3, 2, 0), (2, 2, 1)]
@@ -170,14 +170,38 @@ def test_a_floor_at_the_level_of_a_guess_pays_for_guessing(floor, reasons):
     assert (float(credit[0, 0]) < 0.1) == reasons
 
 
+def alpha_after(worth, p, q, **state) -> float:
+    """alpha after a step of one-token traces with these credits and probabilities, at a rate of a half."""
+    mask = torch.ones(len(p), 1, dtype=torch.bool)
+    prior, posterior = (torch.tensor(v).log().double()[:, None] for v in (p, q))
+    old = LogProbs(prior, posterior, prior, mask)
+    batch = TraceBatch(mask.long(), mask, mask[:, 0], mask[:, 0], len(p))
+    credit = Credit(prior[:, 0], prior[:, 0], torch.tensor(worth).double(), mask[:, 0], state)
+    return adapt_alpha(batch, old, credit, RunConfig(method="covrl", alpha_rate=0.5))["alpha"]
+
+
 def test_alpha_follows_the_evidence_upwards_only():
-    config = RunConfig(method="covrl", alpha_rate=0.5)
-    credit, responsibility = torch.tensor([2.0, 0.0]), torch.tensor([0.9, 0.1])
-    assert _adapted(credit, responsibility, config, {})["alpha"] == pytest.approx(0.5 + 0.5 * 0.4)
-    assert _adapted(credit, responsibility, config, {"alpha": 0.9})["alpha"] == pytest.approx(0.9)
-    assert _adapted(credit, 0 * responsibility, config, {"alpha": 0.6})["alpha"] == 0.5  # never below its setting
-    assert _adapted(0 * credit, responsibility, config, {"alpha": 0.7})["alpha"] == 0.7  # nothing measured
-    assert _adapted(credit, responsibility, RunConfig(method="covrl"), {}) == {}
+    """Two traces, each the other prompt's: the best alpha of E_s[log(alpha P + (1 - alpha) Q)] by hand."""
+    p, q = [0.8, 0.2], [0.2, 0.8]
+    # d/da of 0.7 log(.2 + .6 a) + 0.3 log(.8 - .6 a) = 0: 0.7 (.8 - .6 a) = 0.3 (.2 + .6 a), a = 0.5 / 0.6
+    assert alpha_after([0.7, 0.3], p, q) == pytest.approx(0.5 + 0.5 * (0.5 / 0.6 - 0.5), abs=0.005 / 2)  # its grid
+    assert alpha_after([0.7, 0.3], p, q, alpha=0.9) == pytest.approx(0.9 + 0.5 * (0.5 / 0.6 - 0.9), abs=0.005 / 2)
+    assert alpha_after([1.0, 0.0], p, q, alpha=0.85) == MAX_ALPHA
+    assert alpha_after([0.0, 1.0], p, q, alpha=0.6) == 0.5  # never below its setting
+    assert alpha_after([0.0, 0.0], p, q, alpha=0.7) == 0.7  # nothing measured
+
+
+def test_the_best_alpha_is_the_nearest_to_the_true_posterior():
+    """All 27 traces of a world, each with its exact share of the evidence, against a search over the KL itself."""
+    world = World(3, answer_tokens=2, seed=6)
+    p, q = (world.trace_logprobs(t).sum(1).detach().exp() for t in (world.prior, world.posterior))
+    answer = world.answer_logprobs().sum(1).detach().exp() ** 2  # sharp enough for both prompts to be needed
+    truth = p * answer / (p * answer).sum()
+    distance = lambda a: float((truth * (truth / (a * p + (1 - a) * q)).log()).sum())  # noqa: E731
+    best = min(np.linspace(0.001, 0.999, 999), key=distance)
+    assert 0.5 < best < 0.9  # neither limit decides
+    found = alpha_after(truth.tolist(), p.tolist(), q.tolist(), alpha=0.5)
+    assert found == pytest.approx(0.5 + 0.5 * (best - 0.5), abs=0.005 / 2)  # its grid
 
 
 def published_policy_gradient(world: World, baseline: str, from_prior: torch.Tensor, joint: bool) -> torch.Tensor:
@@ -215,7 +239,7 @@ def test_a_baseline_that_tells_the_source_biases_the_published_method():
     assert 0.02 < float((joint - truth).norm() / truth.norm()) < 0.2
 
 
-def test_credit_of_both_prompts_and_the_share_of_the_prior_by_hand():
+def test_credit_of_both_prompts_by_hand():
     """Two prior traces and two posterior ones of one token; the numbers are worked out beside them."""
     p = np.array([0.5, 0.5, 0.1, 0.1])
     q = np.array([0.1, 0.1, 0.5, 0.5])
@@ -225,7 +249,7 @@ def test_credit_of_both_prompts_and_the_share_of_the_prior_by_hand():
     old = LogProbs(prior, posterior, likelihood, mask, no_trace=torch.full((4, 1), 2 * math.log(0.1)).double())
     from_prior = torch.tensor([True, True, False, False])
     batch = TraceBatch(mask.long(), mask, from_prior, torch.ones(4, dtype=torch.bool), 4)
-    credit = covrl_credit(batch, old, RunConfig(method="covrl", alpha_rate=0.5, evidence_floor=0.5), {})
+    credit = covrl_credit(batch, old, RunConfig(method="covrl", evidence_floor=0.5), {})
 
     h = 0.5 * p + 0.5 * q  # 0.3 everywhere: P/H = 5/3 or 1/3, Q/H the other way round
     evidence = answer * p / h
@@ -237,5 +261,3 @@ def test_credit_of_both_prompts_and_the_share_of_the_prior_by_hand():
         b[i] = np.mean([value / (0.1 + value) for value in left])
     np.testing.assert_allclose(credit.advantage, s - b * p / h, rtol=1e-6)
     np.testing.assert_allclose(credit.posterior_advantage, s - b * q / h, rtol=1e-6)
-    share = (s * 0.5 * p / h).sum() / s.sum()  # of the credit, that prior traces would have earned
-    assert share > 0.5 and credit.method_state["alpha"] == pytest.approx(0.5 + 0.5 * (share - 0.5))

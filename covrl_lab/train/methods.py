@@ -42,7 +42,7 @@ def covrl_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: Sta
     whose gradient, for the prior, is that of mean_i s_i (log p(z_i|x) + log p(y|x,z_i)), s_i = e_i / (c + mean e).
     A_i = s_i - b_i P/H and c_y = s_i. The posterior is drawn towards the true posterior p(z|x,y), not towards
     whatever makes the answer likely: B_i = posterior_weight (s_i - b_i Q/H). b is the baseline of ``group_credit``.
-    ``alpha_rate`` above 0 lets alpha rise above its setting, to the share of the evidence that prior traces hold.
+    With ``alpha_rate`` alpha follows the evidence (``adapt_alpha``).
     """
     size = batch.group_size
     answer = whole_trace(old.answer, old.answer_mask).exp() * batch.finished
@@ -55,13 +55,12 @@ def covrl_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: Sta
     posterior_advantage = None
     if old.posterior is not None and config.posterior_weight:
         posterior_advantage = config.posterior_weight * (credit - baseline * posterior_weight)
-    share = batch.from_prior.view(-1, size).double().mean(1).repeat_interleave(size)
     return Credit(
         reward=evidence.to(old.prior),
         advantage=(credit - baseline * prior_weight).to(old.prior),
         answer_weight=credit.to(old.prior),
         kl_mask=batch.finished,
-        method_state=_adapted(credit, share * prior_weight, config, state),
+        method_state=dict(state),
         posterior_advantage=None if posterior_advantage is None else posterior_advantage.to(old.prior),
     )
 
@@ -70,19 +69,22 @@ MAX_ALPHA = 0.9  # so that some posterior traces remain to measure what they are
 MIN_CREDIT = 0.01  # a mean credit below this says nothing about the sources
 
 
-def _adapted(credit: Tensor, responsibility: Tensor, config: RunConfig, state: State) -> dict[str, float]:
-    """The state with alpha moved towards the share of the credit that prior traces would have earned.
+def adapt_alpha(batch: TraceBatch, old: LogProbs, credit: Credit, config: RunConfig) -> dict[str, float]:
+    """The state after a step, with alpha moved by ``alpha_rate`` towards the best mixture of the two prompts.
 
-    That share is the expectation of alpha P/H under the credit: the fixed point is the mixture of the two prompts
-    that is nearest to the true posterior (population Monte Carlo, Douc et al. 2007).
+    Traces in proportion to their credit are draws of the true posterior p(z|x,y). The best mixture is the nearest to it
+    in KL: it maximises E_s[log(alpha P(z) + (1 - alpha) Q(z))] (population Monte Carlo, Douc et al. 2007). alpha
+    never falls below its setting.
     """
-    if not config.alpha_rate or config.alpha >= MAX_ALPHA:
-        return dict(state)
+    state, worth = credit.method_state, credit.answer_weight.double()
+    if not config.alpha_rate or config.alpha >= MAX_ALPHA or float(worth.mean()) < MIN_CREDIT:
+        return state
+    log_ratio = whole_trace(old.posterior, batch.mask) - whole_trace(old.prior, batch.mask)  # (N,) log Q/P
+    alphas = torch.linspace(0.01, 1, 100, dtype=torch.double, device=worth.device)
+    mixture = torch.logaddexp(alphas.log(), torch.log1p(-alphas) + log_ratio[:, None])
+    best = float(alphas[(worth[:, None] * mixture).sum(0).argmax()])
     alpha = state.get("alpha", config.alpha)
-    if float(credit.mean()) >= MIN_CREDIT:
-        share = float((credit * responsibility).sum() / credit.sum())
-        alpha += config.alpha_rate * (share - alpha)
-    return {**state, "alpha": min(MAX_ALPHA, max(config.alpha, alpha))}
+    return {**state, "alpha": min(MAX_ALPHA, max(config.alpha, alpha + config.alpha_rate * (best - alpha)))}
 
 
 def covrl_published_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: State) -> Credit:
@@ -216,22 +218,29 @@ def grpo_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_stat
     return Credit(reward, advantage, torch.zeros_like(reward), batch.finished)
 
 
+def credit_state(batch: TraceBatch, old: LogProbs, credit: Credit, config: RunConfig) -> dict[str, float]:
+    """The state after a step, as the credit function left it."""
+    return credit.method_state
+
+
 @dataclass(frozen=True)
 class Method:
     """A method: credit of a step's rollouts, the loss that spends it, and what it needs beyond p, q and y.
 
     by_group: a group's credit depends on that group alone, and finished traces enter the KL.
     needs: any of "ref_prior", "bare_answer" and "no_trace" (``LogProbs``) and "verifier_reward" (``TraceBatch``).
+    next_state: the numbers carried to the next step, from the whole step's.
     """
 
     credit: Callable[[TraceBatch, LogProbs, RunConfig, State], Credit]
     loss: Callable[..., tuple[Tensor, dict[str, Tensor]]] = coupled_loss
     needs: frozenset[str] = frozenset()
     by_group: bool = True
+    next_state: Callable[[TraceBatch, LogProbs, Credit, RunConfig], dict[str, float]] = credit_state
 
 
 METHODS: dict[str, Method] = {
-    "covrl": Method(covrl_credit, loss=evidence_loss, needs=frozenset({"no_trace"})),
+    "covrl": Method(covrl_credit, loss=evidence_loss, needs=frozenset({"no_trace"}), next_state=adapt_alpha),
     "covrl_published": Method(covrl_published_credit),
     "jlb": Method(jlb_credit),
     "verifree": Method(verifree_credit),

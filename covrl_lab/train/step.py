@@ -79,7 +79,7 @@ def add_gradient(
     def with_frozen(scores: LogProbs, part: Part) -> LogProbs:
         return replace(scores, **reference(policy, part.prompts, part.batch, method.needs, temperature))
 
-    whole = method.by_group and not config.alpha_rate and all(len(p.index) % batch.group_size == 0 for p in parts)
+    whole = method.by_group and all(len(p.index) % batch.group_size == 0 for p in parts)
     once = old is None and credit is None and all(ranks.gather([whole or len(parts) == ranks.count == 1]))
     if old is None and not once:
         with torch.no_grad():

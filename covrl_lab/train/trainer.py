@@ -172,7 +172,9 @@ class Trainer:
                 break
             self._unrecorded = True
             self.optimizer.step()
-        self.step, self.method_state = self.step + 1, self.method_state if skipped else credit.method_state
+        self.step += 1
+        if not skipped:
+            self.method_state = self.method.next_state(batch, old, credit, config)
         rows = trace_rows(config, self.step, examples, batch, old, credit, self.prompter)
         self.ranks.on_first(write_parquet, rows, step_file(self.run_dir / "traces", self.step))
         seconds_update, accuracy = time.perf_counter() - sampled, None
