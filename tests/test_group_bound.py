@@ -181,13 +181,16 @@ def alpha_after(worth, p, q, **state) -> float:
 
 
 def test_alpha_follows_the_evidence_upwards_only():
-    """Two traces, each the other prompt's: the best alpha of E_s[log(alpha P + (1 - alpha) Q)] by hand."""
+    """Two traces, one likelier under each prompt: the best alpha by hand."""
     p, q = [0.8, 0.2], [0.2, 0.8]
-    # d/da of 0.7 log(.2 + .6 a) + 0.3 log(.8 - .6 a) = 0: 0.7 (.8 - .6 a) = 0.3 (.2 + .6 a), a = 0.5 / 0.6
-    assert alpha_after([0.7, 0.3], p, q) == pytest.approx(0.5 + 0.5 * (0.5 / 0.6 - 0.5), abs=0.005 / 2)  # its grid
-    assert alpha_after([0.7, 0.3], p, q, alpha=0.9) == pytest.approx(0.9 + 0.5 * (0.5 / 0.6 - 0.9), abs=0.005 / 2)
-    assert alpha_after([1.0, 0.0], p, q, alpha=0.85) == MAX_ALPHA
-    assert alpha_after([0.0, 1.0], p, q, alpha=0.6) == 0.5  # never below its setting
+    # d/da of 12 log(.2 + .6 a) + 8 log(.8 - .6 a) + log a = 0: 7.2 a (.8 - .6 a) - 4.8 a (.2 + .6 a)
+    # + (.2 + .6 a)(.8 - .6 a) = 0: 7.56 a^2 - 5.16 a - 0.16 = 0
+    best = (5.16 + math.sqrt(5.16**2 + 4 * 7.56 * 0.16)) / (2 * 7.56)
+    assert alpha_after([12.0, 8.0], p, q) == pytest.approx(0.5 + 0.5 * (best - 0.5), abs=0.005 / 2)  # its grid
+    assert alpha_after([12.0, 8.0], p, q, alpha=0.9) == pytest.approx(0.9 + 0.5 * (best - 0.9), abs=0.005 / 2)
+    assert alpha_after([12.0, 0.0], p, q, alpha=0.85) == MAX_ALPHA
+    assert alpha_after([0.0, 12.0], p, q, alpha=0.6) == 0.5  # never below its setting
+    assert alpha_after([12.0, 12.0], p, p, alpha=0.7) == pytest.approx(0.85)  # equal prompts: the prior will do
     assert alpha_after([0.0, 0.0], p, q, alpha=0.7) == 0.7  # nothing measured
 
 
@@ -200,7 +203,7 @@ def test_the_best_alpha_is_the_nearest_to_the_true_posterior():
     distance = lambda a: float((truth * (truth / (a * p + (1 - a) * q)).log()).sum())  # noqa: E731
     best = min(np.linspace(0.001, 0.999, 999), key=distance)
     assert 0.5 < best < 0.9  # neither limit decides
-    found = alpha_after(truth.tolist(), p.tolist(), q.tolist(), alpha=0.5)
+    found = alpha_after((1e4 * truth).tolist(), p.tolist(), q.tolist(), alpha=0.5)  # one trace more changes little
     assert found == pytest.approx(0.5 + 0.5 * (best - 0.5), abs=0.005 / 2)  # its grid
 
 
