@@ -8,6 +8,7 @@ import pytest
 from helpers import EXAMPLE_RUN, made_up_run, random_frame
 
 from covrl_lab import MixingRatio, RunConfig, load_run, reweight
+from covrl_lab.runs.folder import write_parquet
 from covrl_lab.views.token_figures import plot_mixing
 
 
@@ -108,3 +109,13 @@ def test_a_group_bound_run_offers_alpha_alone_and_keeps_its_whole_traces(tmp_pat
         assert mixing.summary["A"][f"gradient_weight_{moved}"] == pytest.approx(expected)
     assert "clip" not in mixing.html().split("</thead>")[0] and "α 0.25" in mixing.html()
     assert not json.loads(mixing.sides[0].plot.figure)["layout"].get("shapes")
+
+
+def test_where_alpha_adapts_it_is_that_of_the_step(tmp_path):
+    run = made_up_run(tmp_path / "run", posterior_advantage=0.25)
+    settings = RunConfig(method="covrl", model="tiny", alpha_rate=0.3).to_dict()
+    (run.path / "config.json").write_text(json.dumps(settings))
+    frame = run.traces(2)
+    frame["source"] = ["prior"] * (len(frame) - 1) + ["posterior"]
+    write_parquet(frame, run.path / "traces" / "step_00002.parquet")
+    assert MixingRatio(run, 2).sides[0].settings.alpha == round(1 - 1 / len(frame), 2)

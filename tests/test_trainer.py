@@ -290,6 +290,17 @@ def test_whole_groups_are_scored_once(tmp_path, monkeypatch, method):
     assert cut.method_state == pytest.approx(whole.method_state)
 
 
+def test_traces_are_weighed_by_the_alpha_that_drew_them(tmp_path):
+    """log p/h with the alpha of that step, not the one that the run set out with."""
+    trainer = make_trainer(tmp_path, TRAINED | {"steps": 1, "eval_every": 0, "method": "covrl", "alpha_rate": 1.0})
+    trainer.setup().method_state = {"alpha": (alpha := 0.8)}
+    frame = load_run(trainer.run().run_dir).traces(1)
+    assert (frame["source"] == "prior").mean() > 0.6
+    for row in frame.itertuples():
+        h = np.log(alpha * np.exp(row.logp) + (1 - alpha) * np.exp(row.logq))
+        np.testing.assert_allclose(row.log_ratio, row.logp - h, atol=1e-5)  # float32
+
+
 def test_a_second_update_sees_the_traces_with_another_policy(tmp_path):
     """With w = alpha the ratio p'_new / h_old is 1 until the first update has moved the weights."""
     narrow = {"clip_range": 1e-5, "clip_range_high": 1e-5, "learning_rate": 1e-3}

@@ -172,19 +172,24 @@ class Trainer:
                 break
             self._unrecorded = True
             self.optimizer.step()
-        self.step += 1
+        self.step, used = self.step + 1, dataclasses.replace(config, alpha=self.alpha)
         if not skipped:
             self.method_state = self.method.next_state(batch, old, credit, config)
-        rows = trace_rows(config, self.step, examples, batch, old, credit, self.prompter)
+        rows = trace_rows(used, self.step, examples, batch, old, credit, self.prompter)
         self.ranks.on_first(write_parquet, rows, step_file(self.run_dir / "traces", self.step))
         seconds_update, accuracy = time.perf_counter() - sampled, None
         if self.step == config.steps or (config.eval_every and self.step % config.eval_every == 0):
             accuracy = self.evaluate()["accuracy"]
         measured = {"accuracy": accuracy, "seconds_sampling": sampled - started, "seconds_update": seconds_update}
         more = {"skipped": int(skipped), "gradient_norm": norm, "learning_rate": self.optimizer.param_groups[0]["lr"]}
-        return step_record(config, self.step, prompts, batch, old, credit, losses, **measured, **more)
+        return step_record(used, self.step, prompts, batch, old, credit, losses, **measured, **more)
 
     # --- the parts of a step
+
+    @property
+    def alpha(self) -> float:
+        """The share of prior traces in the next step; ``config.alpha`` unless it adapts."""
+        return self.method_state.get("alpha", self.config.alpha)
 
     def _questions(self, step: int) -> list[Example]:
         count = self.config.questions_per_step
@@ -206,8 +211,7 @@ class Trainer:
         config, examples = self.config, self._questions(step)
         prompts = self._prompts(examples)
         generator = step_generator(config.seed, f"rollouts-{draw}" if draw else "rollouts", step)
-        alpha = self.method_state.get("alpha", config.alpha)
-        sources = draw_sources(len(prompts), config.rollouts_per_question, alpha, config.source_split, generator)
+        sources = draw_sources(len(prompts), config.rollouts_per_question, self.alpha, config.source_split, generator)
         limits = {"max_tokens": config.max_trace_tokens, "temperature": config.temperature, "top_p": config.top_p}
         limits |= {"generator": generator, "ranks": self.ranks}
         batch = sample_traces(self.policy, self.prompter, prompts, sources, **limits).to(self.policy.device)

@@ -89,6 +89,8 @@ class MixingRatio(Panel):
         self.mixed.layout.display = "none" if self.traces.logq is None else ""
         self.note.value = drawn
         self._update(self.sides)
+        if self.run.config.get("alpha_rate"):
+            self.sides[0].alpha.value = round(float(share), 2)  # what it was in this step
 
     def _update(self, sides: Sequence[_Side]) -> None:
         for side in sides:
