@@ -183,27 +183,28 @@ def alpha_after(worth, p, q, **state) -> float:
 def test_alpha_follows_the_evidence_upwards_only():
     """Two traces, one likelier under each prompt: the best alpha by hand."""
     p, q = [0.8, 0.2], [0.2, 0.8]
-    # d/da of 12 log(.2 + .6 a) + 8 log(.8 - .6 a) + log a = 0: 7.2 a (.8 - .6 a) - 4.8 a (.2 + .6 a)
-    # + (.2 + .6 a)(.8 - .6 a) = 0: 7.56 a^2 - 5.16 a - 0.16 = 0
-    best = (5.16 + math.sqrt(5.16**2 + 4 * 7.56 * 0.16)) / (2 * 7.56)
-    assert alpha_after([12.0, 8.0], p, q) == pytest.approx(0.5 + 0.5 * (best - 0.5), abs=0.005 / 2)  # its grid
-    assert alpha_after([12.0, 8.0], p, q, alpha=0.9) == pytest.approx(0.9 + 0.5 * (best - 0.9), abs=0.005 / 2)
-    assert alpha_after([12.0, 0.0], p, q, alpha=0.85) == MAX_ALPHA
-    assert alpha_after([0.0, 12.0], p, q, alpha=0.6) == 0.5  # never below its setting
-    assert alpha_after([12.0, 12.0], p, p, alpha=0.7) == pytest.approx(0.85)  # equal prompts: the prior will do
+    # d/da of .6 log(.2 + .6 a) + .4 log(.8 - .6 a) + .1 log a = 0: .36 a (.8 - .6 a) - .24 a (.2 + .6 a)
+    # + .1 (.2 + .6 a)(.8 - .6 a) = 0: .396 a^2 - .276 a - .016 = 0
+    best = (0.276 + math.sqrt(0.276**2 + 4 * 0.396 * 0.016)) / (2 * 0.396)
+    assert alpha_after([1.2, 0.8], p, q) == pytest.approx(0.5 + 0.5 * (best - 0.5), abs=0.005 / 2)  # its grid
+    assert alpha_after([1.2, 0.8], p, q, alpha=0.9) == pytest.approx(0.9 + 0.5 * (best - 0.9), abs=0.005 / 2)
+    assert alpha_after([0.12, 0.08], p, q) == alpha_after([1.2, 0.8], p, q), "however much credit there is"
+    assert alpha_after([1.0, 0.0], p, q, alpha=0.85) == MAX_ALPHA
+    assert alpha_after([0.0, 1.0], p, q, alpha=0.6) == 0.5  # never below its setting
+    assert alpha_after([1.0, 1.0], p, p, alpha=0.7) == pytest.approx(0.85)  # equal prompts: the prior will do
     assert alpha_after([0.0, 0.0], p, q, alpha=0.7) == 0.7  # nothing measured
 
 
 def test_the_best_alpha_is_the_nearest_to_the_true_posterior():
-    """All 27 traces of a world, each with its exact share of the evidence, against a search over the KL itself."""
+    """All 27 traces of a world, each with its exact share of the evidence, against a search over KL - log(alpha) / 10."""
     world = World(3, answer_tokens=2, seed=6)
     p, q = (world.trace_logprobs(t).sum(1).detach().exp() for t in (world.prior, world.posterior))
     answer = world.answer_logprobs().sum(1).detach().exp() ** 2  # sharp enough for both prompts to be needed
     truth = p * answer / (p * answer).sum()
-    distance = lambda a: float((truth * (truth / (a * p + (1 - a) * q)).log()).sum())  # noqa: E731
+    distance = lambda a: float((truth * (truth / (a * p + (1 - a) * q)).log()).sum()) - np.log(a) / 10  # noqa: E731
     best = min(np.linspace(0.001, 0.999, 999), key=distance)
     assert 0.5 < best < 0.9  # neither limit decides
-    found = alpha_after((1e4 * truth).tolist(), p.tolist(), q.tolist(), alpha=0.5)  # one trace more changes little
+    found = alpha_after(truth.tolist(), p.tolist(), q.tolist(), alpha=0.5)
     assert found == pytest.approx(0.5 + 0.5 * (best - 0.5), abs=0.005 / 2)  # its grid
 
 

@@ -73,9 +73,9 @@ def adapt_alpha(batch: TraceBatch, old: LogProbs, credit: Credit, config: RunCon
     """The state after a step, with alpha moved by ``alpha_rate`` towards the best mixture of the two prompts.
 
     Traces in proportion to their credit are draws of the true posterior p(z|x,y). The best mixture is the nearest to it
-    in KL: it maximises sum_i s_i log(alpha P(z_i) + (1 - alpha) Q(z_i)) (population Monte Carlo, Douc et al. 2007).
-    log alpha is added, one trace's worth in favour of the prior: where the prompts write alike, any mixture would do,
-    and alpha goes to its upper limit. It never falls below its setting.
+    in KL: it maximises the mean of log(alpha P(z) + (1 - alpha) Q(z)) over them (population Monte Carlo, Douc et al.
+    2007). A tenth of log alpha is added: where the prompts write alike any mixture would do, and the prior will.
+    alpha stays between its setting and ``MAX_ALPHA``.
     """
     state, worth = credit.method_state, credit.answer_weight.double()
     if not config.alpha_rate or config.alpha >= MAX_ALPHA or float(worth.mean()) < MIN_CREDIT:
@@ -83,7 +83,7 @@ def adapt_alpha(batch: TraceBatch, old: LogProbs, credit: Credit, config: RunCon
     log_ratio = whole_trace(old.posterior, batch.mask) - whole_trace(old.prior, batch.mask)  # (N,) log Q/P
     alphas = torch.linspace(0.01, 1, 100, dtype=torch.double, device=worth.device)
     mixture = torch.logaddexp(alphas.log(), torch.log1p(-alphas) + log_ratio[:, None])
-    best = float(alphas[((worth[:, None] * mixture).sum(0) + alphas.log()).argmax()])
+    best = float(alphas[(worth @ mixture / worth.sum() + 0.1 * alphas.log()).argmax()])
     alpha = state.get("alpha", config.alpha)
     return {**state, "alpha": min(MAX_ALPHA, max(config.alpha, alpha + config.alpha_rate * (best - alpha)))}
 
