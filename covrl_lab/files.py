@@ -109,13 +109,8 @@ def locked(path: Path) -> bool:
 
 def refuse_links(folder: Path) -> None:
     """ConfigError where a run folder, or what a run writes into, is a link: it would write to another place."""
-    inside = [
-        *folder.glob("*"),
-        *folder.glob("traces/*"),
-        *folder.glob("evaluations/*"),
-        *folder.glob("checkpoints/*"),
-    ]
-    for path in [folder, *inside]:
+    places = [folder, *(folder / name for name in ("traces", "evaluations", "benchmarks", "checkpoints"))]
+    for path in [folder, *(path for place in places for path in place.glob("*"))]:
         if path.is_symlink():
             raise ConfigError(f"{str(path)!r} is a link, and a run stays within its own folder; remove it")
 
@@ -123,8 +118,9 @@ def refuse_links(folder: Path) -> None:
 class Owner:
     """Owns a run folder inside ``with``, which may be nested; also against machines that share the folder.
 
-    ConfigError, with the owner's process and host, where another one owns it. A signal that would end the process
-    is a KeyboardInterrupt inside, and ends the process behind it; one that others handle is left to them.
+    ConfigError, with the owner's process and host, where another one owns it, and where the folder holds a link. A
+    signal that would end the process is a KeyboardInterrupt inside, and ends the process behind it; one that others
+    handle is left to them.
     """
 
     NAME = "owner.lock"
@@ -139,6 +135,7 @@ class Owner:
 
     def __enter__(self) -> None:
         if not self._depth:
+            refuse_links(Path(os.path.realpath(self.folder)))  # the folder itself may be one
             self._file = open(self.folder / self.NAME, "a+", encoding="utf-8")
             if not lock(self._file):
                 self._file.seek(0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig
-from ..files import check_checksums
+from ..files import check_checksums, refuse_links
 from ..runs.folder import load_run, step_file, steps_in, write_parquet
 from ..types import ConfigError
 from .checkpoints import append_line
@@ -31,6 +31,7 @@ def evaluate_checkpoint(
     run = load_run(run_dir)
     if run.foreign:
         raise ConfigError(run.foreign)
+    refuse_links(run.path.resolve())
     stored, checkpoints = RunConfig.load(run.path / "config.json"), run.path / "checkpoints"
     config = RunConfig.from_dict(stored.to_dict() | dict(settings))
     steps = [0, *steps_in(checkpoints)]
