@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from .types import ConfigError
 
@@ -75,7 +75,7 @@ def check_checksums(folder: Path) -> None:
                 raise ConfigError(f"{str(folder / name)!r} is {problem}; restore it")
 
 
-def lock(file: TextIO) -> bool:
+def lock(file: IO[Any]) -> bool:
     """Try to hold the system's lock on an open file until it is closed; False where others hold it.
 
     Processes that inherit the file share the lock; it is free when all of them have closed it or died. Where the file

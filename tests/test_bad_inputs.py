@@ -497,6 +497,19 @@ def test_a_hole_in_the_metrics_is_repaired_from_the_checkpoint_before(content, w
     assert load_run(run).metrics["step"].tolist() == [1, 2, 3, 4] and find_checkpoint(run) == (4, [])
 
 
+@pytest.mark.parametrize("bad", ["not json", "", "[1, 2]", "[" * 100_000, "\udcff"], ids=lambda bad: ascii(bad[:9]))
+def test_a_damaged_line_of_benchmarks(bad, whole_run, tmp_path):
+    """The others are shown; one that is cut short at the end is no damage, as somebody may be writing it."""
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    path, line = run / "benchmarks.jsonl", '{"step": 4, "settings": {}, "accuracy": 0.5}\n'
+    path.write_text(f"{line}{line}{bad}", errors="surrogateescape")
+    assert len(load_run(run).benchmarks) == 2 == len(load_run(run).forgiving().benchmarks)
+    path.write_text(f"{line}{bad}\n{line}", errors="surrogateescape")
+    said = sentence_of(lambda: load_run(run).benchmarks, f"line 2 of {str(path)!r} cannot be read", "delete that line")
+    forgiving = load_run(run).forgiving()
+    assert len(forgiving.benchmarks) == 2 and forgiving.damage == {"benchmarks.jsonl": said}
+
+
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.safetensors", "memory.json"])
 @pytest.mark.parametrize("sums", [True, False], ids=["checksums", "an older version"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(name, sums, whole_run, tmp_path, caplog):

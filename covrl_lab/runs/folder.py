@@ -186,11 +186,20 @@ class Run:
 
     @property
     def benchmarks(self) -> pd.DataFrame:
-        """One row a later evaluation of a checkpoint (``covrl-lab evaluate``): step, settings changed, the summary."""
-        path = self.path / "benchmarks.jsonl"
-        with readable(repr(str(path))):
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            return pd.DataFrame([json.loads(line) for line in lines])
+        """One row a later evaluation of a checkpoint (``covrl-lab evaluate``): step, settings changed, the summary.
+
+        A last line that is still being written, or was cut short, is left out.
+        """
+        path, records, content = self.path / "benchmarks.jsonl", [], b""
+        with readable(repr(str(path))), suppress(FileNotFoundError):
+            content = path.read_bytes()
+        for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+            try:
+                with readable(f"line {number} of {str(path)!r}", "restore it, or delete that line"):
+                    records.append({**json.loads(line)})
+            except ConfigError as error:
+                self.note(path.name, str(error))
+        return pd.DataFrame(records)
 
     @property
     def alarms(self) -> dict[str, str]:
