@@ -66,7 +66,10 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def check_checksums(folder: Path) -> None:
-    """ConfigError where a file is missing or is not what was written; nothing in folders without checksums."""
+    """ConfigError where a file is missing or is not what was written.
+
+    Folders without checksums pass: older versions wrote none, so nobody can tell that they were deleted.
+    """
     if (folder / CHECKSUMS).exists():
         found = checksums(folder)
         for name, expected in read_object(folder / CHECKSUMS).items():

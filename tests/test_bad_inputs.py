@@ -386,12 +386,12 @@ DAMAGE = {
     "deleted": lambda content: None,
     "flipped": flip,
 }
-# file -> the doors that name it, and what is not seen: nobody misses a deleted file of traces.
+# file -> the doors that name it, and what is not seen: a checkpoint without checksums may be of an older version.
 FILES = {
     "config.json": ("resume report explorer monitor compare", "deleted"),
     "metrics.jsonl": ("report monitor", ""),
     "evaluations.jsonl": ("report monitor compare", ""),
-    "traces/step_00004.parquet": ("report explorer monitor", "deleted"),
+    "traces/step_00004.parquet": ("report explorer monitor", ""),
     "evaluations/step_00004.parquet": ("compare", ""),
     f"{NEWEST}/adapter_model.safetensors": ("resume", ""),
     f"{NEWEST}/adapter_config.json": ("resume", ""),
@@ -467,6 +467,18 @@ def test_a_flipped_bit_anywhere_in_a_parquet_file(whole_run, tmp_path):
             assert_one_sentence(str(error))
         else:
             assert at >= footer or found.equals(expected)
+
+
+def test_missing_traces_are_named_where_a_checkpoint_has_passed_them(whole_run, tmp_path):
+    """Not to a script, which reads what there is, nor in folders without checkpoints, whose traces were chosen."""
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    for step in (2, 3):
+        damage(run, f"traces/step_{step:05d}.parquet", "deleted")
+    said = load_run(run).forgiving().alarms["traces"]
+    assert said == f"{str(run / 'traces' / 'step_00002.parquet')!r} and 1 more are missing; restore them"
+    assert load_run(run).traces()["step"].unique().tolist() == [1, 4]
+    shutil.rmtree(run / "checkpoints")
+    assert "traces" not in load_run(run).forgiving().alarms
 
 
 LINES = [

@@ -205,12 +205,19 @@ class Run:
     def alarms(self) -> dict[str, str]:
         """Signs that the run goes wrong, a sentence each by kind or file; see ``runs.alarms``."""
         lines = [self.lines(name) for name in ("metrics.jsonl", "evaluations.jsonl")]
+        _ = self.steps  # whose files may be missing
         return (self.damage or {}) | alarms(*lines, self.config.get("method", ""))
 
     @property
     def steps(self) -> list[int]:
-        """Steps with stored traces."""
-        return steps_in(self.path / "traces")
+        """Steps with stored traces; ``damage`` names missing ones that a checkpoint has passed."""
+        saved = max(steps_in(self.path / "checkpoints"), default=0)  # read first: a run writes its traces before
+        found = steps_in(self.path / "traces")
+        if self.damage is not None and (missing := sorted(set(range(1, saved + 1)).difference(found))):
+            first, more = repr(str(step_file(self.path / "traces", missing[0]))), len(missing) - 1
+            said = f"and {more} more are missing; restore them" if more else "is missing; restore it"
+            self.damage["traces"] = f"{first} {said}"
+        return found
 
     def _tables(self, kind: str, steps: Sequence[int], columns: Sequence[str] | None = None) -> list[pa.Table]:
         """The traces or evaluations of some steps, a table each as it is stored, or some of their columns."""

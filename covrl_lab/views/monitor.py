@@ -134,11 +134,11 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
 
 def _evaluation_seconds(run: Run) -> float | None:
     """Median time between a step's traces and its evaluation, which a run writes one after the other."""
-    folder = run.path / "evaluations"
+    folder, stored = run.path / "evaluations", set(run.steps)
     took = [
         _written(step_file(folder, step)) - _written(step_file(run.path / "traces", step))
         for step in steps_in(folder)
-        if step in run.steps
+        if step in stored
     ]
     took = [seconds for seconds in took if seconds > 0]  # else the traces are those of a second attempt
     return float(np.median(took)) if took else None
