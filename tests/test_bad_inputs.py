@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import TINY_RUN, assert_one_sentence, make_trainer, numbers
+from helpers import TINY_RUN, assert_one_sentence, flags, make_trainer, numbers
 
 from covrl_lab import RunConfig, load_run, load_task
 from covrl_lab.__main__ import main
@@ -566,6 +566,25 @@ def test_lines_before_every_checkpoint_are_mended_on_request(whole_run, tmp_path
     assert mended.metrics["lost"].tolist()[0] == 1 and mended.metrics["step"].tolist() == [1, 2, 3, 4]
     assert numbers(run)[1:] == numbers(whole_run)[1:]
     assert make_trainer(run, RUN).setup().step == 4
+
+
+def test_the_flag_repair_mends_and_trains_on(whole_run, tmp_path, capsys):
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    damage(run, "metrics.jsonl", "cut")  # its first half: no checkpoint will do
+    lost = (run / "metrics.jsonl").read_bytes().count(b"\n")
+    (run / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes().partition(b"\n")[2])
+
+    def train(*more):
+        with pytest.raises(SystemExit) as ended:
+            main(["train", *more, *flags(RUN | {"run_dir": run})])
+        return ended.value.code, *capsys.readouterr()
+
+    code, _, error = train()
+    assert code == 2 and "mend it with covrl-lab train --repair" in error
+    code, said, _ = train("--repair")
+    assert code == 0 and f"lines made anew: [1, {', '.join(map(str, range(lost + 1, 5)))}]" in said
+    assert said.endswith(f"Run folder: {run}\n") and load_run(run).metrics["step"].tolist() == [1, 2, 3, 4]
+    assert train("--repair")[1].startswith("nothing to mend\n")
 
 
 def test_a_run_without_its_checkpoints_says_that_it_begins_again(whole_run, tmp_path, caplog):
