@@ -1,5 +1,6 @@
 """A run folder has one owner, and the signals that end a process cost it nothing."""
 
+import errno
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from helpers import (
     until,
 )
 
+from covrl_lab import files
 from covrl_lab.files import Owner
 from covrl_lab.runs.folder import read_lines, steps_in
 from covrl_lab.types import ConfigError
@@ -117,6 +119,20 @@ def test_two_trainers_of_one_process_take_turns(tmp_path):
         if record.step == 3:
             break
     assert next(record.step for record in second) == 4
+
+
+def test_without_locks_a_file_that_one_process_alone_can_make_stands_in(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", none)
+    with Owner(tmp_path):
+        assert not Owner.gone(tmp_path), "nobody can know"
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} on .*; if it was killed, delete 'held.lock'"):
+            Owner(tmp_path).__enter__()
+    with Owner(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["owner.lock"] and not Owner.gone(tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

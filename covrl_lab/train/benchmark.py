@@ -49,7 +49,7 @@ def evaluate_checkpoint(
     write_parquet(results, step_file(run.path / "benchmarks", step, f"-{name}.parquet"))
     record, path = {"step": step, "settings": changed, **summary}, run.path / "benchmarks.jsonl"
     with path.open("a+b") as file:
-        if not lock(file):  # two evaluations may end together
+        if lock(file) is False:  # two evaluations may end together
             raise ConfigError(f"{str(path)!r} is held by another process; end that, and evaluate again")
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)  # without a last line that a killed process left unfinished
