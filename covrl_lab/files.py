@@ -10,9 +10,9 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from .types import ConfigError
 
@@ -66,7 +66,10 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def check_checksums(folder: Path) -> None:
-    """ConfigError where a file is missing or is not what was written; nothing in folders without checksums."""
+    """ConfigError where a file is missing or is not what was written.
+
+    Folders without checksums pass: older versions wrote none, so nobody can tell that they were deleted.
+    """
     if (folder / CHECKSUMS).exists():
         found = checksums(folder)
         for name, expected in read_object(folder / CHECKSUMS).items():
@@ -75,11 +78,11 @@ def check_checksums(folder: Path) -> None:
                 raise ConfigError(f"{str(folder / name)!r} is {problem}; restore it")
 
 
-def lock(file: TextIO) -> bool:
+def lock(file: IO[Any]) -> bool | None:
     """Try to hold the system's lock on an open file until it is closed; False where others hold it.
 
-    Processes that inherit the file share the lock; it is free when all of them have closed it or died. Where the file
-    system has no locks (or on Windows) it always is.
+    Processes that inherit the file share the lock; it is free when all of them have closed it or died. None where the
+    file system has no locks; on Windows always True.
     """
     for _ in range(20):  # a process that only looks holds the lock for an instant
         try:
@@ -88,34 +91,29 @@ def lock(file: TextIO) -> bool:
             return True
         except BlockingIOError:
             time.sleep(0.05)
-        except OSError:  # a file system without locks
-            return True
+        except OSError:
+            return None
     return False
 
 
-def locked(path: Path) -> bool:
-    """Whether some process holds the lock on a file now; no process does where there are no locks, or no file."""
-    if fcntl is None or not path.exists():
-        return False
+def locked(path: Path) -> bool | None:
+    """Whether some process holds the lock on a file now; None where nobody can know: no locks, or no file."""
+    if fcntl is None:
+        return None
     try:
         with open(path, encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
-        pass
+        return None
     return False
 
 
 def refuse_links(folder: Path) -> None:
     """ConfigError where a run folder, or what a run writes into, is a link: it would write to another place."""
-    inside = [
-        *folder.glob("*"),
-        *folder.glob("traces/*"),
-        *folder.glob("evaluations/*"),
-        *folder.glob("checkpoints/*"),
-    ]
-    for path in [folder, *inside]:
+    places = [folder, *(folder / name for name in ("traces", "evaluations", "benchmarks", "checkpoints"))]
+    for path in [folder, *(path for place in places for path in place.glob("*"))]:
         if path.is_symlink():
             raise ConfigError(f"{str(path)!r} is a link, and a run stays within its own folder; remove it")
 
@@ -123,14 +121,15 @@ def refuse_links(folder: Path) -> None:
 class Owner:
     """Owns a run folder inside ``with``, which may be nested; also against machines that share the folder.
 
-    ConfigError, with the owner's process and host, where another one owns it. A signal that would end the process
-    is a KeyboardInterrupt inside, and ends the process behind it; one that others handle is left to them.
+    ConfigError, with the owner's process and host, where another one owns it, and where the folder holds a link. A
+    signal that would end the process is a KeyboardInterrupt inside, and ends the process behind it; one that others
+    handle is left to them. Where the file system has no locks, a file ``MARK`` stands in, which a killed owner leaves.
     """
 
-    NAME = "owner.lock"
+    NAME, MARK = "owner.lock", "held.lock"
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._depth, self._heeded, self._ended = folder, 0, [], 0
+        self.folder, self._depth, self._heeded, self._ended, self._marked = folder, 0, [], 0, False
 
     def _interrupt(self, number: int, frame: Any) -> None:
         signal.signal(number, signal.SIG_IGN)  # a second one would meet what the first began to save
@@ -139,14 +138,20 @@ class Owner:
 
     def __enter__(self) -> None:
         if not self._depth:
+            refuse_links(Path(os.path.realpath(self.folder)))  # the folder itself may be one
             self._file = open(self.folder / self.NAME, "a+", encoding="utf-8")
-            if not lock(self._file):
+            free, killed = lock(self._file), ""
+            if free is None:
+                killed = f"; if it was killed, delete {self.MARK!r} there"
+                with suppress(FileExistsError):
+                    (self.folder / self.MARK).touch(exist_ok=False)  # one process alone can make it
+                    free = self._marked = True
+            if not free:
                 self._file.seek(0)
                 owner = self._file.read() or "another process"
                 self._file.close()
-                raise ConfigError(
-                    f"{str(self.folder)!r} is being trained by {owner}; wait for it, or stop it by a file STOP there"
-                )
+                what = "wait for it, or stop it by a file STOP there"
+                raise ConfigError(f"{str(self.folder)!r} is being trained by {owner}; {what}{killed}")
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
             self._file.flush()
@@ -162,6 +167,8 @@ class Owner:
         if not self._depth:
             self._file.truncate(0)
             self._file.close()
+            if self._marked:
+                (self.folder / self.MARK).unlink(missing_ok=True)
             while self._heeded:
                 signal.signal(self._heeded.pop(), signal.SIG_DFL)
             if self._ended:
@@ -170,4 +177,4 @@ class Owner:
     @classmethod
     def gone(cls, folder: Path) -> bool:
         """Whether the process that owned a run has gone; False where nobody can know."""
-        return fcntl is not None and (folder / cls.NAME).exists() and not locked(folder / cls.NAME)
+        return locked(folder / cls.NAME) is False

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -80,6 +81,12 @@ def checkout_environment(**more):
 def flags(settings):
     """Settings as arguments of the command line."""
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def heed_signals():
+    """For ``preexec_fn``, as in a terminal: nohup and shells in the background leave some ignored, to children, too."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def start_training(settings, *before):

@@ -61,6 +61,11 @@ def test_a_model_that_guesses_is_told_from_the_first_evaluation_on():
     assert alarms([], [never]) == {}
 
 
+def test_answers_that_the_scorer_cut_are_counted():
+    assert alarms([], [START | {"eval_scoring_cut": 3}])["scoring cut"].startswith("3 answers were cut by the scorer")
+    assert alarms([], [START | {"eval_scoring_cut": 3}, START | {"eval_scoring_cut": 0}]) == {}
+
+
 def test_a_model_that_never_used_its_traces_raises_nothing():
     assert alarms(FINE, [START | {"trace_dependence": 0.5}, START | {"trace_dependence": 0.0}]) == {}
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import TINY_RUN, assert_one_sentence, make_trainer, numbers
+from helpers import TINY_RUN, assert_one_sentence, flags, make_trainer, numbers
 
 from covrl_lab import RunConfig, load_run, load_task
 from covrl_lab.__main__ import main
@@ -386,12 +386,12 @@ DAMAGE = {
     "deleted": lambda content: None,
     "flipped": flip,
 }
-# file -> the doors that name it, and what is not seen: nobody misses a deleted file of traces.
+# file -> the doors that name it, and what is not seen: a checkpoint without checksums may be of an older version.
 FILES = {
     "config.json": ("resume report explorer monitor compare", "deleted"),
     "metrics.jsonl": ("report monitor", ""),
     "evaluations.jsonl": ("report monitor compare", ""),
-    "traces/step_00004.parquet": ("report explorer monitor", "deleted"),
+    "traces/step_00004.parquet": ("report explorer monitor", ""),
     "evaluations/step_00004.parquet": ("compare", ""),
     f"{NEWEST}/adapter_model.safetensors": ("resume", ""),
     f"{NEWEST}/adapter_config.json": ("resume", ""),
@@ -469,6 +469,18 @@ def test_a_flipped_bit_anywhere_in_a_parquet_file(whole_run, tmp_path):
             assert at >= footer or found.equals(expected)
 
 
+def test_missing_traces_are_named_where_a_checkpoint_has_passed_them(whole_run, tmp_path):
+    """Not to a script, which reads what there is, nor in folders without checkpoints, whose traces were chosen."""
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    for step in (2, 3):
+        damage(run, f"traces/step_{step:05d}.parquet", "deleted")
+    said = load_run(run).forgiving().alarms["traces"]
+    assert said == f"{str(run / 'traces' / 'step_00002.parquet')!r} and 1 more are missing; restore them"
+    assert load_run(run).traces()["step"].unique().tolist() == [1, 4]
+    shutil.rmtree(run / "checkpoints")
+    assert "traces" not in load_run(run).forgiving().alarms
+
+
 LINES = [
     ("a line that is no JSON", 3, "not json", "line 3 cannot be read"),
     ("an empty line", 3, "", "line 3 cannot be read"),
@@ -495,6 +507,19 @@ def test_a_hole_in_the_metrics_is_repaired_from_the_checkpoint_before(content, w
     assert len(said) == 1 and words in said[0]
     assert numbers(resumed.run_dir) == numbers(whole_run)
     assert load_run(run).metrics["step"].tolist() == [1, 2, 3, 4] and find_checkpoint(run) == (4, [])
+
+
+@pytest.mark.parametrize("bad", ["not json", "", "[1, 2]", "[" * 100_000, "\udcff"], ids=lambda bad: ascii(bad[:9]))
+def test_a_damaged_line_of_benchmarks(bad, whole_run, tmp_path):
+    """The others are shown; one that is cut short at the end is no damage, as somebody may be writing it."""
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    path, line = run / "benchmarks.jsonl", '{"step": 4, "settings": {}, "accuracy": 0.5}\n'
+    path.write_text(f"{line}{line}{bad}", errors="surrogateescape")
+    assert len(load_run(run).benchmarks) == 2 == len(load_run(run).forgiving().benchmarks)
+    path.write_text(f"{line}{bad}\n{line}", errors="surrogateescape")
+    said = sentence_of(lambda: load_run(run).benchmarks, f"line 2 of {str(path)!r} cannot be read", "delete that line")
+    forgiving = load_run(run).forgiving()
+    assert len(forgiving.benchmarks) == 2 and forgiving.damage == {"benchmarks.jsonl": said}
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.safetensors", "memory.json"])
@@ -541,6 +566,25 @@ def test_lines_before_every_checkpoint_are_mended_on_request(whole_run, tmp_path
     assert mended.metrics["lost"].tolist()[0] == 1 and mended.metrics["step"].tolist() == [1, 2, 3, 4]
     assert numbers(run)[1:] == numbers(whole_run)[1:]
     assert make_trainer(run, RUN).setup().step == 4
+
+
+def test_the_flag_repair_mends_and_trains_on(whole_run, tmp_path, capsys):
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    damage(run, "metrics.jsonl", "cut")  # its first half: no checkpoint will do
+    lost = (run / "metrics.jsonl").read_bytes().count(b"\n")
+    (run / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes().partition(b"\n")[2])
+
+    def train(*more):
+        with pytest.raises(SystemExit) as ended:
+            main(["train", *more, *flags(RUN | {"run_dir": run})])
+        return ended.value.code, *capsys.readouterr()
+
+    code, _, error = train()
+    assert code == 2 and "mend it with covrl-lab train --repair" in error
+    code, said, _ = train("--repair")
+    assert code == 0 and f"lines made anew: [1, {', '.join(map(str, range(lost + 1, 5)))}]" in said
+    assert said.endswith(f"Run folder: {run}\n") and load_run(run).metrics["step"].tolist() == [1, 2, 3, 4]
+    assert train("--repair")[1].startswith("nothing to mend\n")
 
 
 def test_a_run_without_its_checkpoints_says_that_it_begins_again(whole_run, tmp_path, caplog):

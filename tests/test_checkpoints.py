@@ -121,6 +121,21 @@ def test_a_killed_process_resumes_to_the_same_numbers(tmp_path):
     assert_same_run(killed, uninterrupted.run_dir)
 
 
+def test_what_killed_writers_leave_is_removed_and_nothing_else(short_reference, tmp_path):
+    run = shutil.copytree(short_reference.run_dir, tmp_path / "run")
+    kept = [*contents(run), "owner.lock", "draft.tmp", "chapter.v2.tmp"]
+    for name in ("draft.tmp", "chapter.v2.tmp"):
+        (run / name).write_text("somebody's own")
+    for name in ("report.html", "traces_cache.parquet", "notes.json", "metrics.jsonl", "config.json", "STOP"):
+        (run / f"{name}.4711.tmp").write_bytes(b"half")
+    for name in ("traces/step_00004.parquet.4711.tmp", "evaluations/step_00004.parquet.4711.tmp"):
+        (run / name).write_bytes(b"half")
+    (run / "checkpoints" / "step_00005.tmp").mkdir()
+    assert make_trainer(run, SHORT).setup().step == 4
+    assert sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()) == sorted(kept)
+    assert not (run / "checkpoints" / "step_00005.tmp").exists()
+
+
 def test_killed_before_the_first_checkpoint(short_reference, tmp_path):
     """All begins again, and the evaluation before training is there once."""
     run = shutil.copytree(short_reference.run_dir, tmp_path / "run")

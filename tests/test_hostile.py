@@ -17,6 +17,7 @@ from helpers import EXAMPLE_RUN, ROOT, TINY_RUN, assert_one_sentence, hostile_ru
 from hostile import HOSTILE
 
 from covrl_lab import MixingRatio, TraceExplorer, load_run
+from covrl_lab.__main__ import main
 from covrl_lab.config import RunConfig
 from covrl_lab.runs.folder import step_file, write_parquet
 from covrl_lab.runs.sweep import Sweep
@@ -299,6 +300,39 @@ def test_a_link_in_a_run_folder_is_refused_before_anything_is_written(name, tmp_
     assert_one_sentence(str(caught.value))
     assert before == {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
     assert not (tmp_path / "new").exists()
+
+
+def test_a_link_is_followed_by_no_other_writer(tmp_path, no_model, capsys):
+    """--repair, an evaluation of a checkpoint, and the monitor's button; of the last also a link to nothing."""
+    run, outside, new = tmp_path / "run", tmp_path / "outside", tmp_path / "new"
+    run.mkdir()
+    outside.write_text("mine\n")
+    RunConfig(**TINY_RUN, run_dir=str(run)).save(run / "config.json")
+
+    def linked(name, target, write):
+        (run / name).symlink_to(target)
+        write()
+        (run / name).unlink()
+        assert outside.read_text() == "mine\n" and not new.exists()
+
+    def refused(command, *arguments):
+        with pytest.raises(SystemExit) as ended:
+            main([command, *arguments])
+        assert ended.value.code == 2 and "is a link, and a run stays within its own folder" in capsys.readouterr().err
+
+    monitor = RunMonitor(run, every=60)
+
+    def click():
+        monitor.button.click()
+        assert "is a link" in monitor.status.value
+
+    linked("owner.lock", outside, lambda: refused("train", "--repair", "--run_dir", str(run)))
+    linked("benchmarks.jsonl", outside, lambda: refused("evaluate", str(run)))
+    linked("benchmarks", tmp_path, lambda: refused("evaluate", str(run)))
+    linked("STOP", new, click)
+    monitor.button.click()
+    assert (run / "STOP").exists() and "is a link" not in monitor.status.value
+    monitor.close()
 
 
 def test_a_link_in_a_sweep_folder_is_refused(tmp_path):

@@ -1,13 +1,27 @@
 """A run folder has one owner, and the signals that end a process cost it nothing."""
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, TRAINED, checkout_environment, flags, lines, make_trainer, numbers, until
+from helpers import (
+    ROOT,
+    TRAINED,
+    checkout_environment,
+    contents,
+    flags,
+    heed_signals,
+    lines,
+    make_trainer,
+    numbers,
+    until,
+)
 
+from covrl_lab import files
 from covrl_lab.files import Owner
 from covrl_lab.runs.folder import read_lines, steps_in
 from covrl_lab.types import ConfigError
@@ -15,23 +29,24 @@ from covrl_lab.types import ConfigError
 BASE = TRAINED | {"eval_samples": 0, "checkpoint_every": 100, "eval_every": 0}
 
 
-def train(run_dir, **settings):
-    command = [sys.executable, "-m", "covrl_lab", "train", *flags(BASE | settings | {"run_dir": run_dir})]
+ENDINGS = [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
+
+
+def start(*arguments):
+    command = [sys.executable, "-m", "covrl_lab", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=checkout_environment(), preexec_fn=_heed_signals, **pipes)
+    return subprocess.Popen(command, env=checkout_environment(), preexec_fn=heed_signals, **pipes)
 
 
-def _heed_signals():
-    """As in a terminal; under nohup and in the background of a shell some are ignored, which children inherit."""
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+def train(run_dir, **settings):
+    return start("train", *flags(BASE | settings | {"run_dir": run_dir}))
 
 
 def steps(run_dir):
     return len(read_lines(run_dir / "metrics.jsonl").records)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), ENDINGS)
 def test_a_signal_saves_and_the_run_resumes_to_the_same_numbers(reference_numbers, tmp_path, number, status):
     run = tmp_path / "run"
     process = train(run)
@@ -47,9 +62,27 @@ def test_a_signal_saves_and_the_run_resumes_to_the_same_numbers(reference_number
     assert numbers(run) == reference_numbers
 
 
+@pytest.mark.parametrize(("number", "status"), ENDINGS)
+def test_an_evaluation_that_is_ended_says_so_and_writes_nothing(whole, tmp_path, number, status):
+    run, said = shutil.copytree(whole, tmp_path / "run"), b""
+    process = start("evaluate", str(run), "--eval_samples", "1000")
+    while b"evaluate:" not in said and (part := os.read(process.stderr.fileno(), 2**16)):  # its bar
+        said += part
+    process.send_signal(number)
+    said += process.communicate(timeout=300)[1]
+    assert process.returncode == status, said.decode()
+    assert said.decode().endswith(f"covrl-lab evaluate: ended by {number.name}\n") and b"Traceback" not in said
+    assert contents(run) == contents(whole)
+
+
 @pytest.fixture(scope="module")
-def reference_numbers(tmp_path_factory):
-    return numbers(make_trainer(tmp_path_factory.mktemp("whole") / "run", BASE).run().run_dir)
+def whole(tmp_path_factory):
+    return make_trainer(tmp_path_factory.mktemp("whole") / "run", BASE).run().run_dir
+
+
+@pytest.fixture(scope="module")
+def reference_numbers(whole):
+    return numbers(whole)
 
 
 def test_a_second_process_is_refused_with_the_name_of_the_first(tmp_path):
@@ -88,12 +121,26 @@ def test_two_trainers_of_one_process_take_turns(tmp_path):
     assert next(record.step for record in second) == 4
 
 
+def test_without_locks_a_file_that_one_process_alone_can_make_stands_in(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", none)
+    with Owner(tmp_path):
+        assert not Owner.gone(tmp_path), "nobody can know"
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} on .*; if it was killed, delete 'held.lock'"):
+            Owner(tmp_path).__enter__()
+    with Owner(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["owner.lock"] and not Owner.gone(tmp_path)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_script_that_is_ended_saves_first(number, reference_numbers, tmp_path):
     run = tmp_path / "run"
     code = f"from covrl_lab import RunConfig, Trainer; Trainer(RunConfig(**{BASE | {'run_dir': str(run)}!r})).run()"
     process = subprocess.Popen(
-        [sys.executable, "-c", code], env=checkout_environment(), preexec_fn=_heed_signals, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", code], env=checkout_environment(), preexec_fn=heed_signals, stderr=subprocess.DEVNULL
     )
     until(lambda: steps(run) >= 2 or process.poll() is not None, "two steps")
     process.send_signal(number)
@@ -114,7 +161,7 @@ def test_a_notebook_under_papermill_that_is_ended_saves_first(reference_numbers,
         [*command, "--kernel", "python3", *parameters],
         env=checkout_environment(HF_TOKEN=secret, JUPYTER_PREFER_ENV_PATH="1"),
         cwd=ROOT,
-        preexec_fn=_heed_signals,
+        preexec_fn=heed_signals,
         stderr=subprocess.DEVNULL,
     )
     until(lambda: steps(run) >= 2 or process.poll() is not None, "two steps")

@@ -513,6 +513,9 @@ def test_a_stored_checkpoint_is_evaluated_beside_the_runs_own(tmp_path, referenc
     record, path = evaluate_checkpoint(folder, {"eval_task": f"{name}*2", "eval_questions": 4}, progress=False)
     assert record["step"] == 8 and record[f"{name}/eval_questions"] == 4 and record[f"{name}/k"] == 2
     assert record["settings"] == {"eval_task": f"{name}*2", "eval_questions": 4}
+    with path.open("a") as file:
+        file.write('{"step": 6, "accur')  # a killed process's
+    assert load_run(folder).benchmarks["step"].tolist() == [8]
     evaluate_checkpoint(folder, {}, step=0, progress=False)
     assert {p: p.read_bytes() for p in kept} == kept
     first, second = lines(path)

@@ -183,6 +183,8 @@ def test_command_line_and_errors(tmp_path):
     assert not (tmp_path / "model" / "report.html").exists()
     with pytest.raises(ConfigError, match="does not exist"):
         report(EXAMPLE_RUN, tmp_path / "nowhere" / "report.html")
+    with pytest.raises(ConfigError, match=r"cannot be written \(Is a directory\); choose another file"):
+        report(EXAMPLE_RUN, tmp_path / "model")
     command = [sys.executable, "-m", "covrl_lab", "report"]
     out = tmp_path / "out.html"
     done = subprocess.run([*command, EXAMPLE_RUN, out], cwd=ROOT, capture_output=True, text=True)

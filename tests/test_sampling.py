@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import TINIES
 
+from covrl_lab.runs.alarms import alarms
 from covrl_lab.runs.stats import bootstrap_interval, share_interval
 from covrl_lab.train import evaluation, sampling
 from covrl_lab.train.evaluation import evaluate, predict, summarise
@@ -510,6 +511,26 @@ def test_what_the_answers_score_on_other_questions(tiny_policies, prompter, bias
     ]
     assert summarise(frame)["guess_accuracy"] == pytest.approx(frame["guess_score"].mean())
     assert summarise(frame)["guess_accuracy"] > 0
+
+
+def test_an_answer_that_the_scorer_cuts_is_marked_and_counted(tiny_policies, prompter, bias, monkeypatch):
+    policy, calls = tiny_policies("tiny"), []
+    bias(policy, newline=4.0)
+    monkeypatch.setattr(evaluation.scorer, "seconds", 0.5)
+
+    def score(prediction, example):
+        calls.append(prediction)
+        return evaluation.scorer("math_verify", "1+x^2" if calls[1:] else "9^{9^{9^{9}}}", {"answer": "x^2+1"})
+
+    frame = evaluated(policy, prompter, SimpleNamespace(score=score), samples=1)
+    finished = frame[frame["finished"]]
+    assert finished["scoring_cut"].tolist() == [True] + [False] * (len(finished) - 1) and len(finished) > 1
+    assert (finished["score"] == 1.0 - finished["scoring_cut"]).all() and not frame["scoring_cut"][3:].any()
+    assert summarise(frame)["eval_scoring_cut"] == 1
+    both = pd.concat([frame.assign(set="one"), frame.assign(set="two")])
+    summary = evaluation.summarise_sets(both)
+    assert summary["eval_scoring_cut"] == 2 and summary["two/eval_scoring_cut"] == 1
+    assert "2 answers were cut" in alarms([], [summary])["scoring cut"]
 
 
 def test_evaluate_is_a_function_of_its_seed_and_not_of_its_batches(tiny_policies, prompter, monkeypatch):

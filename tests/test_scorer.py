@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -10,7 +11,7 @@ import reasoning_gym
 
 from covrl_lab import load_task
 from covrl_lab.train.answers import gym_scorer, match_answer
-from covrl_lab.train.scorer import Scorer, scorer
+from covrl_lab.train.scorer import MEMORY, Scorer, scorer
 from covrl_lab.types import Example
 
 HUGE = ["9**(9)**(9)**(9)", "9**+9**+9**+9", "exp(exp(exp(exp(99))))", "((x+y+z+w)**99)**9"]
@@ -36,6 +37,14 @@ def test_a_broken_limit_is_counted():
     mine = Scorer(seconds=0.5)
     assert mine("math_verify", "9^{9^{9^{9}}}", {"answer": "x^2+1"}) == 0.0 and mine.cut == 1
     assert mine("math_verify", "1+x^2", {"answer": "x^2+1"}) == 1.0 and mine.cut == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of a process")
+def test_an_answer_that_takes_too_much_memory_is_wrong():
+    """A list of "A", for which this scorer gives a tenth, that holds some bytes meanwhile; 4 GiB are allowed."""
+    mine, entry = Scorer(), {"answer": "A", "metadata": {}, "question": "?"}
+    scores = [mine("string_insertion", f"['A' for x in [bytes({n})]]", entry) for n in (2**10, 5 * 2**30, 2**10)]
+    assert scores == [0.1, 0.0, 0.1] and MEMORY < 5 * 2**30
 
 
 def test_a_killed_process_is_replaced():

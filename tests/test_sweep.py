@@ -13,7 +13,7 @@ from contextlib import suppress
 import nbformat
 import psutil
 import pytest
-from helpers import ROOT, TINY_RUN, checkout_environment, until
+from helpers import ROOT, TINY_RUN, checkout_environment, heed_signals, until
 from helpers import numbers as steps_of
 from nbclient import NotebookClient
 
@@ -323,6 +323,32 @@ def test_stop_lets_a_run_save_its_step(tmp_path):
     steps = len(read_lines(path / "metrics.jsonl").records)
     assert steps_in(path / "checkpoints") == [steps] and 2 <= steps < 500
     assert sweep.statuses == {run_id: "queued"} and not (path / "STOP").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_sweep_that_is_ended_lets_its_run_end_and_says_so(toy, number, code):
+    sweep = toy(3)
+    (run_id,) = sweep.runs
+    path, settings = sweep.path(run_id), ["--model=tiny", "--steps=2", "--grid=seed=3"]
+    command = [
+        sys.executable,
+        "-m",
+        "covrl_lab",
+        "sweep",
+        str(sweep.folder),
+        *settings,
+        f"--notebook={sweep.notebook}",
+    ]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, preexec_fn=heed_signals, **quiet)
+    until(lambda: (path / "metrics.jsonl").exists() or process.poll() is not None, "the run is at work")
+    process.send_signal(number)
+    until(lambda: (path / "STOP").exists() or process.poll() is not None, "it is asked to stop")
+    (path / "enough").touch()
+    said = process.communicate(timeout=PATIENCE)[1]
+    assert process.returncode == code, said
+    assert said == f"covrl-lab sweep: ended by {number.name}; the same command resumes it\n"
+    assert sweep.statuses[run_id] in ("done", "queued")
 
 
 def test_runs_at_once_on_this_machine_have_a_gpu_each(toy, tmp_path, monkeypatch):

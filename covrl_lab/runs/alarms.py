@@ -60,6 +60,10 @@ def alarms(
             "model guesses, and accuracy moves with its favourite answer; begin with easier questions or a larger "
             "model, as rewards cannot teach what is never right"
         )
+    if cut := last.get("eval_scoring_cut"):
+        found["scoring cut"] = (
+            f"{cut} answers were cut by the scorer's limit and count as wrong: their scoring_cut is set"
+        )
     if len(evaluations) < 2:
         return found
 

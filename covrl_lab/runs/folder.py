@@ -186,22 +186,38 @@ class Run:
 
     @property
     def benchmarks(self) -> pd.DataFrame:
-        """One row a later evaluation of a checkpoint (``covrl-lab evaluate``): step, settings changed, the summary."""
-        path = self.path / "benchmarks.jsonl"
-        with readable(repr(str(path))):
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            return pd.DataFrame([json.loads(line) for line in lines])
+        """One row a later evaluation of a checkpoint (``covrl-lab evaluate``): step, settings changed, the summary.
+
+        A last line that is still being written, or was cut short, is left out.
+        """
+        path, records, content = self.path / "benchmarks.jsonl", [], b""
+        with readable(repr(str(path))), suppress(FileNotFoundError):
+            content = path.read_bytes()
+        for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+            try:
+                with readable(f"line {number} of {str(path)!r}", "restore it, or delete that line"):
+                    records.append({**json.loads(line)})
+            except ConfigError as error:
+                self.note(path.name, str(error))
+        return pd.DataFrame(records)
 
     @property
     def alarms(self) -> dict[str, str]:
         """Signs that the run goes wrong, a sentence each by kind or file; see ``runs.alarms``."""
         lines = [self.lines(name) for name in ("metrics.jsonl", "evaluations.jsonl")]
+        _ = self.steps  # whose files may be missing
         return (self.damage or {}) | alarms(*lines, self.config.get("method", ""))
 
     @property
     def steps(self) -> list[int]:
-        """Steps with stored traces."""
-        return steps_in(self.path / "traces")
+        """Steps with stored traces; ``damage`` names missing ones that a checkpoint has passed."""
+        saved = max(steps_in(self.path / "checkpoints"), default=0)  # read first: a run writes its traces before
+        found = steps_in(self.path / "traces")
+        if self.damage is not None and (missing := sorted(set(range(1, saved + 1)).difference(found))):
+            first, more = repr(str(step_file(self.path / "traces", missing[0]))), len(missing) - 1
+            said = f"and {more} more are missing; restore them" if more else "is missing; restore it"
+            self.damage["traces"] = f"{first} {said}"
+        return found
 
     def _tables(self, kind: str, steps: Sequence[int], columns: Sequence[str] | None = None) -> list[pa.Table]:
         """The traces or evaluations of some steps, a table each as it is stored, or some of their columns."""

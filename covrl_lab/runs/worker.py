@@ -153,7 +153,7 @@ def supervise(
     check_platform()
     path = Path(folder)
     with open(path / "lock", "a", encoding="utf-8") as held:
-        ours = lock(held) and status(path)[0] not in ENDS
+        ours = lock(held) is not False and status(path)[0] not in ENDS
         if ours:
             if _stopped_by_sweep(path):  # by one that died meanwhile
                 (path / "STOP").unlink()

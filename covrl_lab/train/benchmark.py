@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig
-from ..files import check_checksums
+from ..files import check_checksums, lock, refuse_links
 from ..runs.folder import load_run, step_file, steps_in, write_parquet
 from ..types import ConfigError
-from .checkpoints import append_line
 from .evaluation import evaluate_sets
 from .models import context_length
 from .opening import open_examples, open_policy, open_task
@@ -31,6 +30,7 @@ def evaluate_checkpoint(
     run = load_run(run_dir)
     if run.foreign:
         raise ConfigError(run.foreign)
+    refuse_links(run.path.resolve())
     stored, checkpoints = RunConfig.load(run.path / "config.json"), run.path / "checkpoints"
     config = RunConfig.from_dict(stored.to_dict() | dict(settings))
     steps = [0, *steps_in(checkpoints)]
@@ -47,6 +47,11 @@ def evaluate_checkpoint(
     changed = {name: new for name, (_, new) in stored.differences(config).items()}
     name = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
     write_parquet(results, step_file(run.path / "benchmarks", step, f"-{name}.parquet"))
-    record = {"step": step, "settings": changed, **summary}
-    append_line(run.path / "benchmarks.jsonl", record)
-    return record, run.path / "benchmarks.jsonl"
+    record, path = {"step": step, "settings": changed, **summary}, run.path / "benchmarks.jsonl"
+    with path.open("a+b") as file:
+        if lock(file) is False:  # two evaluations may end together
+            raise ConfigError(f"{str(path)!r} is held by another process; end that, and evaluate again")
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)  # without a last line that a killed process left unfinished
+        file.write(json.dumps(record).encode() + b"\n")
+    return record, path

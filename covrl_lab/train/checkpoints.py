@@ -123,7 +123,7 @@ def load_checkpoint(run_dir: Path, policy: Policy, optimizer: torch.optim.Optimi
     What was skipped is said in the log and set aside under another name. Files that an interrupted run left
     half-written are removed.
     """
-    for half in (*run_dir.glob("*/*.tmp"), *run_dir.glob("*.json*.*.tmp")):  # checkpoints, and files of all kinds
+    for half in (*run_dir.glob("*/*.tmp"), *run_dir.glob("*.[0-9]*.tmp")):  # NAME.PID.tmp; others there are not ours
         shutil.rmtree(half) if half.is_dir() else half.unlink()
     step, skipped = find_checkpoint(run_dir)
     if not step:

@@ -115,8 +115,8 @@ def evaluate(
     """One row per generation: one greedy generation a question (sample -1), then ``samples`` sampled ones.
 
     Columns: example_id, sample, question, answer, trace, prediction, finished, trace_tokens, score (0..1,
-    by the task's own scorer; 0 if the trace did not finish), scoring_cut (the scorer took too long, or too much
-    memory, and so gave 0). Greedy rows also have answer_logp, other_trace_logp
+    by the task's own scorer; 0 if the trace did not finish), scoring_cut (the scorer's process ended
+    at it, of a limit, and so gave 0). Greedy rows also have answer_logp, other_trace_logp
     and no_trace_logp: the reference answer's log-probability in nats after the model's own trace, after that of
     the next question, and after none; guess_score: what the same answer scores on other questions, on average; and,
     with ``posterior``, posterior_score: the score of the model's answer after its greedy trace from the posterior

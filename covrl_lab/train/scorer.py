@@ -22,7 +22,10 @@ _KEPT_VARIABLES = ("PATH", "PYTHONPATH", "HOME", "LANG", "SYSTEMROOT", "LD_LIBRA
 
 
 class Scorer:
-    """Asks the process for scores; from any thread. ``cut`` counts the answers that broke a limit."""
+    """Asks the process for scores; from any thread. ``cut`` counts the answers at which the process ended.
+
+    That is by time, or by memory; but most scorers take a lack of memory for a wrong answer, which is not counted.
+    """
 
     def __init__(self, seconds: float = 3.0) -> None:
         self.seconds, self.cut = seconds, 0

@@ -19,9 +19,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from IPython.display import HTML
 
-from ..files import Owner
+from ..files import Owner, refuse_links
 from ..runs.alarms import alarms
 from ..runs.folder import Run, step_file, steps_in
+from ..types import ConfigError
 from .figures import plot_training_curves
 from .html import alarms_html, html_number, html_table, html_text, reward_unit, trace_table
 from .style import BOTH, GREY, POSTERIOR, PRIOR
@@ -133,11 +134,11 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
 
 def _evaluation_seconds(run: Run) -> float | None:
     """Median time between a step's traces and its evaluation, which a run writes one after the other."""
-    folder = run.path / "evaluations"
+    folder, stored = run.path / "evaluations", set(run.steps)
     took = [
         _written(step_file(folder, step)) - _written(step_file(run.path / "traces", step))
         for step in steps_in(folder)
-        if step in run.steps
+        if step in stored
     ]
     took = [seconds for seconds in took if seconds > 0]  # else the traces are those of a second attempt
     return float(np.median(took)) if took else None
@@ -243,6 +244,7 @@ class RunMonitor(Panel):
         self.widget = widgets.VBox([self.status, control, tables, self.curves])
         self.widget.add_class("covrl-monitor")
         self._drawn: tuple[int, int] | None = None
+        self._refused: dict[str, str] = {}  # why the button did nothing
         self._closed, self._lock = threading.Event(), threading.Lock()
         self.refresh()
         self._thread = aside(self._follow)
@@ -251,7 +253,7 @@ class RunMonitor(Panel):
         """Read the folder and show what it holds, now."""
         with self._lock:
             self.snapshot = shot = snapshot(self.run_dir)
-            self.status.value = status_html(shot)
+            self.status.value = status_html(shot) + alarms_html(self._refused)
             self.bar.max, self.bar.value = max(1, shot.steps), shot.step
             asked = (self.run_dir / "STOP").exists()
             self.button.disabled = shot.status in ("waiting", "finished")
@@ -292,11 +294,15 @@ class RunMonitor(Panel):
                 self.status.value = f"<i>{html_text(f'reading again: {error}')}</i>"
 
     def _toggle_stop(self, button: widgets.Button) -> None:
-        stop = self.run_dir / "STOP"
-        if stop.exists():
-            stop.unlink()
-        else:
-            stop.touch()
+        stop, self._refused = self.run_dir / "STOP", {}
+        try:
+            if stop.exists():
+                stop.unlink()
+            else:
+                refuse_links(self.run_dir.resolve())  # else a dangling one would be followed
+                stop.touch()
+        except (OSError, ConfigError) as error:
+            self._refused["STOP"] = str(error)
         self.refresh()
 
     def static(self) -> list[Any]:

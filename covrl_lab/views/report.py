@@ -41,7 +41,8 @@ def report(run: Run | str | Path, path: str | Path | None = None) -> Path:
 
     Configuration, training curves, held-out accuracy with 95% intervals, questions gained and lost, starred traces,
     those of the first and the last stored step, what mixing the two sources comes to, and the versions that drew it.
-    About 5 MB, nearly all of it plotly.js. Raises ConfigError for a folder that is not a run.
+    About 5 MB, nearly all of it plotly.js. Raises ConfigError for a folder that is not a run, and where the file
+    cannot be written.
     """
     run = (run if isinstance(run, Run) else load_run(run)).forgiving()
     if run.foreign:
@@ -49,7 +50,11 @@ def report(run: Run | str | Path, path: str | Path | None = None) -> Path:
     path = run.path / "report.html" if path is None else Path(path)
     if not path.parent.is_dir():
         raise ConfigError(f"the folder {str(path.parent)!r} does not exist; make it or choose another file")
-    write_whole(path, page(run))
+    content = page(run)
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise ConfigError(f"{str(path)!r} cannot be written ({error.strerror}); choose another file") from error
     return path
 
 
