@@ -12,6 +12,7 @@ from covrl_lab.files import Owner
 from covrl_lab.runs.folder import read_lines, steps_in
 from covrl_lab.types import ConfigError
 
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="these locks and signals are Unix's")
 BASE = TRAINED | {"eval_samples": 0, "checkpoint_every": 100, "eval_every": 0}
 
 
@@ -31,16 +32,16 @@ def steps(run_dir):
     return len(read_lines(run_dir / "metrics.jsonl").records)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_run_resumes_to_the_same_numbers(reference_numbers, tmp_path, number, status):
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_a_signal_saves_and_the_run_resumes_to_the_same_numbers(reference_numbers, tmp_path, name, status):
     run = tmp_path / "run"
     process = train(run)
     until(lambda: steps(run) >= 2 or process.poll() is not None, "two steps")
-    process.send_signal(number)
+    process.send_signal(getattr(signal, name))
     _, said = process.communicate(timeout=300)
     assert process.returncode == status
     last = said.decode().replace("\r", "\n").strip().splitlines()[-1]
-    assert last == f"covrl-lab train: ended by {number.name}; the same command resumes it" and b"Traceback" not in said
+    assert last == f"covrl-lab train: ended by {name}; the same command resumes it" and b"Traceback" not in said
     done = len(lines(run / "metrics.jsonl"))
     assert 2 <= done < 8 and (steps_in(run / "checkpoints") in ([done], []))  # [] where a step was in hand
     make_trainer(run, BASE).run()
@@ -88,16 +89,16 @@ def test_two_trainers_of_one_process_take_turns(tmp_path):
     assert next(record.step for record in second) == 4
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_script_that_is_ended_saves_first(number, reference_numbers, tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_script_that_is_ended_saves_first(name, reference_numbers, tmp_path):
     run = tmp_path / "run"
     code = f"from covrl_lab import RunConfig, Trainer; Trainer(RunConfig(**{BASE | {'run_dir': str(run)}!r})).run()"
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=checkout_environment(), preexec_fn=_heed_signals, stderr=subprocess.DEVNULL
     )
     until(lambda: steps(run) >= 2 or process.poll() is not None, "two steps")
-    process.send_signal(number)
-    assert process.wait(300) == -number
+    process.send_signal(getattr(signal, name))
+    assert process.wait(300) == -getattr(signal, name)
     done = len(lines(run / "metrics.jsonl"))
     assert 2 <= done < 8 and (steps_in(run / "checkpoints") in ([done], []))  # [] where a step was in hand
     make_trainer(run, BASE).run()

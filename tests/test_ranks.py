@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +30,15 @@ JOBS["all else"] |= {"method": "covrl", "eval_task": "arithmetic, last_letters*2
 ONE = {"run": {"method": "covrl"}}
 ENDED = 420  # seconds within which all ranks must have ended, a job; it only ends a test that hangs
 
-FORK = multiprocessing.get_context("forkserver")  # imports once for all ranks of all tests
-FORK.set_forkserver_preload(["covrl_lab.train.trainer"])
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows forks no processes")
+
+
+@cache
+def forking():
+    """Starts ranks; imports once for all of them, of all tests."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["covrl_lab.train.trainer"])
+    return context
 
 
 def work(folder, jobs, environment, kind="", faulty=0, step=0):
@@ -82,7 +89,7 @@ def train(folder, count, jobs, *fault):
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     place |= {"WORLD_SIZE": str(count)}
     ranks = [
-        FORK.Process(target=work, args=(str(folder), jobs, place | {"RANK": str(rank)}, *fault), daemon=True)
+        forking().Process(target=work, args=(str(folder), jobs, place | {"RANK": str(rank)}, *fault), daemon=True)
         for rank in range(count)
     ]
     for process in ranks:
