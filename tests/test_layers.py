@@ -20,6 +20,7 @@ EXCEPTIONS = {
     ("views/ablation", "train/tasks"): "refuses a task that does not exist before a run fails",
     ("views/explorer", "train/opening"): "Show prompt rebuilds the prompts of a trace",
     ("views/bench", "train/policy"): "the prompt bench loads the adapter of a checkpoint",
+    ("views/bench", "train/sharing"): "the prompt bench takes adapters from the Hub",
     ("views/bench", "train/probe"): "the prompt bench asks a live model",
 }
 LONGEST_MODULE, LONGEST_CLASS = 450, 200  # lines
