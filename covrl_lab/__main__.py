@@ -158,7 +158,7 @@ def _parser() -> _Parser:
     for name, text in _SHARED.items():
         add(f"--{name}", action="store_true", help=text)
     add = own[evaluate].add_argument
-    add("run_dir")
+    add("run_dir", help="a run folder, or hub:OWNER/NAME, kept in runs/hub")
     add("--step", type=int, help="of the checkpoint; default: the last; 0: before training")
     for name in _TOKENS:
         own[plan].add_argument(f"--{name}", type=int, metavar="int")

@@ -1,6 +1,7 @@
 """train writes runs, views read runs, runs know neither; torch lives in train and theory."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ EXCEPTIONS = {
     ("views/ablation", "train/tasks"): "refuses a task that does not exist before a run fails",
     ("views/explorer", "train/opening"): "Show prompt rebuilds the prompts of a trace",
     ("views/bench", "train/policy"): "the prompt bench loads the adapter of a checkpoint",
+    ("views/bench", "train/sharing"): "the prompt bench takes adapters from the Hub",
     ("views/bench", "train/probe"): "the prompt bench asks a live model",
 }
 LONGEST_MODULE, LONGEST_CLASS = 450, 200  # lines
@@ -81,6 +83,39 @@ def test_looking_at_runs_never_imports_torch():
     code += "assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+WINDOWS = """
+import multiprocessing.context, os, signal, sys
+from importlib import import_module
+# These packages know Windows, but in other files than those that are imported here.
+import IPython, covrl_lab.train.trainer, datasets, distributed, psutil, submitit
+for name in [name for name in sys.modules if name.startswith("covrl_lab")]:
+    del sys.modules[name]
+for owner, names in (
+    (signal, "SIGHUP SIGKILL SIGALRM SIGUSR1"),
+    (os, "fork geteuid getuid killpg mkfifo setsid"),
+    (multiprocessing.context._concrete_contexts, "fork forkserver"),
+):
+    for name in names.split():
+        owner.pop(name) if isinstance(owner, dict) else delattr(owner, name)
+sys.modules |= dict.fromkeys(("fcntl", "grp", "pwd", "resource", "termios"))
+for name in sys.argv[1:]:
+    try:
+        import_module(name)
+    except BaseException as error:
+        print(f"{name}: {error!r}")
+"""
+
+
+def test_everything_imports_without_what_windows_lacks():
+    """The quick tests run on Windows, too, and pytest imports also the files of the slow ones."""
+    own = [f"covrl_lab.{name.replace('/', '.').removesuffix('.__init__')}" for name in MODULES if name != "__main__"]
+    names = [path.stem for path in Path(__file__).parent.glob("*.py")] + own
+    command = [sys.executable, "-c", WINDOWS, *names]
+    paths = os.pathsep.join(map(str, (PACKAGE.parent, Path(__file__).parent)))
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 
 def test_the_public_names_resolve():

@@ -1,10 +1,12 @@
 """pyproject.toml, environment.yml, constraints.txt and the commit hooks agree on packages and versions."""
 
+import ast
 import os
 import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib import metadata
 
 import pytest
 import yaml
@@ -51,6 +53,25 @@ def test_every_direct_dependency_is_pinned_within_its_bounds(group):
         assert len(bounds) > 0, f"{name} has no lower bound"
         assert name in pinned, f"{name} is not in constraints.txt"
         assert bounds.contains(pinned[name]), f"{name}=={pinned[name]} is outside {bounds}"
+
+
+def test_the_core_dependencies_bring_every_import_of_the_package():
+    """An import's package is one of them, or one of them requires it: the commands run from a plain install."""
+    core = set(parse(PROJECT["dependencies"]))
+    given = core | {
+        canonicalize_name(needed.name)
+        for name in core
+        for needed in map(Requirement, metadata.requires(name) or [])
+        if not needed.marker or needed.marker.evaluate({"extra": ""})
+    }
+    packages, imported = metadata.packages_distributions(), set()
+    for path in (ROOT / "covrl_lab").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            imported |= {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+    assert {"plotly", "papermill", "torch"} <= imported
+    assert {name for name in imported if not given & set(map(canonicalize_name, packages[name]))} == set()
 
 
 def test_torch_pin_has_no_build_tag():

@@ -184,6 +184,29 @@ def test_a_loader_reads_its_schema(name, suffix, tmp_path, monkeypatch):
         assert task.score(example.answer, example) == 1.0 and task.score("nothing of it", example) == 0.0
 
 
+@pytest.mark.parametrize("style", ["chat", "few_shot"])
+def test_the_prompts_of_a_row_of_every_preset(style, tmp_path):
+    """The posterior prompt is the prior's and one sentence that gives the answer; ``pytest -s`` prints both."""
+    prompter, frames = Prompter(load_tokenizer("tiny"), style=style), set()
+    for name, (rows, _, _) in SCHEMAS.items():
+        task = load_task(f"{name}@{write(tmp_path / 'rows.jsonl', rows)}", demonstrations=0)
+        example = task.whole(None)[0]
+        prompt = prompter(example)
+        prior, posterior = map(prompter.tokenizer.decode, (prompt.prior, prompt.posterior))
+        print(f"--- {name}, {style}, prior\n{prior}\n--- {name}, {style}, posterior\n{posterior}\n")
+        before, given, after = posterior.partition(f"The answer is {example.answer}.")
+        more = " I now write the reasoning that leads to it.\n" if style == "chat" else "\n"
+        assert given and after.startswith(more) and before + after.removeprefix(more) == prior, name
+        asked = example.question if style == "chat" else example.question.replace("\n", " ")
+        assert prior.count(asked) == 1, name
+        frames.add(prior.replace(asked, ""))
+        options = example.metadata.get("options", [])
+        assert bool(options) == bool(PRESETS[name].choices), name
+        listed = [f"({letter}) {option}" for letter, option in zip("ABCDEFGHIJ", options, strict=False)]
+        assert not options or asked.split(listed[0])[1].split() == " ".join([*listed[1:], LETTER]).split(), name
+    assert len(frames) == 1  # around the question the same text in every prior prompt: none holds an answer
+
+
 def test_options_are_shuffled_by_the_question_alone(tmp_path):
     rows = [GPQA | {"Question": f"Which box is number {i}?"} for i in range(40)]
     path = write(tmp_path / "rows.jsonl", rows)

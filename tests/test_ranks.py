@@ -7,7 +7,8 @@ import os
 import shutil
 import signal
 import time
-from functools import partial
+from functools import cache, partial
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,15 @@ JOBS["all else"] |= {"method": "covrl", "eval_task": "arithmetic, last_letters*2
 ONE = {"run": {"method": "covrl"}}
 ENDED = 420  # seconds within which all ranks must have ended, a job; it only ends a test that hangs
 
-FORK = multiprocessing.get_context("forkserver")  # imports once for all ranks of all tests
-FORK.set_forkserver_preload(["covrl_lab.train.trainer"])
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows forks no processes")
+
+
+@cache
+def forking():
+    """Starts ranks; imports once for all of them, of all tests."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["covrl_lab.train.trainer"])
+    return context
 
 
 def work(folder, jobs, environment, kind="", faulty=0, step=0):
@@ -82,7 +90,7 @@ def train(folder, count, jobs, *fault):
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     place |= {"WORLD_SIZE": str(count)}
     ranks = [
-        FORK.Process(target=work, args=(str(folder), jobs, place | {"RANK": str(rank)}, *fault), daemon=True)
+        forking().Process(target=work, args=(str(folder), jobs, place | {"RANK": str(rank)}, *fault), daemon=True)
         for rank in range(count)
     ]
     for process in ranks:
@@ -152,19 +160,22 @@ def test_the_number_of_ranks_changes_nothing(alone, tmp_path, count):
     assert all(not np.allclose(a, b, atol=1e-3) for a, b in zip(moved, moved[1:], strict=False)), "methods differ"
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_all_and_another_number_resumes(alone, tmp_path, victim):
-    jobs = {"rlpr": JOBS["rlpr"]}
-    found = train(tmp_path, 2, jobs, "killed", victim, 7)
-    assert found[victim] == -signal.SIGKILL and found[1 - victim] == 2
-    said = (tmp_path / f"said_{1 - victim}").read_text()
-    assert said == "ConfigError: another rank was killed, or did not answer in time; run again, it resumes"
-    assert steps_in(tmp_path / "rlpr" / "checkpoints") == ([4] if victim == 0 else [4, 6])  # rank 0 saves what it has
+def test_a_killed_rank_ends_all_and_another_number_resumes(alone, tmp_path):
+    """Every method and what it carries from step to step; rank 0, which writes, and rank 1 are killed in turn."""
+    for victim, name in zip(cycle([0, 1]), JOBS):
+        found = train(tmp_path, 2, {name: JOBS[name]}, "killed", victim, 7)
+        assert found[victim] == -signal.SIGKILL and found[1 - victim] == 2, name
+        said = tmp_path / f"said_{1 - victim}"
+        assert said.read_text().endswith("another rank was killed, or did not answer in time; run again, it resumes")
+        said.unlink()
+        saved = [4] if victim == 0 else [4, 6]  # rank 0 saves what it has
+        assert steps_in(tmp_path / name / "checkpoints") == saved, name
     again = shutil.copytree(tmp_path, tmp_path / "again")
-    assert train(tmp_path, 3, jobs) == [0] * 3
-    assert_same_numbers(tmp_path, alone, "rlpr", 3)
-    assert train(again, 1, jobs) == [0]
-    assert_same_numbers(again, alone, "rlpr", 1)
+    assert train(tmp_path, 3, JOBS) == [0] * 3
+    assert train(again, 1, JOBS) == [0]
+    for name in JOBS:
+        assert_same_numbers(tmp_path, alone, name, 3)
+        assert_same_numbers(again, alone, name, 1)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from covrl_lab import ConfigError, RunConfig, load_policy, load_run, share
 from covrl_lab.__main__ import main
 from covrl_lab.defaults import METHOD_DEFAULTS, METHOD_SETTINGS
 from covrl_lab.runs.folder import SHARED, TRACE_COLUMNS
+from covrl_lab.train.benchmark import evaluate_checkpoint
 from covrl_lab.train.cards import COLUMNS, NO_SETTINGS, PAPERS, loading, model_card
 from covrl_lab.train.policy import load_adapter
 from covrl_lab.train.probe import open_source
@@ -396,6 +397,10 @@ class FakeHub:
         kept = ignore_patterns.removesuffix("*")
         self.files[arguments["repo_id"]] = {n: (folder_path / n).read_bytes() for n in names if not n.startswith(kept)}
 
+    def snapshot_download(self, repo_id, allow_patterns):
+        self._asked("snapshot_download", repo_id=repo_id)
+        return str(self.holds)
+
 
 def test_the_hub_gets_a_model_and_a_data_set_and_no_token(run, shared, monkeypatch, tmp_path):
     secret = "hf_s3cr3tS3cr3t"
@@ -432,6 +437,45 @@ def test_a_failed_upload_says_why_and_loses_nothing(run, monkeypatch, tmp_path):
     hub.fails = ["whoami"]
     with pytest.raises(ConfigError, match="hf auth login"):
         share(run, "hub:someone/ours")
+
+
+def test_what_the_hub_holds_is_asked_and_evaluated(shared, policy, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    hub = FakeHub()
+    monkeypatch.setattr("covrl_lab.train.sharing.HfApi", hub)
+    hub.holds = shared
+    bench = PromptBench(checkpoint="hub:someone/ours", k=1, max_tokens=4)
+    assert not hub.calls  # before the click
+    bench.generate.click()
+    bench.wait(60)
+    assert "done" in bench.message.value and len(bench.frames) == 2
+    assert torch.equal(text_logits(bench._policy), text_logits(policy))
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["evaluate", "hub:someone/ours", "--eval_questions", "2"])
+    kept = tmp_path / "runs" / "hub" / "someone" / "ours"
+    (line,) = lines(kept / "benchmarks.jsonl")
+    assert line["step"] == 8 and line["eval_questions"] == 2
+    assert load_run(kept).benchmarks["step"].tolist() == [8]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("hub:someone", "'hub:someone' must have the form hub:OWNER/NAME"),
+        ("hub:someone/away", "409 Client Error.*; check the name and the network, or download the files and name"),
+        ("hub:someone/empty", "cannot be read .*; a repository that share wrote holds adapter_config.json"),
+    ],
+)
+def test_what_the_hub_does_not_give_is_one_sentence(name, words, monkeypatch, tmp_path, no_model):
+    monkeypatch.chdir(tmp_path)
+    hub = FakeHub(fails=["snapshot_download"] if "away" in name else [])
+    monkeypatch.setattr("covrl_lab.train.sharing.HfApi", hub)
+    hub.holds = tmp_path
+    for ask in (find_source, lambda name: evaluate_checkpoint(name, {})):
+        with pytest.raises(ConfigError, match=words) as caught:
+            ask(name)
+        assert_one_sentence(str(caught.value))
+    assert not list(tmp_path.iterdir())
 
 
 # --- wrong input

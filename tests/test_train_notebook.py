@@ -1,12 +1,14 @@
 """03_train under papermill's own command line: parameters, YAML, resuming, and names it does not know."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
 
 import nbformat
 import pytest
+import yaml
 from helpers import ROOT, TINY_RUN, checkout_environment, parameters
 
 from covrl_lab import ConfigError, RunConfig, load_run
@@ -51,6 +53,33 @@ def test_parameters_yaml_and_resuming(tmp_path):
     assert code == 0, said
     assert "resumed after step 3 of 3" in printed(notebook)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_the_papers_configuration_from_start_to_end(tmp_path):
+    """Its file as it stands, but for the model, the sizes, and files in place of the Hub's data sets."""
+    rows = [{"question": f"Name {i} cities.", "answer": f"{i} of them", "category": "Geography"} for i in range(12)]
+    sums = [{"problem": f"What is $2 + {i}$?", "answer": str(2 + i)} for i in range(3)]
+    wrong = {f"Incorrect Answer {i}": f"colour {i}" for i in (1, 2, 3)}
+    boxes = [{"Question": f"Which colour has box {i}?", "Correct Answer": "red"} | wrong for i in range(2)]
+    for name, table in {"web": rows, "math": sums, "gpqa": boxes}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    sets = ["math-500@math.jsonl", "gpqa-diamond@gpqa.jsonl"]
+    ours = {"model": "tiny", "task": "webinstruct-nonmath@web.jsonl", "eval_task": f"{sets[0]}*4, {sets[1]}*2"}
+    ours |= {"run_dir": "run", "steps": 2, "questions_per_step": 2, "max_trace_tokens": 12, "eval_max_trace_tokens": 9}
+    given = [word for name, value in ours.items() for word in ("-p", name, str(value))]
+    config = ROOT / "covrl_lab" / "configs" / "covrl-7b.yaml"
+    code, said, notebook = papermill(tmp_path, "-f", str(config), *given)
+    assert code == 0 and "2 of 2 steps" in printed(notebook), said
+    run = load_run(tmp_path / "run")
+    expected = yaml.safe_load(config.read_text("utf-8")) | ours
+    assert {name: run.config[name] for name in expected} == expected
+    traces = run.traces()
+    assert len(traces) == 2 * 2 * 8 and set(traces["source"]) == {"prior", "posterior"}
+    assert {"".join(tokens) for tokens in traces["answer_tokens"]} <= {f"> {row['answer']} </answer>" for row in rows}
+    assert run.metrics["kl"].notna().all() and run.evaluations["step"].tolist() == [0, 2]
+    for name, k in zip(sets, (4, 2), strict=True):
+        assert (run.evaluations[f"{name}/k"] == k).all() and (run.evaluations[f"{name}/bound_k"] <= 0).all()
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_a_misspelt_parameter_is_refused_by_name_before_anything_loads(tmp_path):

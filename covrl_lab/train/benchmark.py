@@ -17,6 +17,7 @@ from .evaluation import evaluate_sets
 from .models import context_length
 from .opening import open_examples, open_policy, open_task
 from .policy import load_adapter
+from .sharing import fetch
 
 
 def evaluate_checkpoint(
@@ -24,10 +25,11 @@ def evaluate_checkpoint(
 ) -> tuple[dict[str, Any], Path]:
     """The new line of the run's ``benchmarks.jsonl``, and that file; ``Run.benchmarks`` reads it.
 
-    ``settings`` change those of the run; step is that of a stored checkpoint, None for the last, 0 for the model before
-    training. The generations go to ``benchmarks/``. Raises ConfigError, before a model loads where it can.
+    ``run_dir`` is a run folder or "hub:OWNER/NAME", see ``fetch``; ``settings`` change those of the run; step is that
+    of a stored checkpoint, None for the last, 0 for the model before training. The generations go to ``benchmarks/``.
+    Raises ConfigError, before a model loads where it can.
     """
-    run = load_run(run_dir)
+    run = load_run(fetch(run_dir))
     if run.foreign:
         raise ConfigError(run.foreign)
     refuse_links(run.path.resolve())

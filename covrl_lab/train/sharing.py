@@ -1,7 +1,7 @@
 """A run as others use it: adapter, model card, report and more, in a folder or on the Hugging Face Hub.
 
-All of it comes from the run folder. The adapter loads in plain PEFT. A folder that ``share`` wrote, or one downloaded
-from the Hub, is a checkpoint for the prompt bench.
+All of it comes from the run folder. The adapter loads in plain PEFT. A folder that ``share`` wrote is a checkpoint for
+the prompt bench; what it put on the Hub is that, and can be evaluated, as "hub:OWNER/NAME".
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,8 @@ def share(
         raise ConfigError(f"{str(run.path)!r} has no checkpoint of step {step}; it has {steps}")
     if traces and not run.steps:
         raise ConfigError(f"{str(run.path)!r} holds no traces; leave out traces")
-    repo = str(out).removeprefix(HUB) if str(out).startswith(HUB) else None
-    _check_hub(repo) if repo is not None else _check_folder(Path(out), private)
+    repo = _repository(str(out)) if str(out).startswith(HUB) else None
+    _asked("whoami", "log in with: hf auth login; or share to a folder") if repo else _check_folder(Path(out), private)
     if gguf and (kind := load_config(config.model).get_text_config().model_type) not in LLAMA_CPP:
         raise ConfigError(f"gguf knows models of type {', '.join(LLAMA_CPP)}, not {kind!r}; leave it out")
     checkpoint = step_file(stored, step, "")
@@ -97,6 +98,27 @@ def share(
     where = _upload(repo, folder, private) if repo else str(out)
     shutil.rmtree(work)
     return where
+
+
+def fetch(name: str | Path) -> Path:
+    """The run folder of a name: itself, or ``runs/hub/OWNER/NAME``, made of what "hub:OWNER/NAME" shares.
+
+    Raises ConfigError where the Hub cannot be reached, or there is no adapter that ``share`` wrote.
+    """
+    if not str(name).startswith(HUB):
+        return Path(name)
+    repo, files = _repository(str(name)), ("adapter_config.json", "adapter_model.safetensors", SHARED)
+    remedy = "check the name and the network, or download the files and name their folder"
+    folder = Path(_asked("snapshot_download", remedy, repo_id=repo, allow_patterns=list(files)))
+    remedy = f"a repository that share wrote holds {', '.join(files)}"
+    with readable(f"what {str(name)!r} shares", remedy):
+        run, known = Path("runs", "hub", *repo.split("/")), read_object(folder / SHARED, remedy)
+        checkpoint = step_file(run / "checkpoints", int(known["step"]), "")
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        for file in files[:2]:
+            shutil.copyfile(folder / file, checkpoint / file)
+        RunConfig.from_dict(known["settings"] | {"run_dir": str(run)}).save(run / "config.json")
+    return run
 
 
 def _write(run: Run, config: RunConfig, checkpoint: Path, folder: Path, name: str, extras: Sequence[str]) -> None:
@@ -172,15 +194,14 @@ def _check_folder(out: Path, private: bool) -> None:
         )
 
 
-def _check_hub(repo: str) -> None:
-    """ConfigError where ``repo`` is no OWNER/NAME, or the Hub does not know who uploads."""
-    try:
+def _repository(name: str) -> str:
+    """OWNER/NAME of ``name`` on the Hub. ConfigError where it has another form."""
+    repo = name.removeprefix(HUB)
+    with suppress(HFValidationError):
         validate_repo_id(repo)
-    except HFValidationError:
-        repo = ""
-    if repo.count("/") != 1:
-        raise ConfigError("OUT on the Hub must have the form hub:OWNER/NAME")
-    _asked("whoami", "log in with: hf auth login; or share to a folder")
+        if repo.count("/") == 1:
+            return repo
+    raise ConfigError(f"{name!r} must have the form hub:OWNER/NAME")
 
 
 def _asked(method: str, remedy: str, **arguments: Any) -> Any:

@@ -40,11 +40,16 @@ class Source(NamedTuple):
 
 
 def find_source(name: str | Path, **settings: Any) -> Source:
-    """Read a run folder, one checkpoint in it, a folder that ``share`` wrote, or a model name; loads no model.
+    """Read a run folder, one checkpoint in it, what ``share`` wrote (a folder, "hub:OWNER/NAME"), or a model name.
 
+    Loads no model. What is on the Hub is fetched to ``runs/hub``.
     ``settings`` are fields of RunConfig that a bare model name leaves open (task, quantization, ...).
     Raises ConfigError for a run without a checkpoint, an adapter without its settings, or a model that cannot be.
     """
+    if str(name).startswith("hub:"):
+        from ..train.sharing import fetch
+
+        name = fetch(name)
     path = Path(name)
     if (about := path / SHARED).is_file():
         with readable(repr(str(about))):
@@ -153,8 +158,8 @@ class PromptBench(BenchResults):
     """Type a question and its answer, sample traces from both prompts, and look at them token by token.
 
     policy      a loaded policy with its ``prompter``, such as a trainer's (``trainer.policy``)
-    model       without a policy: a model name, or a ``checkpoint``: a run folder, one in it, or a shared folder;
-                loaded at the first click, in the background
+    model       without a policy: a model name, or a ``checkpoint``: a run folder, one in it, a shared folder, or
+                "hub:OWNER/NAME"; loaded at the first click, in the background
     settings    fields of RunConfig for a bare model name: task (worked examples in the prompt), quantization,
                 dtype, ...
 
@@ -180,7 +185,7 @@ class PromptBench(BenchResults):
     ) -> None:
         if (policy is None) != (prompter is None):
             raise ConfigError("a policy needs its prompter, and a prompter its policy; give both or neither")
-        if checkpoint and not Path(checkpoint).exists():
+        if checkpoint and not str(checkpoint).startswith("hub:") and not Path(checkpoint).exists():
             raise ConfigError(f"there is no run or checkpoint {str(Path(checkpoint).absolute())!r}; check the path")
         super().__init__()
         self._settings, self._given = settings, policy is not None
@@ -215,9 +220,10 @@ class PromptBench(BenchResults):
     def _list_steps(self, change: Any = None) -> None:
         """Offer the checkpoints of the named run, the last one chosen."""
         steps: list[int] = []
-        # A name half typed is no error; a wrong one is reported by the click.
+        # A name half typed is no error; a wrong one is reported by the click, which alone asks the Hub.
         with contextlib.suppress(ConfigError, OSError):
-            steps = [] if self._given else list(find_source(self.source.value, **self._settings).checkpoints)
+            unknown = self._given or self.source.value.startswith("hub:")
+            steps = [] if unknown else list(find_source(self.source.value, **self._settings).checkpoints)
         self.step.options = [(f"step {s}", s) for s in steps] or [("–", None)]
         self.step.value = steps[-1] if steps else None
         self.step.disabled = not steps
@@ -231,7 +237,7 @@ class PromptBench(BenchResults):
         from ..train.probe import open_source
 
         source = find_source(self.source.value, **self._settings)
-        checkpoint = source.checkpoints.get(wanted[1])
+        checkpoint = source.checkpoints.get(wanted[1] or max(source.checkpoints, default=None))
         if self._opened and wanted[0] == self._opened[0]:
             load_adapter(self._policy, checkpoint)
         else:

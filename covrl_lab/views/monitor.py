@@ -1,7 +1,7 @@
 """Follow a run folder while it is written, from this process or another, and stop the run gracefully.
 
 Everything shown comes from files, so a closed browser tab or a restarted kernel loses nothing: a new
-``RunMonitor`` shows the same. No torch. Needs the ``notebooks`` extra (ipywidgets, anywidget, plotly).
+``RunMonitor`` shows the same. No torch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The parts of notebook panels: a plot and a table that are redrawn in place, input fields, and the panel itself.
 
-They need the ``notebooks`` extra (ipywidgets, anywidget, plotly). Plots are redrawn by the plotly.js that is
-already in the page. A ``FigureWidget`` would send 5 MB with every figure and store them in executed
-notebooks. An ``Output`` would draw each figure anew.
+Plots are redrawn by the plotly.js that is already in the page. A ``FigureWidget`` would send 5 MB with every figure
+and store them in executed notebooks. An ``Output`` would draw each figure anew.
 """
 
 from __future__ import annotations
