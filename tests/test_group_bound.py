@@ -196,7 +196,7 @@ def test_alpha_follows_the_evidence_upwards_only():
 
 
 def test_the_best_alpha_is_the_nearest_to_the_true_posterior():
-    """All 27 traces of a world, each with its exact share of the evidence, against a search over KL - log(alpha) / 10."""
+    """All 27 traces of a world, each with its share of the evidence, against a search over KL - log(alpha) / 10."""
     world = World(3, answer_tokens=2, seed=6)
     p, q = (world.trace_logprobs(t).sum(1).detach().exp() for t in (world.prior, world.posterior))
     answer = world.answer_logprobs().sum(1).detach().exp() ** 2  # sharp enough for both prompts to be needed

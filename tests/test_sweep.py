@@ -325,8 +325,8 @@ def test_stop_lets_a_run_save_its_step(tmp_path):
     assert sweep.statuses == {run_id: "queued"} and not (path / "STOP").exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
-def test_a_sweep_that_is_ended_lets_its_run_end_and_says_so(toy, number, code):
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_a_sweep_that_is_ended_lets_its_run_end_and_says_so(toy, name, code):
     sweep = toy(3)
     (run_id,) = sweep.runs
     path, settings = sweep.path(run_id), ["--model=tiny", "--steps=2", "--grid=seed=3"]
@@ -342,12 +342,12 @@ def test_a_sweep_that_is_ended_lets_its_run_end_and_says_so(toy, number, code):
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, preexec_fn=heed_signals, **quiet)
     until(lambda: (path / "metrics.jsonl").exists() or process.poll() is not None, "the run is at work")
-    process.send_signal(number)
+    process.send_signal(getattr(signal, name))
     until(lambda: (path / "STOP").exists() or process.poll() is not None, "it is asked to stop")
     (path / "enough").touch()
     said = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == code, said
-    assert said == f"covrl-lab sweep: ended by {number.name}; the same command resumes it\n"
+    assert said == f"covrl-lab sweep: ended by {name}; the same command resumes it\n"
     assert sweep.statuses[run_id] in ("done", "queued")
 
 
