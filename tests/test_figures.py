@@ -200,9 +200,11 @@ def test_evaluation_curve_averages_seeds():
 def test_accuracy_table_shows_intervals():
     text = accuracy_table(evaluations())
     assert "<b>25%</b> (15% to 30%)" in text and "<b>50%</b> (40% to 55%)" in text and "11.5" in text
-    assert "by guessing" not in text
+    assert "by guessing" not in text and "bound" not in text
     text = accuracy_table(evaluations().assign(guess_accuracy=[0.08, None]))
     assert "by guessing" in text and ">8%</td>" in text and ">–</td>" in text
+    text = accuracy_table(evaluations().assign(bound_k=[None, -3.456]))
+    assert "bound at k, nats" in text and ">−3.46</td>" in text and ">–</td>" in text
 
 
 def test_trace_frame_reads_a_batch():

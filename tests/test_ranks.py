@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from functools import cache, partial
 from itertools import cycle
@@ -13,7 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import CLOCK, TRAINED, adapter_change, assert_one_sentence, lines, make_trainer
+from helpers import (
+    CLOCK,
+    TRAINED,
+    adapter_change,
+    assert_one_sentence,
+    checkout_environment,
+    flags,
+    lines,
+    make_trainer,
+)
+from safetensors.numpy import load_file
 
 from covrl_lab import load_run
 from covrl_lab.__main__ import main
@@ -209,6 +221,24 @@ def test_a_folder_in_use_is_refused_on_every_rank(tmp_path):
         assert train(tmp_path, 2, ONE) == [2, 2]
     for rank in (0, 1):
         assert f"is being trained by process {os.getpid()}" in (tmp_path / f"said_{rank}").read_text()
+
+
+def test_accelerate_launch_trains_as_one_process_does(tmp_path):
+    """The documented command on two CPU processes, over gloo; two steps, so that Adam's state is shared, too."""
+    settings = BASE | {"method": "covrl", "steps": 2}
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    command = [sys.executable, "-m", *launch, "-m", "covrl_lab", "train", *flags(settings | {"run_dir": "two"})]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=checkout_environment(), capture_output=True, text=True, timeout=ENDED
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    trainer = make_trainer(tmp_path / "one", settings).run()
+    saved = [tmp_path / name / "checkpoints" / "step_00002" / "adapter_model.safetensors" for name in ("two", "one")]
+    found, expected = (np.concatenate([v.ravel() for _, v in sorted(load_file(file).items())]) for file in saved)
+    difference = np.abs(found - expected)
+    assert np.sqrt((difference**2).mean()) < 2e-6 and difference.max() < 2e-4, difference.max()
+    assert adapter_change(trainer.policy) > 0.01
+    assert len(lines(tmp_path / "two" / "metrics.jsonl")) == 2
 
 
 def test_a_launcher_that_starts_one_process_of_several_is_refused(monkeypatch):

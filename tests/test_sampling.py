@@ -471,7 +471,8 @@ def test_evaluate_says_how_much_answers_depend_on_traces(tiny_policies, prompter
     assert summary["trace_dependence"] == pytest.approx(moved) and moved > 0
     ends = predict(policy, prompter, prompts, max_trace_tokens=6, max_answer_tokens=4, posterior=True)
     assert summary["posterior_accuracy"] == np.mean([result["finished"] for result in ends])
-    assert frame.loc[frame["sample"] >= 0, ["answer_logp", "posterior_score"]].isna().all(axis=None)
+    sampled = frame[frame["sample"] >= 0]
+    assert (sampled["answer_logp"] < 0).all() and sampled[["no_trace_logp", "posterior_score"]].isna().all(axis=None)
 
 
 def test_evaluate_scores_finished_generations_only(tiny_policies, prompter, prompts, bias):

@@ -25,8 +25,25 @@ from covrl_lab.train.records import StepRecord
 from covrl_lab.train.scoring import micro_batches, trace_logprobs
 from covrl_lab.train.step import set_learning_rate
 from covrl_lab.train.tasks import is_held_out, load_task
+from covrl_lab.train.tracking import bar_values
 from covrl_lab.train.trainer import Trainer
 from covrl_lab.types import ConfigError, TraceBatch
+
+
+def test_free_text_has_a_bound_beside_the_accuracy(tmp_path):
+    """Without named sets, too: what no scorer can judge has log p(y|x), at least."""
+    rows = [{"question": f"Why does thing {i} fall?", "answer": f"because {i} is heavy"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = {"task": str(tmp_path / "rows.jsonl"), "difficulty": None, "demonstrations": 0, "max_answer_tokens": 40}
+    run = make_trainer(tmp_path / "run", TINY_RUN, **settings, steps=1, eval_questions=3, eval_samples=2).run()
+    first, last = lines(tmp_path / "run" / "evaluations.jsonl")
+    assert first["k"] == 2 and first["bound_1"] <= first["bound_k"] < 0 and first["accuracy"] == 0
+    sampled = load_run(run.run_dir).predictions(0).query("sample >= 0")
+    assert first["bound_1"] == pytest.approx(sampled["answer_logp"].mean())
+    shown = bar_values(StepRecord(**run.records[-1]), [first, last])
+    assert shown["answer"] == f"{last['bound_k']:.2f}"
+    del last["bound_k"]
+    assert bar_values(StepRecord(**run.records[-1]), [last])["answer"] == f"{last['answer_logprob']:.2f}"
 
 
 def test_the_run_folder_is_complete(reference):

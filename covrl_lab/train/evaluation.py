@@ -108,7 +108,6 @@ def evaluate(
     top_p: float = 1.0,
     seed: int = 0,
     posterior: bool = False,
-    bounds: bool = False,
     progress: bool = True,
     ranks: Ranks = ALONE,
 ) -> pd.DataFrame:
@@ -120,8 +119,8 @@ def evaluate(
     and no_trace_logp: the reference answer's log-probability in nats after the model's own trace, after that of
     the next question, and after none; guess_score: what the same answer scores on other questions, on average; and,
     with ``posterior``, posterior_score: the score of the model's answer after its greedy trace from the posterior
-    prompt, a ceiling that the prior may reach. With ``bounds`` sampled rows
-    have answer_logp, too, and vote, by which answers count as the same in a majority.
+    prompt, a ceiling that the prior may reach. Sampled rows have answer_logp, too, and vote, by which answers count as
+    the same in a majority.
     """
     prompts = [prompter(e) for e in examples]
     width = max_trace_tokens + max_answer_tokens
@@ -173,7 +172,7 @@ def evaluate(
                 guesses = ranks.map(count, partial(guessed, drawn))
                 for row, use, guess in zip(rows, uses, guesses, strict=True):
                     row |= use | {"guess_score": guess}
-            elif bounds:
+            else:
                 nats = ranks.map(count, partial(scored, traces), ROWS)
                 for row, example, value in zip(rows[-count:], examples, nats, strict=True):
                     row |= {"answer_logp": value, "vote": vote(row["prediction"], example) if row["finished"] else ""}
@@ -214,7 +213,7 @@ def evaluate_sets(
     for name in ("temperature", "top_p", "max_trace_tokens"):
         settings[name] = getattr(config, f"eval_{name}") or getattr(config, name)
     for one in sets:
-        options = {"samples": one.samples, "posterior": config.alpha < 1, "bounds": bool(one.name)}
+        options = {"samples": one.samples, "posterior": config.alpha < 1}
         frame = evaluate(policy, prompter, one.task, one.examples, **settings, **options, progress=progress)
         frames.append(frame.assign(set=one.name) if one.name else frame)
     rows = pd.concat(frames, ignore_index=True)
@@ -257,8 +256,8 @@ def summarise(results: pd.DataFrame) -> dict[str, float]:
     traces, no_trace_logprob after none, and trace_dependence the mean distance that log p(y|x,z) moves when the
     trace is exchanged for another question's. guess_accuracy is the mean score of the greedy answers on other
     questions: at this accuracy the answers have nothing to do with the questions. The interval is Wilson's where
-    greedy answers are right or wrong, and a bootstrap over questions for partial credit and for avg@k. With
-    ``bounds``, also pass_at_k, maj_at_k, and in nats bound_1, the mean of log p(y|x,z), and bound_k, the mean of
+    greedy answers are right or wrong, and a bootstrap over questions for partial credit and for avg@k. Samples also
+    give pass_at_k, maj_at_k, and in nats bound_1, the mean of log p(y|x,z), and bound_k, the mean of
     log (1/k) sum_j p(y|x,z_j): METHODS.md.
     """
     greedy = results[results["sample"] < 0]

@@ -45,7 +45,8 @@ def bar_values(record: StepRecord, evaluations: Sequence[Mapping[str, Any]]) -> 
     last = evaluations[-1] if evaluations else {}
     shown = {"prior": record.reward_prior, "posterior": record.reward_posterior, "kl": record.kl}
     shown |= {"finished": record.finished_share, "accuracy": last.get("accuracy")}
-    shown["trace use"] = last.get("trace_dependence")  # nats
+    # In nats; where answers have no scorer, the first says more than the accuracy does.
+    shown |= {"answer": last.get("bound_k", last.get("answer_logprob")), "trace use": last.get("trace_dependence")}
     return {name: f"{value:.2f}" for name, value in shown.items() if value is not None}
 
 

@@ -138,9 +138,11 @@ def trace_table(frame: pd.DataFrame) -> str:
 def accuracy_table(evaluations: pd.DataFrame) -> str:
     """HTML table of ``Run.evaluations``, one row an evaluation, with 95% intervals; the average, then each set.
 
-    "by guessing" is what the same answers score on other questions; older runs lack it.
+    "by guessing" is what the same answers score on other questions, and the bound is that of log p(y|x), which needs no
+    scorer; older runs lack both.
     """
-    sampled, guessed = (any(name in column for column in evaluations) for name in ("avg_at_k", "guess_accuracy"))
+    names = ("avg_at_k", "guess_accuracy", "bound_k")
+    sampled, guessed, bounded = (any(name in column for column in evaluations) for name in names)
     header = ["after step", "accuracy (95% interval)", *["by guessing"] * guessed]
     header += ["finished traces", "trace length, tokens", "questions"]
     rows, sets = [], by_set(evaluations)
@@ -155,8 +157,9 @@ def accuracy_table(evaluations: pd.DataFrame) -> str:
             cells += [finished, length, f"{row.eval_questions:.0f}"]
             known = getattr(row, "avg_at_k", math.nan) >= 0
             own = f"{row.avg_at_k:.0%} ({row.avg_at_k_low:.0%} to {row.avg_at_k_high:.0%})" if known else "–"
-            rows.append([*cells, *[own] * sampled])
-    return html_table([*header, *["avg@k (95% interval)"] * sampled], rows)
+            bound = html_number(getattr(row, "bound_k", None), ".2f")
+            rows.append([*cells, *[own] * sampled, *[bound] * bounded])
+    return html_table([*header, *["avg@k (95% interval)"] * sampled, *["bound at k, nats"] * bounded], rows)
 
 
 # key of reweight.summarise_traces -> (label, format)
