@@ -17,6 +17,7 @@ from .checkpoints import append_line
 from .evaluation import evaluate_sets
 from .models import context_length
 from .opening import open_examples, open_policy, open_task
+from .plan import fit
 from .policy import load_adapter
 
 
@@ -39,7 +40,8 @@ def evaluate_checkpoint(
         raise ConfigError(f"{str(run.path)!r} has no checkpoint of step {step}; it has {steps[1:]}")
     task, prompter = open_task(config)
     _, sets = open_examples(replace(config, bad_rows="skip"), task, prompter, False, context_length(config.model))
-    policy = open_policy(config)
+    made = fit(config, [prompter(example) for one in sets for example in one.examples], trains=False)
+    policy = open_policy(made.config, rows=made.rows)
     if step:
         check_checksums(step_file(checkpoints, step, ""))
         load_adapter(policy, step_file(checkpoints, step, ""))

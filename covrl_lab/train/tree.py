@@ -95,8 +95,12 @@ def build_tree(sequences: Sequence[Sequence[int]]) -> TokenTree:
 
 def count_nodes(sequences: Sequence[Sequence[int]]) -> int:
     """Nodes of the tree of these sequences, without building it."""
-    ordered = sorted(sequences)
-    return sum(map(len, ordered)) - sum(_shared(ordered))
+    return sum(nodes_added(sorted(sequences)))
+
+
+def nodes_added(ordered: Sequence[Sequence[int]]) -> Iterator[int]:
+    """How many nodes of their tree each of the sequences, in lexicographic order, adds to those before it."""
+    return (len(sequence) - shared for sequence, shared in zip(ordered, _shared(ordered), strict=True))
 
 
 # --- attention
