@@ -83,7 +83,7 @@ class LoraGroup:
     def __init__(self, layers: Sequence[LoraLayer], keep: bool) -> None:
         self.layers = layers
         self.sizes = [layer.base_layer.out_features for layer in layers]
-        self.weight = _Weight([layer.base_layer for layer in layers], keep)
+        self.weight, self.kept = _Weight([layer.base_layer for layer in layers], keep), keep
         self.cached: tuple[Tensor, Tensor] | None = None
         self.x: Tensor | None = None
         self.waiting: dict[int, Tensor] = {}  # outputs for this x that no layer has returned yet

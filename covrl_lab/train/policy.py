@@ -68,6 +68,17 @@ class Policy:
         """The most tokens, prompt and generation together, that the model was made for."""
         return self.causal_lm.config.get_text_config().max_position_embeddings
 
+    def abilities(self) -> dict[str, str]:
+        """How it computes on this machine, in words, for ``policy.json`` in the run folder."""
+        kept = "dequantised once and kept" if any(group.kept for group in self.lora) else "dequantised at every use"
+        quantised = getattr(self.causal_lm, "is_quantized", False)
+        return {
+            "scores": "packed trees" if self.packs else "padded rows",
+            "decodes": "recorded steps (CUDA graphs)" if self.graphs else "plain steps",
+            "weights": kept if quantised else "not quantised",
+            "attention": ("FlexAttention" if self.flex else "blocks of the tree") if self.packs else "the model's own",
+        }
+
     def base(self) -> AbstractContextManager[None]:
         """Inside this context the adapter is off: the frozen base policy, without a second model."""
         return self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
