@@ -265,6 +265,39 @@ def test_waves_buckets_and_recorded_steps_change_nothing(
     assert bool(Replayed.made) == static and Replayed.made <= len(moves)
 
 
+def test_a_fault_of_the_device_is_no_refused_recording(tiny_policies, prompts, monkeypatch, caplog):
+    """Only a refused capture makes decoding plain, and says so once; memory and the card's errors end the run."""
+    policy, contexts = tiny_policies("tiny"), [prompts[0].prior, prompts[1].prior]
+    expected, _, _ = generate(policy, contexts, max_tokens=3, ended=never)
+
+    def error(kind, code=None, behind=None):
+        found = kind("of a test")
+        if code:  # CUDA's, as torch passes it on
+            found.error_code = code
+        found.__context__ = behind
+        return found
+
+    def decode(fault):
+        def refused(function):
+            raise fault
+
+        monkeypatch.setattr(sampling, "record", refused)
+        return generate(policy, contexts, max_tokens=3, ended=never)[0]
+
+    memory = error(torch.OutOfMemoryError)
+    monkeypatch.setattr(policy, "graphs", True)
+    for fault in (memory, error(torch.AcceleratorError, 700), error(torch.AcceleratorError, 901, behind=memory)):
+        with pytest.raises(type(fault), match="of a test"):
+            decode(fault)
+        assert policy.graphs and not caplog.records
+    for fault in (error(RuntimeError), error(torch.AcceleratorError, 900)):
+        policy.graphs = True
+        caplog.clear()
+        assert decode(fault) == decode(fault) == expected
+        (record,) = caplog.records
+        assert "not recorded as a CUDA graph" in record.message and "of a test" in record.message
+
+
 @contextmanager
 def forwards(policy):
     """The tokens of each forward inside, padding counted."""

@@ -224,6 +224,9 @@ class PackedRows:
             try:
                 self.record = record(self._forward)
             except RuntimeError as error:
+                # What ended a capture may stand behind the error that ending it has raised.
+                if any(map(_beyond_capture, (error, error.__context__))):
+                    raise
                 self.policy.graphs = False
                 log.warning("decoding is not recorded as a CUDA graph, which is slower: %s", error)
         if self.record:
@@ -247,6 +250,12 @@ class PackedRows:
             seen = seen & (self.back + self._padded(self.length).view(-1, self.block, 1) < window)
         allowed = torch.cat([seen, self._padded(own).unflatten(0, (-1, self.block))], dim=-1)
         return additive(allowed, self.policy.dtype)[:, None, :, None]
+
+
+def _beyond_capture(error: BaseException | None) -> bool:
+    """Whether an error is one of memory or of the device, and no capture that CUDA refused: its codes 900 to 908."""
+    fault = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
+    return fault and not 900 <= getattr(error, "error_code", 0) <= 908
 
 
 def record(function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
