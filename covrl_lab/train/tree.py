@@ -298,8 +298,15 @@ def logit_scale(policy: Policy) -> float:
 
 
 def final_logits(policy: Policy, hidden: Tensor) -> Tensor:
-    """The output head on hidden states (k, hidden): float32 logits (k, vocabulary), as the model gives them."""
-    logits, cap = policy.head(hidden).float() * logit_scale(policy), logit_cap(policy)
+    """The output head on hidden states (k, hidden): float32 logits (k, vocabulary). No caller needs its gradient."""
+    head, cap = policy.head, logit_cap(policy)
+    if hidden.is_cuda and hidden.dtype == torch.bfloat16 and type(head) is torch.nn.Linear:
+        # Not rounded to bfloat16 on the way. CPUs have no such product: theirs are rounded, as the model's own are.
+        logits = torch.mm(hidden, head.weight.T, out_dtype=torch.float32)
+        logits = logits if head.bias is None else logits + head.bias
+    else:
+        logits = head(hidden).float()
+    logits = logits * logit_scale(policy)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 

@@ -6,7 +6,7 @@ than two minutes, so that the script itself is tested. Weights are random, of re
 nothing is fetched. The exit status is 1 if a part failed, and its error stands in the file.
 
     scores      packed against padded rows, values and gradients, in float32
-    other       the device against this machine's CPU, the same weights, in float32
+    other       the device against this machine's CPU, the same weights, in float32; logits of bfloat16 states
     decoding    recorded steps, waves and refills against plain steps, in float32
     twice       the same update twice: whether the gradients are equal to the bit, and which operations are not
     mask        seconds for the tree's mask against a forward of the tree
@@ -39,7 +39,7 @@ from covrl_lab.train.plan import GIB, Tokens, make_plan, measure_device
 from covrl_lab.train.policy import Policy
 from covrl_lab.train.scoring import trace_logprobs
 from covrl_lab.train.shapes import shape_of
-from covrl_lab.train.tree import FlexTree, build_tree, run_tree
+from covrl_lab.train.tree import FlexTree, build_tree, final_logits, run_tree
 from covrl_lab.types import Prompt, TraceBatch
 
 from .benchmark import machine, peak_bytes, random_model
@@ -86,7 +86,15 @@ class Check:
         return bounded(found)
 
     def other(self) -> dict[str, Any]:
-        return bounded({name: apart(*(scored(*small(name, d)) for d in ("cpu", self.device))) for name in TINIES})
+        found = {name: apart(*(scored(*small(name, d)) for d in ("cpu", self.device))) for name in TINIES}
+        policy = load_policy("tiny", quantization="none", lora_rank=0, device=self.device)
+        hidden = torch.randn(64, policy.head.in_features, generator=torch.Generator().manual_seed(0))
+        hidden = hidden.to(self.device, torch.bfloat16)
+        exact = hidden.double() @ policy.head.weight.double().T
+        gap = float((final_logits(policy, hidden) - exact).abs().max())
+        # A CPU rounds logits to bfloat16, so there the gap is not bounded.
+        found["head, bfloat16"] = {"value" if self.device == "cuda" else "rounded": gap}
+        return bounded(found)
 
     def decoding(self) -> dict[str, Any]:
         found = {}
