@@ -21,11 +21,12 @@ from covrl_lab.train.plan import (
     memory_parts,
     plan,
 )
-from covrl_lab.train.sampling import PackedRows
+from covrl_lab.train.sampling import PackedRows, generate
 from covrl_lab.train.scoring import packed_tokens
 from covrl_lab.train.shapes import SHAPES, Shape, shape_of
 from covrl_lab.train.tree import count_nodes
 from covrl_lab.types import Prompt, TraceBatch
+from tests.bench.benchmark import peak_bytes
 
 HERE = Device("a test's", memory=16 * GIB, rate=1e12, bandwidth=1e10, runtime=0, share=0.5, launch=0)
 
@@ -82,6 +83,32 @@ def test_keys_and_values_take_what_the_plan_says(model):
     own += own // shape.layers  # a layer at a time is moved
     assert memory_parts(config, shape, tokens, HERE)["keys and values"] == own + 3 * prompt
     assert prompts <= 3 * prompt  # as computed, and in the blocks of rows that share them
+
+
+def test_decoding_in_waves_takes_what_the_plan_says():
+    """Allocations counted: traces in waves of 8, then answers after whole traces, as many as 512 tokens hold."""
+    policy = load_policy("tiny", quantization="none", dtype="float32", lora_rank=0, device="cpu")
+    policy.tokenizer.eos_token_id = policy.causal_lm.generation_config.eos_token_id = None
+    config = RunConfig(
+        model="tiny", quantization="none", dtype="float32", questions_per_step=8, rollouts_per_question=4,
+        max_trace_tokens=48, gradient_checkpointing=False, max_packed_tokens=512,
+    )  # fmt: skip
+    cpu = dataclasses.replace(HERE, unpacks=False)
+    parts = memory_parts(config, shape_of("tiny"), Tokens.of(config, 30, 10, 5), cpu, rows=8)
+    planned = Plan(config, cpu, parts, {}).bytes_of("sampling")
+    draw = torch.Generator().manual_seed(0)
+    prompts = [
+        [*range(30), *torch.randint(3, 200, (10,), generator=draw).tolist()] for _ in range(8) for _ in range(4)
+    ]
+    traced = [prompt + torch.randint(3, 200, (48,), generator=draw).tolist() for prompt in prompts]
+
+    def taken(contexts, tokens):
+        return peak_bytes(lambda: generate(policy, contexts, max_tokens=tokens, ended=lambda ids: False))
+
+    assert taken(traced, 4) > 2 * planned
+    policy.rows_at_once, policy.tokens_at_once = 8, 512
+    assert 0.6 * planned < taken(traced, 4) < planned
+    assert 0.4 * parts["keys and values"] < taken(prompts, 48) < parts["keys and values"] + parts["logits"]
 
 
 @pytest.mark.parametrize("prior_only", [False, True])
