@@ -395,6 +395,7 @@ FILES = {
     "config.json": ("resume report explorer monitor compare", "deleted"),
     "metrics.jsonl": ("report monitor", ""),
     "evaluations.jsonl": ("report monitor compare", ""),
+    "policy.json": ("report monitor", "deleted"),
     "traces/step_00004.parquet": ("report explorer monitor", ""),
     "evaluations/step_00004.parquet": ("compare", ""),
     f"{NEWEST}/adapter_model.safetensors": ("resume", ""),

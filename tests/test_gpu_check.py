@@ -1,10 +1,12 @@
 """The script that checks a graphics card, here on a CPU and on tiny shapes."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, checkout_environment
 
 from tests.bench import gpu_check, speed
 
@@ -35,6 +37,24 @@ def test_a_part_that_fails_is_named_and_the_others_run(tmp_path, monkeypatch):
     status, found = run(tmp_path, "--parts", "mask,twice")
     assert status == 1 and "ZeroDivisionError" in found["results"]["mask"]["error"]
     assert found["results"]["twice"]["ok"]
+
+
+def test_a_bare_machine_runs_the_numbers_and_names_what_it_left_out(tmp_path):
+    """With torch, transformers, peft and accelerate alone, in a process of its own."""
+    missing = (
+        "bitsandbytes gguf datasets reasoning_gym math_verify platformdirs pandas pyarrow plotly ipywidgets psutil"
+    )
+    out, parts = tmp_path / "out.json", "scores,decoding,twice,mask,plan"
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing.split()})); from tests.bench import gpu_check; "
+    code += f"sys.exit(gpu_check.main(['--device', 'cpu', '--parts', {parts!r}, '--out', {str(out)!r}]))"
+    done = subprocess.run([sys.executable, "-c", code], env=checkout_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert {name: one["ok"] for name, one in found["results"].items()} == {
+        "scores": True, "decoding": True, "twice": True, "mask": True, "plan": None,
+    }  # fmt: skip
+    assert "no package 'pandas'" in found["results"]["plan"]["error"]
+    assert "no package 'bitsandbytes'" in found["settings"]["quantization"]
 
 
 def test_what_there_is_no_time_for_is_left_out(tmp_path):

@@ -214,6 +214,12 @@ def test_wrong_settings_are_one_sentence(setting):
         load_policy(TINY, **setting)
 
 
+@pytest.mark.parametrize("name", TINIES)
+def test_a_bfloat16_model_without_quantisation_packs(name):
+    """Its rounding is no reason to take padded rows."""
+    assert load_policy(name, quantization="none", dtype="bfloat16").packs
+
+
 def test_unreachable_hub_model_is_one_sentence():
     with pytest.raises(ConfigError, match="could not load the model 'nobody/nothing-here'"):
         load_tokenizer("nobody/nothing-here")

@@ -6,6 +6,7 @@ import re
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -21,6 +22,7 @@ from covrl_lab.views.monitor import (
     status_html,
     traces_html,
 )
+from covrl_lab.views.report import report
 
 SMALL = TINY_RUN | {"method": "covrl_published", "eval_every": 0, "steps": 2000}
 
@@ -233,6 +235,18 @@ def test_the_file_s_text_is_shown_as_text(folder):
     page = traces_html(snapshot(folder))
     assert "Traces of step 5" in page and "&lt;script&gt;" in page and "⟨U+202E⟩" in page
     assert "<script" not in page and "<img" not in page and "\x1b" not in page
+
+
+def test_how_the_policy_computes_is_one_line_where_the_folder_says_so(folder, monkeypatch):
+    monkeypatch.setattr("covrl_lab.views.report.get_plotlyjs", lambda: "")
+    (folder / "evaluations.jsonl").unlink()
+    pages = (lambda: status_html(snapshot(folder))), (lambda: Path(report(folder)).read_text(encoding="utf-8"))
+    assert not any("attention" in page() for page in pages)  # a run of an older version
+    known = {"scores": "packed trees", "attention": "<b>FlexAttention"}
+    (folder / "policy.json").write_text(json.dumps(known))
+    assert all("scores: packed trees; attention: &lt;b&gt;FlexAttention" in page() for page in pages)
+    (folder / "policy.json").write_text("[]")
+    assert all("policy.json" in page() and "it holds no object" in page() for page in pages)
 
 
 def test_sparklines_hold_the_values_in_order_and_skip_gaps():

@@ -21,11 +21,12 @@ from covrl_lab.train.plan import (
     memory_parts,
     plan,
 )
-from covrl_lab.train.sampling import PackedRows
+from covrl_lab.train.sampling import PackedRows, generate
 from covrl_lab.train.scoring import packed_tokens
 from covrl_lab.train.shapes import SHAPES, Shape, shape_of
 from covrl_lab.train.tree import count_nodes
 from covrl_lab.types import Prompt, TraceBatch
+from tests.bench.benchmark import peak_bytes
 
 HERE = Device("a test's", memory=16 * GIB, rate=1e12, bandwidth=1e10, runtime=0, share=0.5, launch=0)
 
@@ -66,20 +67,48 @@ def test_weights_adapter_and_optimiser_take_what_the_plan_says(model, quantizati
 def test_keys_and_values_take_what_the_plan_says(model):
     policy = load_policy(model, quantization="none", lora_rank=0, device="cpu")
     config = RunConfig(
-        model=model, quantization="none", questions_per_step=2, rollouts_per_question=3, max_trace_tokens=7, **FIXED
-    )
+        model=model, quantization="none", questions_per_step=2, rollouts_per_question=3, max_trace_tokens=7,
+        gradient_checkpointing=False, max_packed_tokens=46,
+    )  # fmt: skip
     tokens = Tokens.of(config, shared=10, question=5, answer=3)
+    assert tokens.prompts == 46  # as many as may begin at once
     contexts = [[*range(9, 19), *range(20 * q, 20 * q + 5)] for q in (1, 2)]
     rows = PackedRows(policy, [c for c in contexts for _ in range(3)], max_tokens=7)
     rows.step(torch.empty(0), [], rows.order)
     rows.step(torch.full((6,), 9))
     own = storage(*(t for layer in rows.own for t in layer))
-    prompts = storage(*(t for layer in (*rows.store.layers, *rows.prompts) for t in layer))
+    prompts = storage(*(t for layer in (*rows.nodes, *rows.prompts) for t in layer))
     shape = shape_of(model)
     prompt = 2 * 2 * shape.layers * shape.kv_heads * shape.head_dim * tokens.prompts
     own += own // shape.layers  # a layer at a time is moved
     assert memory_parts(config, shape, tokens, HERE)["keys and values"] == own + 3 * prompt
     assert prompts <= 3 * prompt  # as computed, and in the blocks of rows that share them
+
+
+def test_decoding_in_waves_takes_what_the_plan_says():
+    """Allocations counted: traces in waves of 8, then answers after whole traces, as many as 512 tokens hold."""
+    policy = load_policy("tiny", quantization="none", dtype="float32", lora_rank=0, device="cpu")
+    policy.tokenizer.eos_token_id = policy.causal_lm.generation_config.eos_token_id = None
+    config = RunConfig(
+        model="tiny", quantization="none", dtype="float32", questions_per_step=8, rollouts_per_question=4,
+        max_trace_tokens=48, gradient_checkpointing=False, max_packed_tokens=512,
+    )  # fmt: skip
+    cpu = dataclasses.replace(HERE, unpacks=False)
+    parts = memory_parts(config, shape_of("tiny"), Tokens.of(config, 30, 10, 5), cpu, rows=8)
+    planned = Plan(config, cpu, parts, {}).bytes_of("sampling")
+    draw = torch.Generator().manual_seed(0)
+    prompts = [
+        [*range(30), *torch.randint(3, 200, (10,), generator=draw).tolist()] for _ in range(8) for _ in range(4)
+    ]
+    traced = [prompt + torch.randint(3, 200, (48,), generator=draw).tolist() for prompt in prompts]
+
+    def taken(contexts, tokens):
+        return peak_bytes(lambda: generate(policy, contexts, max_tokens=tokens, ended=lambda ids: False))
+
+    assert taken(traced, 4) > 2 * planned
+    policy.rows_at_once, policy.tokens_at_once = 8, 512
+    assert 0.6 * planned < taken(traced, 4) < planned
+    assert 0.4 * parts["keys and values"] < taken(prompts, 48) < parts["keys and values"] + parts["logits"]
 
 
 @pytest.mark.parametrize("prior_only", [False, True])
@@ -135,9 +164,9 @@ def test_a_shape_reads_what_transformers_writes():
 
 def test_the_larger_phase_counts():
     parts = {"weights": 1.0, "adapter": 2.0, "runtime": 3.0, "keys and values": 10.0, "logits": 20.0}
-    parts |= {"activations": 4.0, "masks": 5.0, "head": 6.0}
+    parts |= {"contexts": 7.0, "activations": 4.0, "masks": 5.0, "head": 6.0}
     made = Plan(RunConfig(), HERE, parts, {"decoding": 90.0, "update": 30.0})
-    assert made.peak == 6 + 30 and made.minutes == 2.0
+    assert made.peak == 6 + 37 and made.minutes == 2.0
     assert dataclasses.replace(made, memory=parts | {"activations": 40.0}).peak == 6 + 51
 
 
@@ -156,13 +185,14 @@ def test_what_does_not_fit_says_what_to_lower():
     assert "max_packed_tokens" in advice(gradient_checkpointing=True, max_packed_tokens=100_000)
     assert "max_trace_tokens" in advice(gradient_checkpointing=True, max_packed_tokens=256, max_trace_tokens=60_000)
     crowd = {"questions_per_step": 1000, "rollouts_per_question": 16, "max_packed_tokens": 512}
-    assert "questions_per_step" in advice(gradient_checkpointing=True, **crowd)  # their prompts alone
+    assert advice(gradient_checkpointing=True, **crowd) == ""  # however many, a few are decoded at once
     line = plan(device="rtx4090", **FIXED, **long).summary()
     assert "does NOT fit" in line and "24 GiB" in line and "\n" not in line
 
 
 def test_every_lever_moves_memory_and_time_the_right_way():
-    base = FIXED | {"model": "Qwen/Qwen2.5-7B", "max_trace_tokens": 128, "device": HERE}
+    device = dataclasses.replace(HERE, memory=40 * GIB)
+    base = FIXED | {"model": "Qwen/Qwen2.5-7B", "max_trace_tokens": 128, "device": device}
 
     def sizes(**settings):
         made = plan(**(base | settings))
@@ -234,6 +264,21 @@ def test_waves_take_less_memory_and_more_time():
     assert small.seconds["decoding"] > whole.seconds["decoding"]
 
 
+def test_rows_have_room_for_the_traces_of_evaluation_and_judging():
+    """Longer ones take seats; what begins at once holds whole traces, up to a forward's tokens."""
+    small, model = dataclasses.replace(HERE, memory=16 * GIB), {"model": "Qwen/Qwen2.5-7B", "max_trace_tokens": 512}
+    settings = FIXED | model | {"gradient_checkpointing": True, "questions_per_step": 64}
+    short, long = (plan(device=small, **settings, eval_max_trace_tokens=n) for n in (None, 4096))
+    assert long.fits and 1 <= long.rows < short.rows / 4
+    shape, tokens = shape_of("Qwen/Qwen2.5-7B"), Tokens.of(short.config, 110, 20, 5)
+    token = 2 * 2 * shape.layers * shape.kv_heads * shape.head_dim
+    for made, length in ((short, 512), (long, 4096)):
+        begun = max(4096, tokens.context + length)
+        own = made.rows * length * (1 + 1 / shape.layers)
+        assert made.memory["keys and values"] == pytest.approx(token * (3 * begun + own))
+        assert made.memory["contexts"] > 4 * begun * 2 * shape.intermediate
+
+
 def test_on_a_cpu_auto_is_what_was_fixed_before_where_it_fits():
     cpu = dataclasses.replace(HERE, unpacks=False, launch=0)
     chosen = plan(device=cpu).config
@@ -266,6 +311,6 @@ def test_the_trainer_refuses_what_cannot_fit_before_it_loads_a_model(tmp_path, n
 def test_the_trainer_takes_what_the_plan_chose(tmp_path):
     trainer = make_trainer(tmp_path / "run", memory_gib=16).setup()
     assert (trainer.plan.config.max_packed_tokens, trainer.plan.config.gradient_checkpointing) == (4096, False)
-    assert trainer.policy.rows_at_once == trainer.plan.rows == 12
+    assert trainer.policy.rows_at_once == trainer.plan.rows == 12 and trainer.policy.tokens_at_once == 4096
     stored = RunConfig.load(tmp_path / "run" / "config.json")
     assert stored.max_packed_tokens == "auto" and stored == trainer.config

@@ -30,6 +30,26 @@ def test_a_new_adapter_changes_nothing():
     assert adapter_change(policy) > 0.0
 
 
+def test_a_policy_says_how_it_computes(monkeypatch):
+    kept = load_policy(TINY).abilities()
+    assert kept == {
+        "scores": "packed trees",
+        "decodes": "plain steps",
+        "weights": "dequantised once and kept",
+        "attention": "blocks of the tree",
+    }
+    monkeypatch.setattr("covrl_lab.train.lora.MAX_UNPACKED_BYTES", 0)
+    assert load_policy(TINY).abilities() == kept | {"weights": "dequantised at every use"}
+    policy = load_policy(TINY, quantization="none")
+    assert policy.abilities() == kept | {"weights": "not quantised"}
+    policy.flex = policy.graphs = True
+    assert policy.abilities()["decodes"] == "recorded steps (CUDA graphs)"
+    assert policy.abilities()["attention"] == "FlexAttention"
+    policy.packs = policy.graphs = False
+    rows = {"scores": "padded rows", "weights": "not quantised", "attention": "the model's own"}
+    assert policy.abilities() == kept | rows
+
+
 def test_base_is_the_model_without_adapter_and_keeps_pending_gradients():
     policy = load_policy(TINY)
     plain = load_policy(TINY, lora_rank=0)

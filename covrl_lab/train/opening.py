@@ -101,12 +101,17 @@ def _say_bad_rows(task: Task) -> None:
 
 
 def open_policy(config: RunConfig, *, adapter: bool = True, rows: int | None = None) -> Policy:
-    """Load the model with a new adapter, or without one; ``rows`` are decoded at once. Raises ConfigError."""
+    """Load the model with a new adapter, or without one; ``rows`` are decoded at once. Raises ConfigError.
+
+    ``max_packed_tokens``, where it is no longer "auto", bounds what is sampled, judged and evaluated at once, too.
+    """
     names = "quantization dtype lora_rank lora_alpha seed device memory_gib".split()
     settings = {name: getattr(config, name) for name in names} | ({} if adapter else {"lora_rank": 0})
     recompute = config.gradient_checkpointing is True  # where it is still "auto", nothing is trained
     policy = load_policy(config.model, **settings, gradient_checkpointing=recompute)
     policy.rows_at_once = rows
+    if config.max_packed_tokens != "auto":
+        policy.tokens_at_once = config.max_packed_tokens
     return policy
 
 

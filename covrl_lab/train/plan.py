@@ -6,8 +6,8 @@
 Memory is the larger of the two phases, sampling and update, on top of what always stays (``memory_parts``). A
 product costs the larger of FLOPs / (share x rate) and bytes / bandwidth (``step_seconds``). A step has N = questions x
 rollouts traces of T tokens in contexts of w tokens (``Tokens``). One forward takes c = min(n, max_packed_tokens) of the
-n nodes of its scoring tree, never less than one rollout's. As many rows as fit are decoded at once, the others follow
-in the places of finished ones.
+n nodes of its scoring tree, never less than one rollout's. As many rows as fit are decoded at once, after contexts of
+at most max_packed_tokens nodes; the others follow in the places of finished ones.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class Plan:
         """Bytes of a phase, "sampling" or "update"; without one, of what always stays."""
         parts = {
             "": ("weights", "adapter", "runtime"),
-            "sampling": ("keys and values", "logits"),
+            "sampling": ("keys and values", "contexts", "logits"),
             "update": ("activations", "masks", "head"),
         }
         return sum(self.memory[part] for part in parts[phase])
@@ -208,9 +208,7 @@ class Plan:
             return ""
         if self.bytes_of() > USABLE * self.device.memory:
             return "use quantization='nf4'" if self.config.quantization == "none" else "choose a smaller model"
-        if self.bytes_of("sampling") > self.bytes_of("update"):
-            return "lower questions_per_step or max_trace_tokens"
-        if not self.config.gradient_checkpointing:
+        if not self.config.gradient_checkpointing and self.bytes_of("update") > self.bytes_of("sampling"):
             return "set gradient_checkpointing=True, or lower max_packed_tokens"
         return "lower max_packed_tokens" if self.config.max_packed_tokens > PACKED[-1] else "lower max_trace_tokens"
 
@@ -253,7 +251,8 @@ def memory_parts(
     """Bytes by part; ``rows`` are decoded at once, by default all.
 
     weights: NF4 is double quantised, and what it unpacks to is kept where there is room. adapter: float32 parameters,
-    gradients and AdamW's two moments. runtime: the interpreter and its libraries, or a CUDA context.
+    gradients and AdamW's two moments. runtime: the interpreter and its libraries, or a CUDA context. contexts: the
+    forward of the prompts of rows that begin, which judging and evaluation do with whole traces in them.
     """
     e = 2 if config.dtype == "bfloat16" else 4
     h, q, kv, rows = shape.hidden, shape.q, shape.kv, rows or tokens.rows
@@ -269,17 +268,22 @@ def memory_parts(
     if not device.unpacks and length + BLOCK <= MAX_MATMUL_KEYS:
         layer += e * shape.heads * (length + BLOCK)  # attention weights
     kept = shape.layers * e * h + layer if config.gradient_checkpointing else (shape.layers + 0.5) * layer
-    # Prompts once as computed, in blocks up to twice. A layer's own keys and values are moved, then the next one's.
-    stored = 3 * tokens.prompts + rows * tokens.length * (1 + 1 / shape.layers)
+    masks = e * (shape.heads // shape.kv_heads) * (length + BLOCK)
+    longest = max(tokens.length, config.eval_max_trace_tokens or 0)
+    traced = tokens.context + longest
+    begun = min(tokens.rows * traced, max(config.max_packed_tokens, traced))
+    # Contexts once as computed, in blocks up to twice. A layer's own keys and values are moved, then the next one's.
+    stored = 3 * begun + rows * longest * (1 + 1 / shape.layers)
     logits = MAX_LOGITS_BYTES["cuda" if device.unpacks else "cpu"]
     return {
         "weights": weights,
         "adapter": 16 * config.lora_rank * shape.layers * sum(a + b for a, b in shape.matrices),
         "runtime": device.runtime,
         "keys and values": 2 * e * shape.layers * kv * stored,
+        "contexts": begun * (layer + masks),
         "logits": 20 * rows * shape.vocabulary,
         "activations": c * kept,
-        "masks": c * e * (shape.heads // shape.kv_heads) * (length + BLOCK),
+        "masks": c * masks,
         "head": 1.5 * min(logits, 4 * scored * shape.vocabulary) + 2 * scored * e * h,
     }
 
@@ -357,8 +361,8 @@ def make_plan(config: RunConfig, shape: Shape, tokens: Tokens, device: Device) -
     return replace(made, seconds=step_seconds(chosen, shape, tokens, device, rows=rows))
 
 
-def fit(config: RunConfig, prompts: Sequence[Prompt], processes: int = 1) -> Plan:
-    """The plan of a run on this machine, from the prompts of a step. ConfigError where it cannot fit.
+def fit(config: RunConfig, prompts: Sequence[Prompt], processes: int = 1, trains: bool = True) -> Plan:
+    """The plan of a run on this machine, from the prompts of a step. ConfigError where it ``trains`` and cannot fit.
 
     ``processes`` that train it share a CPU's memory, and have a GPU each.
     """
@@ -366,7 +370,7 @@ def fit(config: RunConfig, prompts: Sequence[Prompt], processes: int = 1) -> Pla
     device = find_device(config.device)
     device = device if device.unpacks else replace(device, memory=device.memory / processes)
     made = make_plan(config, shape, tokens, device)
-    if not made.fits:
+    if trains and not made.fits:
         raise ConfigError(
             f"this run needs about {made.peak / GIB:.1f} GiB, and {made.device.name} has "
             f"{made.device.memory / GIB:.1f}: {made.advice}; if you know better, set memory_gib to what there is"

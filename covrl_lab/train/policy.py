@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ class Policy:
     flex: bool = field(init=False)  # whether it does so with FlexAttention
     graphs: bool = field(init=False)  # whether decoding is recorded as CUDA graphs
     rows_at_once: int | None = field(init=False, default=None)  # that decoding has memory for; None: any
+    tokens_at_once: float = field(init=False, default=math.inf)  # of contexts, in one forward and kept by decoding
     lora: list[LoraGroup] = field(init=False, default_factory=list)  # the adapter's layers
 
     def __post_init__(self) -> None:
@@ -65,6 +67,17 @@ class Policy:
     def max_context(self) -> int:
         """The most tokens, prompt and generation together, that the model was made for."""
         return self.causal_lm.config.get_text_config().max_position_embeddings
+
+    def abilities(self) -> dict[str, str]:
+        """How it computes on this machine, in words, for ``policy.json`` in the run folder."""
+        kept = "dequantised once and kept" if any(group.kept for group in self.lora) else "dequantised at every use"
+        quantised = getattr(self.causal_lm, "is_quantized", False)
+        return {
+            "scores": "packed trees" if self.packs else "padded rows",
+            "decodes": "recorded steps (CUDA graphs)" if self.graphs else "plain steps",
+            "weights": kept if quantised else "not quantised",
+            "attention": ("FlexAttention" if self.flex else "blocks of the tree") if self.packs else "the model's own",
+        }
 
     def base(self) -> AbstractContextManager[None]:
         """Inside this context the adapter is off: the frozen base policy, without a second model."""

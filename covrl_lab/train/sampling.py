@@ -1,7 +1,7 @@
 """Hybrid rollouts: each trace is drawn whole from the prior or from the posterior prompt.
 
-Prompts are computed once, as the prefix tree of all contexts, then every rollout continues its own row until
-it is finished.
+Prompts are computed as the prefix tree of the rollouts that begin together, then every rollout continues its own row
+until it is finished and another takes its seat.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from .lora import cached_adapters
 from .policy import Policy
 from .prompts import Prompter
 from .ranks import ALONE, Ranks
-from .tree import LayerStore, additive, attention_window, build_tree, final_logits, forward, run_tree
+from .tree import LayerStore, additive, attention_window, build_tree, final_logits, forward, nodes_added, run_tree
 
 log = logging.getLogger(__name__)
 # Rows share a block while it has at most this many times the nodes of the longest prompt. A shared block
@@ -53,6 +54,8 @@ def draw_sources(
 class PackedRows:
     """Rows that grow by one token a step; what they share of their prompts is computed and stored once.
 
+    A row's prompt is computed when it gets a seat, and dropped with the last row that needs it.
+
     A step's attention is that of ``forward``: each row's own tokens, (rows, key heads, size) a step, and b
     blocks of r rows that have the same m prompt nodes for keys, of which a row sees those on its path.
     It stands in for transformers' cache.
@@ -68,28 +71,59 @@ class PackedRows:
 
     def __init__(self, policy: Policy, contexts: Sequence[Sequence[int]], max_tokens: int) -> None:
         self.policy, self.config, self.max_tokens = policy, policy.decoder.config, max_tokens
-        self.tree, self.store, device = build_tree(contexts), LayerStore(), policy.device
-        last = torch.stack([path[-1] for path in self.tree.paths])
-        self.hidden = run_tree(policy, self.tree, self.store)[last.to(device)]
+        self.contexts, device = contexts, policy.device
         self.order = sorted(range(len(contexts)), key=contexts.__getitem__)  # neighbours share the most
-        self.windows = {attention_window(self.config, i) for i in range(len(self.store.layers))}
         self.seats: list[int] = []  # their contexts
         self.place: list[int] = []  # the seats of the rows that go on
+        self.paths: list[Tensor] = []  # the nodes of each seat's prompt
+        self.position = torch.zeros(0, dtype=torch.int64)  # depths of the nodes
+        self.nodes: list[list[Tensor]] = []  # by layer, their keys and values (1, key heads, n, size)
+        self.prompts: list[list[Tensor]] = []  # the same in blocks
+        self.own: list[list[Tensor]] = []
         self.capacity, self.written, self.slot = 0, 0, torch.zeros(1, dtype=torch.int64, device=device)
         self.length = torch.zeros(0, dtype=torch.int64, device=device)  # tokens of its own that each row has
-        self.own = [[x.new_zeros(0, len(x[0]), 0, x.shape[-1]) for x in layer] for layer in self.store.layers]
-        self.prompts: list[list[Tensor]] = [[]] * len(self.own)
         self.record: tuple | None = None  # CUDA graph of a step, and its output
 
-    def _seat(self, new: Sequence[int] = ()) -> None:
-        """Let the rows at ``place`` stay, and new contexts follow them."""
+    def fitting(self, waiting: Sequence[int], alive: Sequence[int]) -> int:
+        """How many of ``waiting`` contexts, in order, may follow the rows at ``alive`` of those that go on.
+
+        All prompts together have at most ``policy.tokens_at_once`` nodes, but for one that has more by itself.
+        """
+        kept = len(torch.cat([self.position[:0], *(self.paths[self.place[k]] for k in alive)]).unique())
+        sizes = accumulate(nodes_added([self.contexts[row] for row in waiting]))
+        return max(sum(kept + n <= self.policy.tokens_at_once for n in sizes), not alive)
+
+    def _seat(self, new: Sequence[int] = ()) -> Tensor | None:
+        """Let the rows at ``place`` stay, and new contexts follow them; the last hidden states (new, size) of those."""
         kept = torch.tensor(self.place, dtype=torch.int64, device=self.policy.device)
+        paths = [self.paths[i] for i in self.place]
         self.seats = [self.seats[i] for i in self.place] + list(new)
         self.place, self.length = list(range(len(self.seats))), pad(self.length[kept], (0, len(new)))
         self.fed = torch.zeros(len(self.seats), 1, dtype=torch.int64, device=kept.device)
-        self.index = torch.arange(len(self.seats), device=kept.device)
+        self.index, self.prompts = torch.arange(len(self.seats), device=kept.device), []
         self._move(kept, self.capacity)
-        self._share([self.tree.paths[row] for row in self.seats])
+        nodes = torch.cat([self.position[:0], *paths]).unique()
+        self.paths, self.position = [torch.searchsorted(nodes, path) for path in paths], self.position[nodes]
+        for layer in self.nodes:
+            layer[:] = [x.index_select(2, nodes.to(x.device)) for x in layer]
+        hidden = self._compute([self.contexts[row] for row in new]) if new else None
+        self._share(self.paths)
+        return hidden
+
+    def _compute(self, contexts: Sequence[Sequence[int]]) -> Tensor:
+        """Add contexts' nodes, in one forward; the last hidden states of each."""
+        tree, store = build_tree(contexts), LayerStore()
+        last = torch.stack([path[-1] for path in tree.paths])
+        hidden = run_tree(self.policy, tree, store)[last.to(self.policy.device)]
+        self.paths += [path + len(self.position) for path in tree.paths]
+        self.position = torch.cat([self.position, tree.position])
+        if not self.nodes:
+            self.windows = {attention_window(self.config, i) for i in range(len(store.layers))}
+            self.nodes = [[x[:, :, :0] for x in layer] for layer in store.layers]
+            self.own = [[x.new_zeros(len(contexts), *x.shape[1:]) for x in layer] for layer in self.nodes]
+        for layer, added in zip(self.nodes, store.layers, strict=True):
+            layer[:] = [torch.cat([x, y[:, :, : len(tree)]], 2) for x, y in zip(layer, added, strict=True)]
+        return hidden
 
     def _move(self, kept: Tensor | slice, capacity: int) -> None:
         """Put the keys and values of some rows in buffers for all seats and ``capacity`` tokens, a layer at a time.
@@ -106,27 +140,28 @@ class PackedRows:
 
     def _share(self, paths: list[Tensor]) -> None:
         """Halve the rows into blocks until each has at most MAX_NODES_PER_PATH x the longest path nodes."""
-        rows, longest = len(paths), max(map(len, paths))
+        rows, longest, total = len(paths), max(map(len, paths)), len(self.position)
         self.block = 2 * rows
         while True:
             self.block = -(-self.block // 2)
             parts = [torch.cat(paths[i : i + self.block]).unique() for i in range(0, rows, self.block)]
             if self.block == 1 or max(map(len, parts)) <= MAX_NODES_PER_PATH * longest:
                 break
-        nodes = pad_sequence(parts, batch_first=True, padding_value=len(self.tree))  # (b, m)
-        on_path = torch.zeros(len(parts) * self.block, len(self.tree) + 1, dtype=torch.bool)
+        nodes = pad_sequence(parts, batch_first=True, padding_value=total)  # (b, m)
+        on_path = torch.zeros(len(parts) * self.block, total + 1, dtype=torch.bool)
         for row, path in enumerate(paths):
             on_path[row, path] = True
         seen = on_path.unflatten(0, (len(parts), self.block)).gather(2, nodes[:, None].expand(-1, self.block, -1))
-        nodes, device = nodes.clamp_max(len(self.tree) - 1), self.policy.device
+        nodes, device = nodes.clamp_max(total - 1), self.policy.device
         self.seen = seen.to(device)
         # Tokens from a row's next one back to each of its prompt nodes, for sliding windows.
         lengths = torch.tensor([len(path) for path in paths] + [0] * (len(parts) * self.block - rows))
-        self.back = (lengths.reshape(-1, self.block, 1) - self.tree.position[nodes][:, None]).to(device)
+        self.back = (lengths.reshape(-1, self.block, 1) - self.position[nodes][:, None]).to(device)
         self.lengths = lengths[:rows].to(device)
         flat = nodes.flatten().to(device)
-        for i, layer in enumerate(self.store.layers):
-            self.prompts[i] = [x[0].index_select(1, flat).unflatten(1, nodes.shape).transpose(0, 1) for x in layer]
+        for layer in self.nodes:
+            blocks = (x[0].index_select(1, flat).unflatten(1, nodes.shape).transpose(0, 1) for x in layer)
+            self.prompts.append(list(blocks))
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append a layer's (rows, key heads, 1, size) keys and values; views of all the rows' own."""
@@ -174,11 +209,10 @@ class PackedRows:
             if not new and len(self.place) <= CROWDED.get(self.policy.device.type, 0.75) * len(self.seats):
                 self._seat()
             self.index = torch.tensor(self.place, dtype=torch.int64, device=self.policy.device)
-        hidden = self._append(token) if self.place else self.hidden[:0]
+        hidden = [self._append(token)] if self.place else []
         if new:
-            self._seat(new)
-            hidden = torch.cat([hidden, self.hidden[list(new)]])
-        return hidden
+            hidden.append(self._seat(new))
+        return torch.cat(hidden)
 
     def _append(self, token: Tensor) -> Tensor:
         if self.written == self.capacity < self.max_tokens:
@@ -190,6 +224,9 @@ class PackedRows:
             try:
                 self.record = record(self._forward)
             except RuntimeError as error:
+                # What ended a capture may stand behind the error that ending it has raised.
+                if any(map(_beyond_capture, (error, error.__context__))):
+                    raise
                 self.policy.graphs = False
                 log.warning("decoding is not recorded as a CUDA graph, which is slower: %s", error)
         if self.record:
@@ -215,6 +252,12 @@ class PackedRows:
         return additive(allowed, self.policy.dtype)[:, None, :, None]
 
 
+def _beyond_capture(error: BaseException | None) -> bool:
+    """Whether an error is one of memory or of the device, and no capture that CUDA refused: its codes 900 to 908."""
+    fault = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
+    return fault and not 900 <= getattr(error, "error_code", 0) <= 908
+
+
 def record(function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """A CUDA graph of a function, and the tensor that each replay writes. RuntimeError where both differ."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -231,16 +274,20 @@ def record(function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor
 
 
 class PlainRows:
-    """The same with transformers' own cache and left-padded prompts, for models that cannot pack."""
+    """The same with transformers' own cache and left-padded prompts, for models that cannot pack.
+
+    Rows begin together, and others begin once all have ended.
+    """
 
     def __init__(self, policy: Policy, contexts: Sequence[Sequence[int]], max_tokens: int) -> None:
-        self.policy, self.cache = policy, None
-        width = max(map(len, contexts))
-        ids = torch.tensor([[0] * (width - len(c)) + list(c) for c in contexts], device=policy.device)
-        self.mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=policy.device)
+        self.policy, self.contexts, self.seats = policy, contexts, []
         self.order = list(range(len(contexts)))
-        self.place = torch.arange(len(contexts), device=policy.device)
-        self.hidden = self._forward(ids)
+
+    def fitting(self, waiting: Sequence[int], alive: Sequence[int]) -> int:
+        """As ``PackedRows.fitting``, of the tokens of padded rows."""
+        widths = accumulate((len(self.contexts[row]) for row in waiting), max)
+        fitting = sum(n * width <= self.policy.tokens_at_once for n, width in enumerate(widths, 1))
+        return 0 if alive else max(fitting, 1)
 
     def _forward(self, ids: Tensor) -> Tensor:
         position = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
@@ -251,9 +298,14 @@ class PlainRows:
         return output.last_hidden_state[self.place, -1]
 
     def step(self, token: Tensor, alive: Sequence[int] | None = None, new: Sequence[int] = ()) -> Tensor:
-        """As ``PackedRows.step``; all contexts begin at once."""
+        """As ``PackedRows.step``."""
         if new:
-            return self.hidden
+            contexts, device = [self.contexts[row] for row in new], self.policy.device
+            width = max(map(len, contexts))
+            ids = torch.tensor([[0] * (width - len(c)) + list(c) for c in contexts], device=device)
+            self.mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=device)
+            self.cache, self.seats, self.place = None, list(new), torch.arange(len(new), device=device)
+            return self._forward(ids)
         if alive is not None:
             self.place = self.place[alive]
         fed = torch.zeros(len(self.mask), dtype=torch.int64, device=self.mask.device)
@@ -290,8 +342,9 @@ def generate(
     uniforms = None if uniforms is None else uniforms.to(device)
     with cached_adapters(policy.lora, policy.dtype):
         rows = (PackedRows if policy.packs else PlainRows)(policy, contexts, max_tokens)
-        seats = policy.rows_at_once or len(contexts) if policy.packs else len(contexts)
-        active, waiting, drawn = rows.order[:seats], rows.order[seats:], []
+        seats, drawn = policy.rows_at_once or len(contexts), []
+        begin = rows.fitting(rows.order[:seats], [])
+        active, waiting = rows.order[:begin], rows.order[begin:]
         hidden = rows.step(torch.empty(0), [], active)
         index = torch.tensor(active, device=device)
         time = torch.zeros_like(index)
@@ -316,8 +369,10 @@ def generate(
                         break  # what was decoded after the end is dropped
                 else:
                     alive.append(k)
-            begin = waiting[: seats - len(alive)] if len(alive) <= CROWDED.get(device.type, 0.75) * seats else []
-            waiting = waiting[len(begin) :]
+            begin = []
+            if waiting and len(alive) <= CROWDED.get(device.type, 0.75) * len(rows.seats):
+                begin = waiting[: rows.fitting(waiting[: seats - len(alive)], alive)]
+                waiting = waiting[len(begin) :]
             if alive or begin:
                 hidden = rows.step(token[alive], alive, begin)
             active, time = [active[k] for k in alive] + begin, pad(time[alive], (0, len(begin)))

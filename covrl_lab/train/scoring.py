@@ -127,9 +127,18 @@ def _segments(
 
 @torch.no_grad()
 def answer_logprobs(policy: Policy, prompts: Sequence[Prompt], traces: Sequence[Sequence[int]]) -> Tensor:
-    """log p(y|x,z) in nats, (k,), of k prompts' answers after k traces (token ids)."""
-    segments = [Segment.of_answer(p, z) for p, z in zip(prompts, traces, strict=True)]
-    return torch.stack([values.sum() for values in score_segments(policy, segments)])
+    """log p(y|x,z) in nats, (k,), of k prompts' answers after k traces (token ids).
+
+    In forwards of at most ``policy.tokens_at_once`` tokens, but never less than one sequence.
+    """
+
+    def scored(part: list[Segment]) -> list[Tensor]:
+        size = count_nodes([s.read for s in part]) if policy.packs else len(part) * max(len(s.ids) for s in part)
+        if len(part) == 1 or size <= policy.tokens_at_once:
+            return [values.sum() for values in score_segments(policy, part)]
+        return scored(part[: len(part) // 2]) + scored(part[len(part) // 2 :])
+
+    return torch.stack(scored([Segment.of_answer(p, z) for p, z in zip(prompts, traces, strict=True)]))
 
 
 def trace_logprobs(

@@ -95,8 +95,12 @@ def build_tree(sequences: Sequence[Sequence[int]]) -> TokenTree:
 
 def count_nodes(sequences: Sequence[Sequence[int]]) -> int:
     """Nodes of the tree of these sequences, without building it."""
-    ordered = sorted(sequences)
-    return sum(map(len, ordered)) - sum(_shared(ordered))
+    return sum(nodes_added(sorted(sequences)))
+
+
+def nodes_added(ordered: Sequence[Sequence[int]]) -> Iterator[int]:
+    """How many nodes of their tree each of the sequences, in lexicographic order, adds to those before it."""
+    return (len(sequence) - shared for sequence, shared in zip(ordered, _shared(ordered), strict=True))
 
 
 # --- attention
@@ -294,8 +298,15 @@ def logit_scale(policy: Policy) -> float:
 
 
 def final_logits(policy: Policy, hidden: Tensor) -> Tensor:
-    """The output head on hidden states (k, hidden): float32 logits (k, vocabulary), as the model gives them."""
-    logits, cap = policy.head(hidden).float() * logit_scale(policy), logit_cap(policy)
+    """The output head on hidden states (k, hidden): float32 logits (k, vocabulary). No caller needs its gradient."""
+    head, cap = policy.head, logit_cap(policy)
+    if hidden.is_cuda and hidden.dtype == torch.bfloat16 and type(head) is torch.nn.Linear:
+        # Not rounded to bfloat16 on the way. CPUs have no such product: theirs are rounded, as the model's own are.
+        logits = torch.mm(hidden, head.weight.T, out_dtype=torch.float32)
+        logits = logits if head.bias is None else logits + head.bias
+    else:
+        logits = head(hidden).float()
+    logits = logits * logit_scale(policy)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 

@@ -50,8 +50,6 @@ from covrl_lab.train.plan import GIB, Device, fastest, measure_device, plan
 from covrl_lab.train.shapes import shape_of
 from covrl_lab.types import ConfigError, did_you_mean
 
-from .speed import FOLDER, report
-
 PRIOR_ONLY = {"alpha": 1.0, "posterior_weight": 0.0}
 STEP = {"task": "arithmetic", "prompt_style": "few_shot", "demonstrations": 3}
 STEP |= {"questions_per_step": 8, "rollouts_per_question": 4, "max_trace_tokens": 28}
@@ -598,6 +596,8 @@ PARTS = ("limits", "step", "growth", "memory", "plan", "layout")
 
 def main() -> None:
     """Measure what is missing, then print what is stored."""
+    from .speed import FOLDER, report  # it draws, which a machine that only measures need not be able to
+
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench.benchmark", description=__doc__.split("\n")[0], allow_abbrev=False
     )

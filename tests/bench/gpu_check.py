@@ -5,8 +5,20 @@ starts only while there is time, and what was left out is named. ``--device cpu`
 than two minutes, so that the script itself is tested. Weights are random, of real shapes, and made on the spot:
 nothing is fetched. The exit status is 1 if a part failed, and its error stands in the file.
 
+A machine without a network that has torch (2.8 or later) and transformers (5.17 or later) with what they require needs
+two packages more, which are pure Python: peft and accelerate. Elsewhere, beside this checkout:
+
+    pip install --no-deps --target carried peft accelerate
+
+Then copy the checkout there, and in it:
+
+    PYTHONPATH=carried:. python -m tests.bench.gpu_check
+
+Without bitsandbytes the larger model is bfloat16 and not in 4 bits; without pandas and pyarrow ``plan`` is left
+out. Both are said in the file.
+
     scores      packed against padded rows, values and gradients, in float32
-    other       the device against this machine's CPU, the same weights, in float32
+    other       the device against this machine's CPU, the same weights, in float32; logits of bfloat16 states
     decoding    recorded steps, waves and refills against plain steps, in float32
     twice       the same update twice: whether the gradients are equal to the bit, and which operations are not
     mask        seconds for the tree's mask against a forward of the tree
@@ -28,6 +40,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+try:
+    import bitsandbytes
+except ImportError:
+    bitsandbytes = None
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,11 +55,12 @@ from covrl_lab.train.plan import GIB, Tokens, make_plan, measure_device
 from covrl_lab.train.policy import Policy
 from covrl_lab.train.scoring import trace_logprobs
 from covrl_lab.train.shapes import shape_of
-from covrl_lab.train.tree import FlexTree, build_tree, run_tree
+from covrl_lab.train.tree import FlexTree, build_tree, final_logits, run_tree
 from covrl_lab.types import Prompt, TraceBatch
 
 from .benchmark import machine, peak_bytes, random_model
 
+QUANTIZATION = "nf4" if bitsandbytes else "none"  # of the larger model
 BOUND = 1e-3  # nats a token, and share of a gradient's norm, in float32
 WORDS = 250  # ids below this are in every vocabulary here
 TINIES = ("tiny", "tiny-qwen3", "tiny-gemma3")
@@ -86,7 +103,15 @@ class Check:
         return bounded(found)
 
     def other(self) -> dict[str, Any]:
-        return bounded({name: apart(*(scored(*small(name, d)) for d in ("cpu", self.device))) for name in TINIES})
+        found = {name: apart(*(scored(*small(name, d)) for d in ("cpu", self.device))) for name in TINIES}
+        policy = load_policy("tiny", quantization="none", lora_rank=0, device=self.device)
+        hidden = torch.randn(64, policy.head.in_features, generator=torch.Generator().manual_seed(0))
+        hidden = hidden.to(self.device, torch.bfloat16)
+        exact = hidden.double() @ policy.head.weight.double().T
+        gap = float((final_logits(policy, hidden) - exact).abs().max())
+        # A CPU rounds logits to bfloat16, so there the gap is not bounded.
+        found["head, bfloat16"] = {"value" if self.device == "cuda" else "rounded": gap}
+        return bounded(found)
 
     def decoding(self) -> dict[str, Any]:
         found = {}
@@ -114,7 +139,7 @@ class Check:
         return {"equal": all(torch.equal(first[n], second[n]) for n in first), "not deterministic": named, "ok": True}
 
     def mask(self) -> dict[str, Any]:
-        policy, draw = self.large("nf4"), torch.Generator().manual_seed(0)
+        policy, draw = self.large(), torch.Generator().manual_seed(0)
         branches = torch.randint(3, WORDS, (self.sizes["nodes"] // 50, 50), generator=draw).tolist()
         tree = build_tree([[*range(3, 103), *branch] for branch in branches])
         with torch.no_grad():
@@ -130,11 +155,11 @@ class Check:
 
     # --- speed and memory
 
-    def large(self, quantization: str, keep: bool = True) -> Policy:
+    def large(self, keep: bool = True) -> Policy:
         """The larger model, with weights kept unpacked or not."""
         before, lora._has_room = lora._has_room, lambda layers, memory: keep
         try:
-            policy = load_policy(self.folder, quantization=quantization, device=self.device)
+            policy = load_policy(self.folder, quantization=QUANTIZATION, device=self.device)
         finally:
             lora._has_room = before
         endless(policy)
@@ -142,12 +167,12 @@ class Check:
 
     def speed(self) -> dict[str, Any]:
         table = []
-        for keep in (False, True):
-            policy = self.large("nf4", keep)
+        for keep, label in ((False, "unpacked"), (True, "kept")) if bitsandbytes else ((True, "not quantised"),):
+            policy = self.large(keep)
             for graphs in sorted({False, policy.graphs}):
                 policy.graphs = graphs
                 for rows in self.sizes["rows"]:
-                    line = {"weights": "kept" if keep else "unpacked", "recorded": graphs, "rows": rows}
+                    line = {"weights": label, "recorded": graphs, "rows": rows}
                     table.append(line | self._speed(policy, rows))
             del policy  # before the next one is loaded
         return {"layers": self.layers, "table": table, "ok": True}
@@ -159,7 +184,7 @@ class Check:
         return {"tokens/s": rows * tokens / (double - short), "kernels": kernels(policy, contexts)}
 
     def long(self) -> dict[str, Any]:
-        policy, draw = self.large("nf4"), torch.Generator().manual_seed(0)
+        policy, draw = self.large(), torch.Generator().manual_seed(0)
         ids = torch.randint(3, WORDS, (1, self.sizes["long"]), generator=draw)
         yes = torch.ones_like(ids, dtype=torch.bool)
         batch = TraceBatch(ids, yes, yes[:, 0], yes[:, 0], group_size=1).to(self.device)
@@ -183,7 +208,8 @@ class Check:
         questions, rollouts, tokens = self.sizes["step"]
         with tempfile.TemporaryDirectory() as folder:
             config = RunConfig(
-                model=self.folder, device=self.device, questions_per_step=questions, rollouts_per_question=rollouts,
+                model=self.folder, device=self.device, quantization=QUANTIZATION,
+                questions_per_step=questions, rollouts_per_question=rollouts,
                 max_trace_tokens=tokens, eval_every=0, eval_questions=1, checkpoint_every=10**6, run_dir=folder,
             )  # fmt: skip
             trainer = Trainer(config, progress=False).setup()
@@ -342,6 +368,10 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             try:
                 results[part] = getattr(check, part)()
+            except ModuleNotFoundError as error:
+                if (error.name or "").split(".")[0] in ("covrl_lab", "tests"):
+                    raise
+                results[part] = {"ok": None, "error": f"left out: no package {error.name!r} here"}
             except Exception as error:  # the other parts still say something
                 results[part] = {
                     "ok": False,
@@ -353,6 +383,7 @@ def main(arguments: list[str] | None = None) -> int:
     head = {
         "device": options.device,
         "machine": machine(torch.get_num_threads()),
+        "quantization": QUANTIZATION if bitsandbytes else "none: no package 'bitsandbytes' here",
         "took": time.perf_counter() - started,
     }
     write_whole(
