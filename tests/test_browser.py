@@ -449,3 +449,38 @@ def test_copies_follow_the_panel_and_stand_alone_without_a_kernel(lab):
     assert page.locator(".js-plotly-plot:visible").count() == 1
     for text in ("Error displaying widget", "Loading widget"):
         assert not page.get_by_text(text).locator("visible=true").count()
+
+
+def test_a_grid_that_finishes_after_its_panel_was_shown_is_in_the_saved_copy(lab):
+    copy_helpers(lab.folder)
+    shutil.rmtree(lab.folder / "grid", ignore_errors=True)
+    lab.write(
+        "grid.ipynb",
+        "from covrl_lab import Ablation\n"
+        "panel = Ablation('grid', alphas='0.5', seeds='0', steps=1, model='tiny')\npanel",
+        "import json\n"
+        "from helpers import made_up_run\n"
+        "(run_id,) = panel.sweep.runs\n"
+        "run = made_up_run(panel.sweep.path(run_id), steps=1)\n"
+        "panel.sweep.runs[run_id].save(run.path / 'config.json')\n"
+        "step = {'step': 1, 'seconds': 1.0, 'reward_prior': -2.0, 'reward_posterior': -1.0, 'accuracy': None}\n"
+        "count = (run.path / 'metrics.jsonl').write_text(json.dumps(step) + '\\n')\n"
+        "panel.refresh()\n"
+        "panel.show_traces(run_id)",
+    )
+    lab.open("grid.ipynb")
+    lab.run_all()
+    page, stored = lab.page, lab.folder / "grid.ipynb"
+    page.wait_for_selector(".covrl-ablation .covrl-explorer .covrl-plot.js-plotly-plot")
+
+    def saved():
+        page.keyboard.press("Control+s")
+        page.wait_for_timeout(500)
+        return stored.read_text(encoding="utf-8").count('"application/vnd.plotly.v1+json"')
+
+    wait_until(page, lambda: saved() == 3)  # two results, and the lines of the trace
+    assert page.locator(".js-plotly-plot:visible").count() == 3, "copies stay hidden beside the live panel"
+    lab.open("grid.ipynb")  # with a kernel of its own, which does not know the widget
+    wait_until(page, lambda: page.locator(".js-plotly-plot:visible").count() == 3)
+    assert page.locator(".jp-OutputArea-output:visible", has_text="question 0 of step 1").count() == 1
+    assert not lab.errors and not lab.cell_errors()

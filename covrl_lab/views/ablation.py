@@ -168,6 +168,7 @@ class Ablation(Panel):
     same grid again resumes it. A cell that is run again keeps what its fields were set to.
     """
 
+    places = 5
     _chosen: ClassVar[dict[str, tuple[Any, dict[str, Any]]]] = {}  # folder -> arguments, and the fields' values
 
     def __init__(
@@ -349,11 +350,13 @@ class Ablation(Panel):
     def show_traces(self, run_id: str) -> None:
         """Open a run's stored traces below the table."""
         title = widgets.HTML(f"<h3>Traces of run {html.escape(self.sweep.describe(run_id))}</h3>")
-        self.traces.children = (title, TraceExplorer(load_run(self.sweep.path(run_id))).widget)
+        self.explorer = TraceExplorer(load_run(self.sweep.path(run_id)))
+        self.traces.children = (title, self.explorer.widget)
 
     def static(self) -> list[Any]:
-        """The cost and the table of runs as HTML, and the results as figures."""
-        return [HTML(f"<p>{self.cost.value}</p>{self.table.html()}"), *self.results.figures()]
+        """The cost and the table of runs as HTML, the open traces, and the results as figures."""
+        traces = self.explorer.static() if self.traces.children else ()
+        return [HTML(f"<p>{self.cost.value}</p>{self.table.html()}"), *traces, *self.results.figures()]
 
 
 def _listed(values: Any) -> str:

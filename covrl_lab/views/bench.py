@@ -89,6 +89,8 @@ def _field(kind: type, label: str, value: Any, width: str = "640px", **settings:
 class BenchResults(Panel):
     """The lower half of the prompt bench: ``frames``, what ``probe`` gives, as table and plots."""
 
+    places = 2
+
     def __init__(self) -> None:
         self.frames: dict[str, pd.DataFrame] = {}
         self.summary, self.curve = widgets.HTML(), Plot(layout={"min_height": "460px"})
@@ -142,9 +144,9 @@ class BenchResults(Panel):
         return figure
 
     def static(self) -> list[Any]:
-        """The last results as HTML and a plotly figure; room for them before the first."""
+        """The last results as HTML and a plotly figure; nothing before the first."""
         if not self.frames:
-            return [HTML(""), HTML("")]
+            return []
         tables = "".join(f"<h4>{html.escape(name)}</h4>{token_html(f)}" for name, f in self.frames.items())
         return [HTML(summary_html(self.frames) + tables), self.lines()]
 

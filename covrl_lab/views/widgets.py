@@ -165,6 +165,7 @@ class Panel:
     """A widget with a copy of itself that needs no kernel. The copy follows what the widget shows, a second later."""
 
     widget: widgets.Box
+    places = 0  # outputs that are kept for ``static()``, whose items may come and go
     _copies: Sequence[DisplayHandle] = ()
     _timer = threading.Timer(0, lambda: None)
 
@@ -173,10 +174,10 @@ class Panel:
         raise NotImplementedError
 
     def _bundles(self) -> list[dict[str, Any]]:
-        """``static()`` by media type."""
-        return [
-            {"text/html": copy.data} if isinstance(copy, HTML) else copy._repr_mimebundle_() for copy in self.static()
-        ]
+        """``static()`` by media type, and room for what is not there yet: a page gets its outputs once."""
+        shown = self.static()
+        shown += [HTML("")] * (self.places - len(shown))
+        return [{"text/html": copy.data} if isinstance(copy, HTML) else copy._repr_mimebundle_() for copy in shown]
 
     def _ipython_display_(self) -> None:
         display(HTML(_NO_ERRORS))
