@@ -120,8 +120,10 @@ def test_the_table_follows_the_files_and_its_buttons_the_picked_run(tmp_path):
     panel.table.picked = first
     panel.act_button.click()
     assert panel.sweep.statuses[first] == "cancelled" and panel.act_button.description == "Retry"
+    assert "0 to do" in panel.cost.value and panel.launch_button.disabled  # Retry is what is left
     panel.fields["seeds"].value = "1"
     assert panel.traces.children == () and panel.traces_button.disabled  # those were another grid's
+    assert "2 to do" in panel.cost.value and not panel.launch_button.disabled
 
     # The cell is run again: its fields stay as they were set. Another default counts as a new wish.
     again = ablation.Ablation(tmp_path, alphas="0.25, 0.5", seeds="0", steps=2, model="tiny")

@@ -23,6 +23,7 @@ from ..defaults import METHOD_DEFAULTS
 from ..runs.compare import curves
 from ..runs.folder import Run, load_run
 from ..runs.sweep import Sweep
+from ..runs.worker import ENDS
 from ..types import ConfigError
 from .comparison import plot_against_alpha
 from .explorer import TraceExplorer
@@ -246,6 +247,7 @@ class Ablation(Panel):
             self.refresh()
             if self.table.picked not in self.sweep.runs:
                 self.table.picked = next(iter(self.sweep.runs))
+        self.estimate_button.disabled = self.sweep is None
         self._enable()
 
     def _warn(self, error: ConfigError) -> None:
@@ -255,9 +257,9 @@ class Ablation(Panel):
         driven = self.sweep is not None and self.sweep.driven
         for one in self.fields.values():
             one.disabled = driven
-        self.launch_button.disabled = driven or self.sweep is None
+        left = self.sweep is not None and set(self._statuses.values()).difference(ENDS)
+        self.launch_button.disabled = driven or not left
         self.stop_button.disabled = not driven
-        self.estimate_button.disabled = self.sweep is None
         self._offer()
 
     def _offer(self) -> None:
@@ -310,7 +312,6 @@ class Ablation(Panel):
         if self.sweep is not None:
             self.sweep.stop()
             self.refresh()
-            self._enable()
 
     def _act(self) -> None:
         """Cancel the picked run, or retry it, which needs the sweep to be driven."""
@@ -332,7 +333,6 @@ class Ablation(Panel):
             self.refresh()
             time.sleep(REFRESH_SECONDS)
         self.refresh()
-        self._enable()
 
     # --- showing
 
@@ -343,7 +343,7 @@ class Ablation(Panel):
         frame = table(self.sweep)
         self._statuses = dict(zip(frame["id"], frame["status"], strict=True))
         self.table.fill(frame, len(frame), [self.table.picked])
-        self._offer()
+        self._enable()
         self._show_cost()
         self.results.draw(self.sweep, frame)
 
