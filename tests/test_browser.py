@@ -130,6 +130,36 @@ def test_the_keyboard_moves_the_selection(lab, traces):
     assert traces.locator(TOKEN).all_inner_texts() != before
 
 
+def test_text_copied_out_of_traces_is_their_own(lab, traces):
+    lab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    row = traces.locator(".covrl-table").first.locator("tbody tr").nth(2)
+    row.click()
+    question = row.locator("td").nth(1).inner_text()
+    own = [list(row_of(lab, question, source)["tokens"]) for source in ("prior", "posterior")]
+    wait_until(traces, lambda: traces.locator(TOKEN).count() == sum(map(len, own)))
+
+    def copied(first, last):
+        """The clipboard after a selection from one token to the end of another, and Ctrl+C."""
+        traces.evaluate(
+            """([selector, first, last]) => {
+                const spans = document.querySelectorAll(selector);
+                spans[first].focus();
+                const [from, to] = [spans[first].firstChild, spans[last].lastChild];
+                getSelection().setBaseAndExtent(from.firstChild ?? from, 0, to, to.childNodes.length || to.length);
+            }""",
+            [TOKEN, first, last],
+        )
+        traces.keyboard.press("Control+c")
+        return traces.evaluate("navigator.clipboard.readText()")
+
+    assert any(" " in text for text in own[0])
+    prior = len(own[0])
+    assert copied(0, prior - 1) == "".join(own[0])
+    assert copied(1, 4) == "".join(own[0][1:5])
+    assert copied(3, 3) == own[0][3]
+    assert copied(2, prior + 3) == "".join(own[0][2:]) + "\n" + "".join(own[1][:4])
+
+
 def test_search_sort_and_colour(lab, traces):
     table = traces.locator(".covrl-table").first
     box = traces.get_by_placeholder("search questions, answers, traces")
