@@ -52,6 +52,7 @@ _STORED = INDEX_COLUMNS[:-1]
 # What "show" offers -> which traces those are; the first two where verdicts are stored.
 _SHOWS = {"right": "right == 1", "wrong": "right == 0", "ended": "finished == 1", "not ended": "finished == 0"}
 _SHOWS |= {name: name for name in ("starred", "reward > 0", "reward < 0", "advantage > 0", "advantage < 0")}
+_SHOWS |= {"longest tenth": "length >= length.quantile(0.9)", "shortest tenth": "length <= length.quantile(0.1)"}
 _GAINED, _CLIPPED = "prior wrong, posterior right", "with clipped tokens"
 
 
@@ -59,7 +60,7 @@ def trace_index(run: Run) -> pd.DataFrame:
     """One row a rollout of all steps, without the columns of one number a token.
 
     Columns: step, rollout, example_id, question, answer, source, trace, finished, reward, advantage, right (1, 0 or
-    NaN: not known), prediction (None: not known), and total, log p(y|x,z) in nats.
+    NaN: not known), prediction (None: not known), length (tokens), and total, log p(y|x,z) in nats.
     """
     frame = run.trace_columns()
     if frame.empty and run.damage:
