@@ -362,6 +362,9 @@ def test_rows_tokens_and_place_can_be_taken_along(example, monkeypatch):
     monkeypatch.setattr(explorer.take, "send", sent.append)
     explorer.source.value = "posterior"
     explorer.questions.picked = explorer.questions.rows[2]["id"]
+    likeliest = explorer.rollouts.marked
+    other = next(row["id"] for row in explorer.rollouts.rows if row["id"] not in likeliest)
+    explorer.rollouts.picked = other
     for label in explorer.take.labels:
         explorer.take._handle_custom_msg({"wanted": label}, [])
     (name, tokens), (none, line), (csv, rows) = sent
@@ -376,8 +379,11 @@ def test_rows_tokens_and_place_can_be_taken_along(example, monkeypatch):
     again = eval(line, {"TraceExplorer": TraceExplorer})
     assert again.questions.picked == explorer.questions.picked and again.view.colour == "kl"
     assert again.view.traces == explorer.view.traces and again.run.path == example.path
+    assert other in again.rollouts.marked and set(again.rollouts.marked) == set(explorer.rollouts.marked) != likeliest
     with pytest.raises(ConfigError, match="no question 'nothing'"):
         TraceExplorer(example, 15, "nothing")
+    with pytest.raises(ConfigError, match="no rollout 999 at step 15; it has"):
+        TraceExplorer(example, 15, rollouts=[999])
 
 
 @pytest.mark.parametrize("panel", [TraceExplorer, MixingRatio])
