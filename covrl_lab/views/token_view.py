@@ -154,13 +154,18 @@ def payload(frame: pd.DataFrame, settings: reweight.Settings, alternatives: Sequ
                 "prediction": None if row.get("prediction") is None else visible(row["prediction"]),
                 "note": "★ " * bool(row.get("starred")) + visible(row.get("note") or ""),
                 "tokens": [visible(t, spaces=True) or "∅" for t in texts],
-                # To be copied: without the bytes of a character that stands on a later token.
-                "texts": [t if t == token else _BYTES.sub("", t) for t, token in zip(texts, tokens, strict=True)],
+                "texts": [_copied(t, t != token) for t, token in zip(texts, tokens, strict=True)],
                 "values": {name: _plain(numbers) for name, numbers in values.items() if np.isfinite(numbers).any()},
                 "alternatives": alternatives and [_visible_alternatives(token) for token in alternatives[i]],
             }
         )
     return drawn
+
+
+def _copied(text: str, spelt: bool) -> str:
+    """A token as it is copied: with its spaces and line ends; what could harm where it is pasted stays a sign."""
+    text = _BYTES.sub("", text) if spelt else text  # their character stands on a later token
+    return re.sub("[^\n\t]+", lambda part: visible(part[0]), text)
 
 
 def _by_token(row: Mapping[str, Any]) -> str:
