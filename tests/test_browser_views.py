@@ -135,7 +135,7 @@ def test_a_star_and_a_note_stay_and_stand_in_the_report(lab):
 
     page.goto(report(lab.folder / "run", lab.folder / "report.html").as_uri())
     part = page.locator("h2:text-is('Starred traces') ~ h3").first
-    assert part.inner_text().startswith(f"step 15, rollout {rollout}: ")
+    assert part.inner_text().startswith(f"step 15, rollout {rollout}:")
     assert page.get_by_text(f"★ {note}", exact=True).count() == 1
 
 

@@ -15,8 +15,10 @@ import torch
 from covrl_lab.runs.reweight import answer_logprob
 from covrl_lab.train.probe import trace_frame
 from covrl_lab.types import Example, LogProbs, TraceBatch
+from covrl_lab.views.evaluations import change_html, question_html
 from covrl_lab.views.figures import plot_answer_logprobs, plot_evaluation_curve, plot_training_curves
 from covrl_lab.views.html import accuracy_table, html_number, html_passage, trace_table, visible
+from covrl_lab.views.report import _question
 from covrl_lab.views.token_figures import plot_coherence, plot_token_comparison
 
 HOSTILE = [
@@ -273,10 +275,10 @@ def test_trace_table_escapes(text):
     table = trace_table(trace_rows([text]))
     parsed = Tags()
     parsed.feed(table)
-    assert parsed.tags <= {"table", "thead", "tbody", "tr", "th", "td", "b", "code", "span"}
-    assert parsed.attributes <= {"style", "colspan"}
+    assert parsed.tags <= {"table", "thead", "tbody", "tr", "th", "td", "b", "code", "div"}
+    assert parsed.attributes <= {"style", "colspan", "dir"}
     assert not INVISIBLE.search(table)
-    assert visible(text) in parsed.text
+    assert "\n".join(map(visible, text.split("\n"))) in parsed.text
     table.encode("utf-8")
 
 
@@ -334,6 +336,25 @@ def test_passages_keep_their_lines_and_fold_when_long():
     long = html_passage("word " * 100)
     assert long.startswith("<details><summary>") and "500 characters" in long and "word " * 100 in long
     assert "<details" in html_passage("line\n" * 9)
+
+
+def test_every_view_that_prints_questions_and_traces_keeps_their_lines_and_folds_them():
+    text = "def f(x):\n    return x\n" * 9
+    rows = trace_rows([text]).assign(question=text, answer="1")
+    held_out = pd.DataFrame({"question": [text], "answer": ["1"], "trace": [text], "prediction": ["2"], "step": [0]})
+    held_out = held_out.assign(right=False, score=0.0, finished=True, trace_tokens=9)
+    change = pd.DataFrame(
+        {"question": [text], "answer": ["1"], "before": ["2"], "after": ["1"], "outcome": ["gained"]}
+    )
+    folds = {
+        trace_table(rows): rows["example_id"].nunique() + len(rows),
+        question_html(held_out): 2,
+        change_html(change, 0, 1): 3,  # with the two lists' own
+        _question(rows): 1,
+    }
+    for page, count in folds.items():
+        assert page.count("<details>") == count and "return x\ndef f" in page
+        assert "<b>def" not in page and "↵" not in re.sub("<summary>.*?</summary>", "", page)
 
 
 def test_a_newline_in_hover_text_is_a_sign():

@@ -124,13 +124,11 @@ def trace_table(frame: pd.DataFrame) -> str:
     rows: list[Sequence[str] | str] = []
     judged = "right" in frame and bool(frame["right"].notna().any())
     for _, group in frame.assign(total=answer_logprob(frame)).groupby("example_id", sort=False):
-        question, answer = (html_text(group[name].iloc[0]) for name in ("question", "answer"))
-        plain = '<span style="font-weight: normal">reference answer</span>'
-        rows.append(f"<code>{question}</code> {plain} <code>{answer}</code>")
+        question, answer = html_passage(group["question"].iloc[0]), html_text(group["answer"].iloc[0])
+        rows.append(f'<div style="font-weight: normal">{question}reference answer <b><code>{answer}</code></b></div>')
         for row in group.itertuples():
-            # <code>: no page's formula renderer looks for dollars in it.
-            trace = f'<code style="overflow-wrap: anywhere">{html_text(row.trace)}</code>'
-            cells = [html_source(row.source), trace, f"{row.total:.2f}", "yes" if row.finished else "no"]
+            ended = "yes" if row.finished else "no"
+            cells = [html_source(row.source), html_passage(row.trace), f"{row.total:.2f}", ended]
             rows.append([*cells, html_mark(row.right, row.prediction)] if judged else cells)
     return html_table(["drawn from", "trace z", "log p(y|x,z), nats", "finished", *["its answer"] * judged], rows)
 
