@@ -166,6 +166,14 @@ def test_training_curves_leave_out_what_a_method_does_not_have():
     assert [list(t.x) for t in accuracy] == [[3]]
 
 
+def test_training_curves_show_how_much_the_traces_are_used():
+    e = evaluations().assign(trace_dependence=[6.0, 2.5])
+    figure = plot_training_curves(metrics(), e)
+    assert "Trace use" in [a.text for a in figure.layout.annotations]
+    _, use = [t for t in figure.data if t.name == "held-out questions"]
+    assert (list(use.x), list(use.y)) == (list(e["step"]), [6.0, 2.5]) and "nats" in use.hovertemplate
+
+
 def test_training_curves_before_the_first_step():
     assert "no finished step" in plot_training_curves(pd.DataFrame()).layout.title.text
     only = plot_training_curves(pd.DataFrame(), evaluations((0.25,)))

@@ -193,6 +193,8 @@ def status_html(shot: Snapshot) -> str:
         last = shot.evaluations.iloc[-1]
         value = f'held-out accuracy <b data-column="accuracy">{last.accuracy:.1%}</b> after step {last.step:.0f}'
         parts.append(f"{value} (95% interval {last.accuracy_low:.1%} to {last.accuracy_high:.1%})")
+        if (use := last.get("trace_dependence", np.nan)) == use:
+            parts.append(f'trace use <b data-column="trace_dependence">{use:.1f}</b> nats')
     return f'<div style="line-height: 1.5">{" &nbsp;·&nbsp; ".join(parts)}</div>{alarms_html(shot.alarms)}'
 
 
