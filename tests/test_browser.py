@@ -130,6 +130,18 @@ def test_the_keyboard_moves_the_selection(lab, traces):
     assert traces.locator(TOKEN).all_inner_texts() != before
 
 
+def test_the_help_on_a_column_is_reached_by_keyboard(traces):
+    table = traces.locator(".covrl-explorer .covrl-table").first
+    head, note = table.get_by_role("button", name="posterior"), table.locator(".note")
+    before = note.inner_text()
+    table.get_by_role("button", name="prior", exact=True).focus()
+    traces.keyboard.press("Tab")
+    assert head.evaluate("button => button === document.activeElement")
+    assert "of all its posterior traces, nats" in note.inner_text()
+    traces.keyboard.press("Tab")
+    assert note.inner_text() == before != head.get_attribute("title")
+
+
 def test_text_copied_out_of_traces_is_their_own(lab, traces):
     lab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     row = traces.locator(".covrl-table").first.locator("tbody tr").nth(2)

@@ -11,13 +11,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import EXAMPLE_RUN
 
+from covrl_lab import MixingRatio
 from covrl_lab.runs.reweight import answer_logprob
 from covrl_lab.train.probe import trace_frame
 from covrl_lab.types import Example, LogProbs, TraceBatch
 from covrl_lab.views.evaluations import change_html, question_html
 from covrl_lab.views.figures import plot_answer_logprobs, plot_evaluation_curve, plot_training_curves
-from covrl_lab.views.html import accuracy_table, html_number, html_passage, trace_table, visible
+from covrl_lab.views.html import accuracy_table, help_on, helped, html_number, html_passage, trace_table, visible
 from covrl_lab.views.report import _question
 from covrl_lab.views.token_figures import plot_coherence, plot_token_comparison
 
@@ -328,6 +330,16 @@ def test_visible_signs():
     assert visible(family) == family and visible(persian) == persian
     assert visible("\u200d") == "⟨U+200D⟩"  # nothing else to see
     assert visible("a\u200fb\u200b") == "a⟨U+200F⟩b⟨U+200B⟩"
+
+
+def test_symbols_have_help_where_they_stand():
+    assert all(map(help_on, ("clip ±", "KL(p′‖p)", "answer term (NLL)", "mean ρ", "w", "α")))
+    assert not any(map(help_on, ("gradient norm", "before clipping", "answer y", "weights")))
+    assert 'title="responsibility' in helped("mean ρ") and helped("question") == "question"
+    mixing = MixingRatio(EXAMPLE_RUN)
+    for slider, said in zip(mixing.sides[0].controls, ("share of", "weight of", "limits", "limits"), strict=True):
+        assert slider.tooltip.startswith(said)
+    assert 'title="Kullback' in mixing.html()
 
 
 def test_numbers_are_never_minus_nought():

@@ -23,7 +23,7 @@ from ..files import Owner
 from ..runs.alarms import alarms
 from ..runs.folder import Run, step_file, steps_in
 from .figures import plot_training_curves
-from .html import alarms_html, html_number, html_table, html_text, reward_unit, trace_table
+from .html import alarms_html, helped, html_number, html_table, html_text, reward_unit, trace_table
 from .style import BOTH, GREY, POSTERIOR, PRIOR
 from .widgets import Panel, Plot, aside, row
 
@@ -208,7 +208,7 @@ def numbers_html(shot: Snapshot) -> str:
             values = shot.metrics[column].astype(float)
             last, mean = (html_number(x, form) for x in (values.iloc[-1], values.tail(5).mean()))
             shown = f'<b data-column="{column}">{last}</b>'
-            rows.append([label, shown, mean, unit or reward, sparkline(values, colour)])
+            rows.append([helped(label), shown, mean, unit or reward, sparkline(values, colour)])
     return html_table(["", f"step {shot.step}", "mean of last 5", "", "all steps"], rows)
 
 

@@ -24,7 +24,7 @@ from plotly.offline import get_plotlyjs
 
 from ..runs.folder import Run, load_run
 from ..types import ConfigError
-from .html import html_mark, html_number, html_table, html_text, visible
+from .html import help_on, html_mark, html_number, html_table, html_text, visible
 
 
 def static_text(name: str) -> str:
@@ -114,6 +114,7 @@ class Take(anywidget.AnyWidget):
 
 def table_column(name: str, label: str, kind: str, about: str = "", digits: int = 0) -> dict[str, Any]:
     form = f".{-digits}g" if digits < 0 else f".{digits}f"
+    about = about or help_on(label)
     return {"name": name, "label": label, "kind": kind, "about": about, "digits": digits, "form": form}
 
 
@@ -122,6 +123,7 @@ HIDDEN = "0px"  # a label's width that leaves it to screen readers
 
 def field(kind: type, label: str, value: Any, width: str, label_width: str = "60px", **settings: Any) -> Any:
     """An input widget with its label before it; ``width`` counts the label in, and is less where the page is narrow."""
+    settings = {"tooltip": help_on(label) or None} | settings
     shape = {"style": {"description_width": label_width}, "layout": {"width": width, "max_width": "calc(100% - 4px)"}}
     return kind(value=value, description=label, **shape, **settings)
 
