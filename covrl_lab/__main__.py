@@ -99,7 +99,9 @@ def compare(settings: dict[str, Any], options: argparse.Namespace) -> None:
     from .runs import compare as tables
     from .views.comparison import export, readable
 
-    scores = tables.scores(tables.find_runs(", ".join(options.runs)))
+    methods = tables.find_runs(", ".join(options.runs))
+    scores = tables.scores(methods)
+    print(tables.listed(methods), end="\n\n")
     resampling = tables.Resampling(options.over)
     found = {"final_accuracy": tables.performance(scores, resampling)}
     if scores["method"].nunique() > 1:

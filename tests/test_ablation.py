@@ -60,6 +60,7 @@ def test_the_panel_s_own_grid_can_be_launched(tmp_path):
 def test_a_grid_without_steps_takes_the_plots_away(tmp_path):
     panel = ablation.Ablation(tmp_path, alphas="0.5", seeds="0", steps=2, model="tiny")
     assert panel.results.alpha.figure == ""
+    before = panel._bundles()
     (run_id,) = panel.sweep.runs
     path = panel.sweep.path(run_id)
     path.mkdir(parents=True)
@@ -70,6 +71,7 @@ def test_a_grid_without_steps_takes_the_plots_away(tmp_path):
     assert panel.cost.value.startswith("1 run, 1 to do with 1 steps")
     assert json.loads(panel.results.alpha.figure)["layout"]["yaxis"]["range"] == [0, 1], "no accuracy: not up to 400%"
     assert json.loads(panel.results.learning.figure)["layout"]["yaxis"]["range"] == [0, 1]
+    assert len(panel.static()) == 3 and len(panel._bundles()) == len(before), "a page gets its outputs once"
     lines = json.loads(panel.results.alpha.figure)["data"]
     assert {line.get("name") for line in lines} >= {"covrl, prior traces", "covrl, posterior traces"}
     panel.fields["alphas"].value = "0.25"
@@ -113,11 +115,15 @@ def test_the_table_follows_the_files_and_its_buttons_the_picked_run(tmp_path):
     assert panel.act_button.description == "Retry" and not panel.act_button.disabled
     panel.traces_button.click()
     assert second in panel.traces.children[0].value
+    shown = panel.static()
+    assert len(shown) == panel.places and "reference answer" in shown[1].data and shown[2].data, "its traces, too"
     panel.table.picked = first
     panel.act_button.click()
     assert panel.sweep.statuses[first] == "cancelled" and panel.act_button.description == "Retry"
+    assert "0 to do" in panel.cost.value and panel.launch_button.disabled  # Retry is what is left
     panel.fields["seeds"].value = "1"
     assert panel.traces.children == () and panel.traces_button.disabled  # those were another grid's
+    assert "2 to do" in panel.cost.value and not panel.launch_button.disabled
 
     # The cell is run again: its fields stay as they were set. Another default counts as a new wish.
     again = ablation.Ablation(tmp_path, alphas="0.25, 0.5", seeds="0", steps=2, model="tiny")

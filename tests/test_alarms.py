@@ -28,6 +28,8 @@ START = {
         ([*FINE, {"finished_share": 0.2, "gradient_norm": 1.0}], {}, []),  # one bad step is none
         ([{"finished_share": 1.0, "gradient_norm": 0.0}] * 3, {}, ["no gradient"]),
         ([{"finished_share": 1.0, "gradient_norm": 0.0}] * 2, {}, []),  # too early to say
+        ([{"finished_share": 0.0, "gradient_norm": 0.0}] * 3, {}, ["unfinished"]),  # nothing to learn from: one reason
+        ([{"gradient_norm": 0.0}] * 3, {}, ["no gradient"]),
         (FINE, {"trace_dependence": 2.9}, ["trace dependence"]),
         (FINE, {"trace_dependence": 3.1}, []),
         (FINE, {"eval_trace_tokens": 8.0}, ["trace length"]),

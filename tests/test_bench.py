@@ -3,12 +3,13 @@
 import json
 import re
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ASK, DEMONSTRATIONS, adapter_change
+from helpers import ASK, DEMONSTRATIONS, adapter_change, made_up_run
 
-from covrl_lab import RunConfig, Trainer
+from covrl_lab import RunConfig, Trainer, list_runs
 from covrl_lab.train import probe
 from covrl_lab.train.models import load_policy
 from covrl_lab.train.policy import load_adapter
@@ -191,3 +192,24 @@ def test_a_run_that_is_not_there_is_said_before_any_hub_is_asked(tmp_path, monke
         with pytest.raises(ConfigError, match="there is no run folder"):
             find_source(wrong)
     assert find_source("owner/model").config.model == "owner/model"
+
+
+def test_runs_are_offered_from_where_the_table_of_runs_finds_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = ["runs/here", "runs/grid/one", "notebooks/runs/theirs"]
+    for name in made:
+        RunConfig(model="tiny").save(made_up_run(tmp_path / name, steps=1).path / "config.json")
+        (tmp_path / name / "checkpoints" / "step_00001").mkdir(parents=True)
+    made_up_run(tmp_path / "runs" / "without", steps=1)
+    bench = PromptBench(model="tiny", **SMALL)
+    assert (
+        {Path(name) for name in bench.source.options[2:]}
+        == set(map(Path, made))
+        <= {Path(run) for run in list_runs()["id"]}
+    )
+    bench.source.value = bench.source.options[2]
+    assert bench.step.value == 1
+    monkeypatch.chdir(tmp_path / "notebooks")  # where notebooks run
+    assert {Path(name).resolve() for name in PromptBench(model="tiny", **SMALL).source.options[2:]} == {
+        tmp_path / name for name in made
+    }

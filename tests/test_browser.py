@@ -1,5 +1,6 @@
 """The panels in JupyterLab itself: what a reader clicks, drags and sees, against the run folder's numbers."""
 
+import json
 import shutil
 
 import numpy as np
@@ -9,7 +10,9 @@ from browser import jupyterlab
 from helpers import EXAMPLE_RUN, ROOT, hostile_run
 from hostile import BAIT, HOSTILE
 
-from covrl_lab import load_run
+from covrl_lab import RunConfig, load_run
+from covrl_lab.train.opening import open_task
+from covrl_lab.types import Example
 from covrl_lab.views.html import visible
 
 TOKEN = ".covrl-explorer .covrl-list [role=option]"
@@ -128,6 +131,85 @@ def test_the_keyboard_moves_the_selection(lab, traces):
         ),
     )
     assert traces.locator(TOKEN).all_inner_texts() != before
+
+
+def test_the_help_on_a_column_is_reached_by_keyboard(traces):
+    table = traces.locator(".covrl-explorer .covrl-table").first
+    head, note = table.get_by_role("button", name="posterior"), table.locator(".note")
+    before = note.inner_text()
+    table.get_by_role("button", name="prior", exact=True).focus()
+    traces.keyboard.press("Tab")
+    assert head.evaluate("button => button === document.activeElement")
+    assert "of all its posterior traces, nats" in note.inner_text()
+    traces.keyboard.press("Tab")
+    assert note.inner_text() == before != head.get_attribute("title")
+
+
+def test_text_copied_out_of_traces_is_their_own(lab, traces):
+    lab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    row = traces.locator(".covrl-table").first.locator("tbody tr").nth(2)
+    row.click()
+    question = row.locator("td").nth(1).inner_text()
+    own = [list(row_of(lab, question, source)["tokens"]) for source in ("prior", "posterior")]
+    wait_until(traces, lambda: traces.locator(TOKEN).count() == sum(map(len, own)))
+
+    def copied(first, last):
+        """The clipboard after a selection from one token to the end of another, and Ctrl+C."""
+        traces.evaluate(
+            """([selector, first, last]) => {
+                const spans = document.querySelectorAll(selector);
+                spans[first].focus();
+                const [from, to] = [spans[first].firstChild, spans[last].lastChild];
+                getSelection().setBaseAndExtent(from.firstChild ?? from, 0, to, to.childNodes.length || to.length);
+            }""",
+            [TOKEN, first, last],
+        )
+        traces.keyboard.press("Control+c")
+        return traces.evaluate("navigator.clipboard.readText()")
+
+    assert any(" " in text for text in own[0])
+    prior = len(own[0])
+    assert copied(0, prior - 1) == "".join(own[0])
+    assert copied(1, 4) == "".join(own[0][1:5])
+    assert copied(3, 3) == own[0][3]
+    assert copied(2, prior + 3) == "".join(own[0][2:]) + "\n" + "".join(own[1][:4])
+
+
+def test_prompts_and_saved_tokens_are_those_of_the_files(lab, traces):
+    run = load_run(lab.folder / "results" / "example_run")
+    rows = traces.locator(".covrl-table").first.locator("tbody tr")
+    rows.nth(3).click()
+    question = rows.nth(3).locator("td").nth(1).inner_text()
+    pair = [row_of(lab, question, source) for source in ("prior", "posterior")]
+    wait_until(traces, lambda: traces.locator(TOKEN).count() == sum(len(row["tokens"]) for row in pair))
+
+    with traces.expect_download() as saved:
+        traces.get_by_role("button", name="Tokens as JSON").click()
+    records = json.loads(saved.value.path().read_text(encoding="utf-8"))
+    for record, row in zip(records, pair, strict=True):
+        assert [record[name] for name in ("step", "rollout", "source")] == [1, row["rollout"], row["source"]]
+        assert record["tokens"] == list(row["tokens"]) and record["token_ids"] == list(row["token_ids"])
+        p, q = np.exp(row["logp"]), np.exp(row["logq"])
+        expected = {"logp": row["logp"], "log_gap": row["logq"] - row["logp"], "responsibility": p / (p + q)}
+        for name, values in expected.items():
+            assert record["values"][name] == pytest.approx(list(values), abs=2e-6), name  # alpha = w = 1/2
+
+    prompter = open_task(RunConfig.load(run.path / "config.json"))[1]
+    prompt = prompter(Example(pair[0]["example_id"], pair[0]["question"], pair[0]["answer"]))
+    expected = []
+    for row in pair:
+        own = (f"{row['source']} trace, {len(row['tokens'])} tokens", 0)
+        expected += [(f"prior, {len(prompt.prior)} tokens", len(prompt.prior)), own]
+        expected += [("seam", len(prompt.seam)), ("reference answer", len(prompt.answer))]
+        expected += [(f"posterior, {len(prompt.posterior)} tokens", len(prompt.posterior)), own]
+    traces.get_by_role("button", name="Show prompts").click()
+    parts = """() => [...document.querySelectorAll('.covrl-explorer .widget-html p[dir=auto] > b')]
+        .map(chip => [chip.innerText, chip.nextElementSibling.querySelectorAll('bdi').length])"""
+    wait_until(traces, lambda: [tuple(part) for part in traces.evaluate(parts)] == expected)
+    shown = traces.locator(".covrl-explorer .widget-html p[dir=auto]").first.inner_text().replace("\n", "")
+    assert visible(prompter.tokenizer.decode(prompt.prior), spaces=True) in shown
+    traces.get_by_role("button", name="Show prompts").click()
+    wait_until(traces, lambda: traces.evaluate(parts) == [])
 
 
 def test_search_sort_and_colour(lab, traces):
@@ -359,6 +441,39 @@ def test_what_is_chosen_is_in_view_and_the_lines_can_be_clicked(lab):
     assert not lab.errors and not lab.cell_errors()
 
 
+def test_text_from_right_to_left_runs_so_in_traces_and_tables(lab):
+    copy_helpers(lab.folder)
+    shutil.rmtree(lab.folder / "rtl", ignore_errors=True)
+    lab.write(
+        "rtl.ipynb",
+        "from pathlib import Path\n"
+        "from helpers import made_up_run\n"
+        "from covrl_lab import TraceExplorer\n"
+        "words = ['אחת ', 'ועוד ', 'שתיים ', 'שלוש']\n"
+        "texts = {'tokens': words, 'trace': ''.join(words), 'question': 'כמה הם אחת ועוד שתיים?'}\n"
+        "explorer = TraceExplorer(made_up_run(Path('rtl'), steps=1, questions=2, rollouts=2, length=4, **texts))\n"
+        "explorer",
+    )
+    lab.open("rtl.ipynb")
+    lab.run_all()
+    page = lab.page
+    page.wait_for_selector(".covrl-plot.js-plotly-plot")
+    direction = "found => getComputedStyle(found).direction"
+    tokens = page.locator(".covrl-explorer .covrl-list").first.locator("[role=option]")
+    assert [text.rstrip("·") for text in tokens.all_inner_texts()] == ["אחת", "ועוד", "שתיים", "שלוש"]
+    places = [token.bounding_box()["x"] for token in tokens.all()]
+    assert places == sorted(places, reverse=True), "the first token stands on the right"
+    tokens.first.click()
+    for key, token in (("ArrowLeft", 1), ("ArrowLeft", 2), ("ArrowRight", 1)):  # where the eye goes
+        page.keyboard.press(key)
+        assert page.locator(SELECTED).get_attribute("data-token") == str(token), key
+    row = page.locator(".covrl-table").first.locator("tbody tr").first
+    assert [row.locator("td").nth(k).evaluate(direction) for k in (1, 2)] == ["rtl", "ltr"]  # question, number
+    trace = page.locator(".covrl-table").last.locator("tbody tr").first.locator("td").last
+    assert trace.evaluate(direction) == "rtl"
+    assert page.locator(".covrl-explorer .widget-html code[dir=auto]").first.evaluate(direction) == "rtl"
+
+
 def test_a_plot_brings_plotly_to_a_page_that_has_none(lab):
     lab.write(
         "bare.ipynb",
@@ -449,3 +564,38 @@ def test_copies_follow_the_panel_and_stand_alone_without_a_kernel(lab):
     assert page.locator(".js-plotly-plot:visible").count() == 1
     for text in ("Error displaying widget", "Loading widget"):
         assert not page.get_by_text(text).locator("visible=true").count()
+
+
+def test_a_grid_that_finishes_after_its_panel_was_shown_is_in_the_saved_copy(lab):
+    copy_helpers(lab.folder)
+    shutil.rmtree(lab.folder / "grid", ignore_errors=True)
+    lab.write(
+        "grid.ipynb",
+        "from covrl_lab import Ablation\n"
+        "panel = Ablation('grid', alphas='0.5', seeds='0', steps=1, model='tiny')\npanel",
+        "import json\n"
+        "from helpers import made_up_run\n"
+        "(run_id,) = panel.sweep.runs\n"
+        "run = made_up_run(panel.sweep.path(run_id), steps=1)\n"
+        "panel.sweep.runs[run_id].save(run.path / 'config.json')\n"
+        "step = {'step': 1, 'seconds': 1.0, 'reward_prior': -2.0, 'reward_posterior': -1.0, 'accuracy': None}\n"
+        "count = (run.path / 'metrics.jsonl').write_text(json.dumps(step) + '\\n')\n"
+        "panel.refresh()\n"
+        "panel.show_traces(run_id)",
+    )
+    lab.open("grid.ipynb")
+    lab.run_all()
+    page, stored = lab.page, lab.folder / "grid.ipynb"
+    page.wait_for_selector(".covrl-ablation .covrl-explorer .covrl-plot.js-plotly-plot")
+
+    def saved():
+        page.keyboard.press("Control+s")
+        page.wait_for_timeout(500)
+        return stored.read_text(encoding="utf-8").count('"application/vnd.plotly.v1+json"')
+
+    wait_until(page, lambda: saved() == 3)  # two results, and the lines of the trace
+    assert page.locator(".js-plotly-plot:visible").count() == 3, "copies stay hidden beside the live panel"
+    lab.open("grid.ipynb")  # with a kernel of its own, which does not know the widget
+    wait_until(page, lambda: page.locator(".js-plotly-plot:visible").count() == 3)
+    assert page.locator(".jp-OutputArea-output:visible", has_text="question 0 of step 1").count() == 1
+    assert not lab.errors and not lab.cell_errors()

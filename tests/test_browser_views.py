@@ -135,7 +135,7 @@ def test_a_star_and_a_note_stay_and_stand_in_the_report(lab):
 
     page.goto(report(lab.folder / "run", lab.folder / "report.html").as_uri())
     part = page.locator("h2:text-is('Starred traces') ~ h3").first
-    assert part.inner_text().startswith(f"step 15, rollout {rollout}: ")
+    assert part.inner_text().startswith(f"step 15, rollout {rollout}:")
     assert page.get_by_text(f"★ {note}", exact=True).count() == 1
 
 
@@ -178,3 +178,31 @@ def test_figures_are_saved_as_svg_and_as_png_of_twice_the_size(lab):
     plot.wait_for()
     saves(page, plot, ["png", "svg"])
     assert not lab.errors
+
+
+def test_the_tool_bar_of_a_comparison_stands_beside_its_data(lab):
+    """Also beside the lowest figures there are: one row each."""
+    cell = "import pandas as pd\nfrom covrl_lab import plot_intervals\n"
+    ends = "'low': [0.2], 'high': [0.6]"
+    tables = {
+        "iqm": "'method': ['a'], 'iqm': [0.4], 'iqm_low': [0.2], 'iqm_high': [0.9], 'lowest': [0.3], 'highest': [0.5]",
+        "difference": f"'method': ['a'], 'minus': ['b'], 'difference': [0.4], {ends}, 'by_seed': [[0.1, 0.7]]",
+        "probability": f"'method': ['a'], 'against': ['b'], 'probability': [0.5], {ends}",
+    }
+    cells = [f"{cell}plot_intervals(pd.DataFrame({{{table}}}), {name!r})" for name, table in tables.items()]
+    page = shown(lab, "bars", *cells)
+    plots = page.locator(".js-plotly-plot:visible")
+    wait_until(page, lambda: plots.count() == len(tables))
+    for width in (1400, 800):
+        page.set_viewport_size({"width": width, "height": 1000})
+        page.wait_for_timeout(1500)
+        for plot in plots.all():
+            plot.scroll_into_view_if_needed()
+            plot.hover()
+            room = plot.evaluate(
+                """plot => { const box = plot.getBoundingClientRect(), {xaxis} = plot._fullLayout;
+                    const bar = plot.querySelector('.modebar').getBoundingClientRect();
+                    return [bar.left - (box.left + xaxis._offset + xaxis._length), box.bottom - bar.bottom]; }"""
+            )
+            assert min(room) >= 0, (width, room)
+    page.set_viewport_size({"width": 1400, "height": 1000})

@@ -359,6 +359,33 @@ def test_export_keeps_numbers_in_csv_and_reads_well_in_markdown(runs):
     assert signed["difference"][0].startswith("+50.0% (") and signed["by_seed"][0] == "+25.0%, +75.0%"
 
 
+def test_trace_use_and_alarms_stand_beside_the_accuracy(runs, capsys):
+    for name, uses in (("runs/a-s0", [6.0, 2.0]), ("runs/a-s1", [6.0, 5.0])):
+        told = json.loads(Path(name, "evaluations.jsonl").read_text())
+        lines = [told | {"step": step, "trace_dependence": use} for step, use in zip((0, 4), uses, strict=True)]
+        Path(name, "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    methods = compare.find_runs("a: runs/a-*, b: runs/b-*")
+    table = compare.performance(compare.scores(methods))
+    assert list(table["trace_use"].round(6)) == pytest.approx([3.5, math.nan], nan_ok=True)
+    assert list(readable(table)["trace use, nats"]) == ["3.5", "–"]
+    assert compare.listed(methods).splitlines()[0] == "a: a-s0 (⚠ trace dependence), a-s1"
+    assert "trace_use" not in compare.performance(compare.scores({"b": methods["b"]}))  # nothing is known
+    with pytest.raises(SystemExit):
+        main(["compare", "runs/a-*"])
+    assert "a-s0 (⚠ trace dependence)" in (said := capsys.readouterr().out) and "trace use, nats" in said
+
+
+def test_each_evaluation_set_has_its_own_trace_use(runs):
+    folder = write_run(Path("several"), answers(1, 0), eval_task="gsm8k, math-500")
+    frame = pd.read_parquet(folder / "evaluations/step_00004.parquet").assign(set=["gsm8k"] * 2 + ["math-500"] * 2)
+    frame.to_parquet(folder / "evaluations/step_00004.parquet")
+    told = json.loads((folder / "evaluations.jsonl").read_text())
+    told |= {"trace_dependence": 2.0, "gsm8k/trace_dependence": 1.0, "math-500/trace_dependence": 3.0}
+    (folder / "evaluations.jsonl").write_text(json.dumps(told) + "\n")
+    table = compare.performance(compare.scores(compare.find_runs("several")))
+    assert dict(zip(table["task"], table["trace_use"], strict=True)) == {"all tasks": 2, "gsm8k": 1, "math-500": 3}
+
+
 def test_the_command_prints_and_exports_every_table(runs, capsys):
     with pytest.raises(SystemExit) as done:
         main(["compare", "a: runs/a-*", "rlpr: runs/b-*", "--over", "seeds", "--export", "out/command"])

@@ -32,6 +32,7 @@ def listed(table, name):
 
 def test_the_index_agrees_with_the_whole_frames(example):
     index, whole = trace_index(example), example.traces()
+    assert list(index["length"]) == list(whole["tokens"].map(len))
     assert len(index) == len(whole) and "logp" not in index
     np.testing.assert_allclose(index["total"], [np.sum(row) for row in whole["answer_logp"]])
     for name in ("step", "rollout", "example_id", "source", "trace"):
@@ -180,6 +181,7 @@ def judged_run(folder):
         frame.loc[frame["example_id"].isin(["q2", "q3"]), "right"] = True
         frame.loc[(frame["example_id"] == "q3") & posterior, "right"] = False
         frame.loc[::3, "finished"] = False
+        frame["token_ids"] = [list(range(1 + rollout)) for rollout in frame["rollout"]]
         write_parquet(frame, step_file(run.path / "traces", step))
     return run
 
@@ -234,6 +236,8 @@ def test_show_leaves_the_traces_it_names(tmp_path):
         "reward < 0": frame["reward"] < 0,
         "advantage > 0": frame["advantage"] > 0,
         "advantage < 0": frame["advantage"] < 0,
+        "longest tenth": frame["rollout"] >= 14,  # of 16 in each of two steps, one token longer each
+        "shortest tenth": frame["rollout"] <= 1,
         "with clipped tokens": frame["step"] < 0,
     }
     assert sorted(explorer.show.options) == sorted(expected)
@@ -358,6 +362,9 @@ def test_rows_tokens_and_place_can_be_taken_along(example, monkeypatch):
     monkeypatch.setattr(explorer.take, "send", sent.append)
     explorer.source.value = "posterior"
     explorer.questions.picked = explorer.questions.rows[2]["id"]
+    likeliest = explorer.rollouts.marked
+    other = next(row["id"] for row in explorer.rollouts.rows if row["id"] not in likeliest)
+    explorer.rollouts.picked = other
     for label in explorer.take.labels:
         explorer.take._handle_custom_msg({"wanted": label}, [])
     (name, tokens), (none, line), (csv, rows) = sent
@@ -372,8 +379,11 @@ def test_rows_tokens_and_place_can_be_taken_along(example, monkeypatch):
     again = eval(line, {"TraceExplorer": TraceExplorer})
     assert again.questions.picked == explorer.questions.picked and again.view.colour == "kl"
     assert again.view.traces == explorer.view.traces and again.run.path == example.path
+    assert other in again.rollouts.marked and set(again.rollouts.marked) == set(explorer.rollouts.marked) != likeliest
     with pytest.raises(ConfigError, match="no question 'nothing'"):
         TraceExplorer(example, 15, "nothing")
+    with pytest.raises(ConfigError, match="no rollout 999 at step 15; it has"):
+        TraceExplorer(example, 15, rollouts=[999])
 
 
 @pytest.mark.parametrize("panel", [TraceExplorer, MixingRatio])

@@ -11,12 +11,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import EXAMPLE_RUN
 
+from covrl_lab import MixingRatio
 from covrl_lab.runs.reweight import answer_logprob
 from covrl_lab.train.probe import trace_frame
 from covrl_lab.types import Example, LogProbs, TraceBatch
+from covrl_lab.views.evaluations import change_html, question_html
 from covrl_lab.views.figures import plot_answer_logprobs, plot_evaluation_curve, plot_training_curves
-from covrl_lab.views.html import accuracy_table, html_number, html_passage, trace_table, visible
+from covrl_lab.views.html import accuracy_table, help_on, helped, html_number, html_passage, trace_table, visible
+from covrl_lab.views.report import _question
 from covrl_lab.views.token_figures import plot_coherence, plot_token_comparison
 
 HOSTILE = [
@@ -164,6 +168,14 @@ def test_training_curves_leave_out_what_a_method_does_not_have():
     assert [list(t.x) for t in accuracy] == [[3]]
 
 
+def test_training_curves_show_how_much_the_traces_are_used():
+    e = evaluations().assign(trace_dependence=[6.0, 2.5])
+    figure = plot_training_curves(metrics(), e)
+    assert "Trace use" in [a.text for a in figure.layout.annotations]
+    _, use = [t for t in figure.data if t.name == "held-out questions"]
+    assert (list(use.x), list(use.y)) == (list(e["step"]), [6.0, 2.5]) and "nats" in use.hovertemplate
+
+
 def test_training_curves_before_the_first_step():
     assert "no finished step" in plot_training_curves(pd.DataFrame()).layout.title.text
     only = plot_training_curves(pd.DataFrame(), evaluations((0.25,)))
@@ -275,10 +287,10 @@ def test_trace_table_escapes(text):
     table = trace_table(trace_rows([text]))
     parsed = Tags()
     parsed.feed(table)
-    assert parsed.tags <= {"table", "thead", "tbody", "tr", "th", "td", "b", "code", "span"}
-    assert parsed.attributes <= {"style", "colspan"}
+    assert parsed.tags <= {"table", "thead", "tbody", "tr", "th", "td", "b", "code", "div"}
+    assert parsed.attributes <= {"style", "colspan", "dir"}
     assert not INVISIBLE.search(table)
-    assert visible(text) in parsed.text
+    assert "\n".join(map(visible, text.split("\n"))) in parsed.text
     table.encode("utf-8")
 
 
@@ -322,6 +334,16 @@ def test_visible_signs():
     assert visible("a\u200fb\u200b") == "a⟨U+200F⟩b⟨U+200B⟩"
 
 
+def test_symbols_have_help_where_they_stand():
+    assert all(map(help_on, ("clip ±", "KL(p′‖p)", "answer term (NLL)", "mean ρ", "w", "α")))
+    assert not any(map(help_on, ("gradient norm", "before clipping", "answer y", "weights")))
+    assert 'title="responsibility' in helped("mean ρ") and helped("question") == "question"
+    mixing = MixingRatio(EXAMPLE_RUN)
+    for slider, said in zip(mixing.sides[0].controls, ("share of", "weight of", "limits", "limits"), strict=True):
+        assert slider.tooltip.startswith(said)
+    assert 'title="Kullback' in mixing.html()
+
+
 def test_numbers_are_never_minus_nought():
     assert [html_number(x, ".1f") for x in (-0.04, -0.06, 0.0, -12.0)] == ["0.0", "−0.1", "0.0", "−12.0"]
     assert [html_number(x, ".3g") for x in (-0.0, 0.12345, 0.1, -11.346)] == ["0", "0.123", "0.1", "−11.3"]
@@ -336,6 +358,25 @@ def test_passages_keep_their_lines_and_fold_when_long():
     long = html_passage("word " * 100)
     assert long.startswith("<details><summary>") and "500 characters" in long and "word " * 100 in long
     assert "<details" in html_passage("line\n" * 9)
+
+
+def test_every_view_that_prints_questions_and_traces_keeps_their_lines_and_folds_them():
+    text = "def f(x):\n    return x\n" * 9
+    rows = trace_rows([text]).assign(question=text, answer="1")
+    held_out = pd.DataFrame({"question": [text], "answer": ["1"], "trace": [text], "prediction": ["2"], "step": [0]})
+    held_out = held_out.assign(right=False, score=0.0, finished=True, trace_tokens=9)
+    change = pd.DataFrame(
+        {"question": [text], "answer": ["1"], "before": ["2"], "after": ["1"], "outcome": ["gained"]}
+    )
+    folds = {
+        trace_table(rows): rows["example_id"].nunique() + len(rows),
+        question_html(held_out): 2,
+        change_html(change, 0, 1): 3,  # with the two lists' own
+        _question(rows): 1,
+    }
+    for page, count in folds.items():
+        assert page.count("<details>") == count and "return x\ndef f" in page
+        assert "<b>def" not in page and "↵" not in re.sub("<summary>.*?</summary>", "", page)
 
 
 def test_a_newline_in_hover_text_is_a_sign():

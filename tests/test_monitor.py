@@ -109,9 +109,20 @@ def test_time_left_is_the_median_of_the_last_steps_times_those_to_go(folder):
     assert shot.seconds_left == 7.0 * 5
     assert "about 35 s left, without evaluations" in status_html(shot) and "25.0%" in status_html(shot)
     assert "12.5% to 50.0%" in status_html(shot)
+    assert "trace use" not in status_html(shot)  # an older run's evaluations do not hold it
     values = shown(numbers_html(shot))
     assert values["reward_prior"] == "0" and values["truncated_share"] == "25.0%"
     assert "nll" not in values, "a row without a single value"
+
+
+def test_how_much_the_traces_are_used_is_a_number_and_a_curve(folder):
+    told = {"accuracy": 0.25, "accuracy_low": 0.125, "accuracy_high": 0.5}
+    uses = [{"step": step, "trace_dependence": use} | told for step, use in ((0, 6.25), (5, 2.5))]
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in uses))
+    monitor = RunMonitor(folder, every=1000)
+    assert shown(monitor.status.value)["trace_dependence"] == "2.5"
+    assert [6.25, 2.5] in [list(curve.y) for curve in monitor.figure().data]
+    monitor.close()
 
 
 @pytest.mark.parametrize("method, unit", [("grpo", "share"), ("rlpr", "probability"), ("latro", "nats")])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -65,6 +66,14 @@ def test_what_is_committed_is_light_and_anonymous(path):
     text = path.read_text(encoding="utf-8")
     nbformat.validate(nbformat.reads(text, as_version=4))
     assert noise(text) == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_links_to_other_files_lead_somewhere(path):
+    text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert {*links, path.name} >= {other.name for other in NOTEBOOKS}, "each notebook links to all others"
+    assert [link for link in links if link and not (path.parent / link).exists()] == []
 
 
 # --- the commit hooks

@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 
 import pytest
 from helpers import assert_one_sentence, made_up_run
@@ -114,7 +115,9 @@ def test_the_report_shows_starred_traces(run, tmp_path):
     text = report(run, tmp_path / "some.html").read_text(encoding="utf-8")
     part = text.split("<h2>Starred traces</h2>")[1].split("<h2>")[0]
     row = run.traces(2).query("rollout == 3").iloc[0]
-    assert f"step 2, rollout 3: <code>{row['question']}</code>" in part and f"{row['source']} trace" in part
+    assert (
+        re.search(f"step 2, rollout 3: <code[^>]*>{row['question']}</code>", part) and f"{row['source']} trace" in part
+    )
     assert f"answer at {sum(row['answer_logp']):.1f}".replace("-", "−") in part and part.count("word·") >= len(
         row["tokens"]
     )

@@ -74,6 +74,7 @@ def test_the_view_spells_characters_and_keeps_unseen_ones_apart(example):
     view = TokenView()
     view.show(row)
     assert view.traces[0]["tokens"] == ["5", "·⟨C3⟩", "÷", "⟨U+200D⟩", "↵"]
+    assert view.traces[0]["texts"] == ["5", " ", "÷", "⟨U+200D⟩", "\n"], "what is copied"
     assert "÷" in token_html(row) and "\ufffd" not in token_html(row)
 
 

@@ -48,7 +48,7 @@ def alarms(
         found["one token"] = (
             f"{sum(short) / len(short):.0%} of the traces are a single token, so nothing is reasoned; {remedy}"
         )
-    if norms and not any(norms):
+    if norms and not any(norms) and (not finished or any(finished)):  # else "unfinished" says why
         found["no gradient"] = (
             f"the gradient was 0 in the last {RECENT} steps, so nothing is being learned: the traces of a "
             "question all earn the same; raise rollouts_per_question or choose an easier task"

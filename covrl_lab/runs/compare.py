@@ -146,6 +146,16 @@ def _labels(runs: list[Run]) -> list[str]:
     return labels
 
 
+def listed(methods: Methods) -> str:
+    """A line a method: its run folders, and behind each the names of its alarms."""
+
+    def named(run: Run) -> str:
+        kinds = ", ".join(run.forgiving().alarms)
+        return run.path.name + (f" (⚠ {kinds})" if kinds else "")
+
+    return "\n".join(f"{label}: {', '.join(map(named, runs))}" for label, runs in methods.items())
+
+
 def differences(methods: Methods) -> pd.DataFrame:
     """Settings that differ, one row each; a column a run, under (method, run folder)."""
     found = list(_each(methods))
@@ -168,9 +178,10 @@ def curves(methods: Methods) -> dict[str, dict[str, pd.DataFrame]]:
 
 
 def scores(methods: Methods, step: int | None = None) -> pd.DataFrame:
-    """One row a run and held-out question: method, task, seed, step, example_id, score (0 to 1, greedy).
+    """One row a run and held-out question: method, task, seed, step, example_id, score (0 to 1, greedy), trace_use.
 
-    From the evaluation after ``step``, or each run's last. ConfigError where a run has none.
+    From the evaluation after ``step``, or each run's last. ConfigError where a run has none. trace_use is the run's:
+    nats by which log p(y|x,z) moves when the trace is exchanged for another question's, NaN where not measured.
     """
     frames = []
     for label, run, config in _each(methods):
@@ -183,8 +194,12 @@ def scores(methods: Methods, step: int | None = None) -> pd.DataFrame:
             raise ConfigError(f"{run.path} has no evaluation of {wanted}; leave it out or resume it")
         found = run.predictions(last).query("sample < 0")
         task = found.get("set", _task(config))  # each of several sets counts as a task
-        frames.append(found.assign(method=label, task=task, seed=config.seed, step=last))
-    return pd.concat(frames, ignore_index=True)[["method", "task", "seed", "step", "example_id", "score"]]
+        told = next((line for line in run.lines("evaluations.jsonl") if line["step"] == last), {})
+        names = [f"{name}/trace_dependence" for name in found.get("set", [""] * len(found))]
+        used = np.array([told.get(name, told.get("trace_dependence")) for name in names], float)
+        frames.append(found.assign(method=label, task=task, seed=config.seed, step=last, trace_use=used))
+    columns = ["method", "task", "seed", "step", "example_id", "score", "trace_use"]
+    return pd.concat(frames, ignore_index=True)[columns]
 
 
 def _tables(frame: pd.DataFrame) -> dict[str, Tables]:
@@ -277,8 +292,9 @@ def performance(frame: pd.DataFrame, resampling: Resampling = RESAMPLING) -> pd.
 
     frame is that of ``scores``. Columns: method, task, runs, questions (distinct), step (of the evaluation;
     the last one's range where they differ), iqm, iqm_low, iqm_high, mean, mean_low, mean_high, lowest and
-    highest run. The bounds are NaN over the seeds of a single run, and Wilson's over the questions where
-    all answers are right or all wrong, which a bootstrap cannot see beyond.
+    highest run, and where it is known trace_use, its mean over runs in nats. The bounds are NaN over the seeds of a
+    single run, and Wilson's over the questions where all answers are right or all wrong, which a bootstrap cannot see
+    beyond.
     """
     rows = []
     for label, tables in _tables(frame).items():
@@ -286,8 +302,8 @@ def performance(frame: pd.DataFrame, resampling: Resampling = RESAMPLING) -> pd.
         parts = {"all tasks": tables} if len(tables) > 1 else {}
         parts |= {task: {task: table} for task, table in tables.items()}
         for name, part in parts.items():
-            steps = own[own["task"].isin(list(part))]["step"]
-            runs = np.concatenate(_observed(part))
+            mine = own[own["task"].isin(list(part))]
+            steps, runs = mine["step"], np.concatenate(_observed(part))
             questions = sum(table.shape[1] for table in part.values())
             row = {"method": label, "task": name, "runs": len(runs), "questions": questions}
             row["step"] = " to ".join(str(s) for s in sorted({steps.min(), steps.max()}))
@@ -297,7 +313,10 @@ def performance(frame: pd.DataFrame, resampling: Resampling = RESAMPLING) -> pd.
                 if resampling.over != "seeds" and runs.mean() in (0, 1):
                     _, low, high = share_interval(value * questions, questions, resampling.confidence)
                 row |= {column: value, f"{column}_low": low, f"{column}_high": high}
-            rows.append(row | {"lowest": float(runs.min()), "highest": float(runs.max())})
+            row |= {"lowest": float(runs.min()), "highest": float(runs.max())}
+            if "trace_use" in frame and frame["trace_use"].notna().any():
+                row["trace_use"] = mine.drop_duplicates(["task", "seed"])["trace_use"].mean()
+            rows.append(row)
     return pd.DataFrame(rows)
 
 

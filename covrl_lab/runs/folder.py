@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..files import read_object, readable, write_whole
@@ -29,7 +30,7 @@ SHARED = "covrl_lab.json"  # of an adapter that ``covrl-lab share`` wrote: its s
 CACHE_FROM = 500  # files; a run of fewer is read soon enough without
 # What a list of all traces shows of each.
 INDEX_COLUMNS = """
-step rollout example_id question answer source trace finished reward advantage right prediction answer_logp
+step rollout example_id question answer source trace finished reward advantage right prediction length answer_logp
 """.split()
 # What no line may lack, and no table that a view draws: older versions lack other columns.
 _IN_LINES = {"metrics": ["step", "seconds"], "evaluations": "step accuracy accuracy_low accuracy_high".split()}
@@ -55,12 +56,19 @@ def write_parquet(frame: pd.DataFrame, path: Path) -> None:
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """A Parquet file, or those of its columns that it has. ConfigError where it is damaged."""
+    """A Parquet file, or those of its columns that it has. ConfigError where it is damaged.
+
+    A column "length" is how many ``token_ids`` each row has.
+    """
+    counted = "length" in (columns or ())
     remedy = "restore it, or delete it to do without that step"
     # Most are small: ``pd.read_parquet`` takes five times as long.
     with readable(repr(str(path)), remedy), pq.ParquetFile(path, page_checksum_verification=True) as file:
-        table = file.read(columns, use_threads=False).replace_schema_metadata()  # pandas' own may be damaged
+        wanted = [*columns, "token_ids"] if counted else columns
+        table = file.read(wanted, use_threads=False).replace_schema_metadata()  # pandas' own may be damaged
         table.validate(full=True)
+        if counted and (place := table.schema.get_field_index("token_ids")) >= 0:
+            table = table.set_column(place, "length", pc.list_value_length(table["token_ids"]))
         return table
 
 

@@ -12,7 +12,7 @@ from IPython.display import HTML
 from plotly.subplots import make_subplots
 
 from ..types import ConfigError, did_you_mean
-from ..views.html import html_number, html_table, html_text
+from ..views.html import helped, html_number, html_table, html_text
 from ..views.style import BOTH, GREY, PALETTE, POSTERIOR, PRIOR, SOURCE_COLOURS, TEMPLATE, add_line
 from ..views.widgets import Panel, Plot, field, row
 from . import estimators
@@ -291,9 +291,8 @@ class EstimatorPanel(Panel):
         records = self.frame.to_dict("records")
         rows = [[html_number(record[name], form) for name, (_, form) in columns.items()] for record in records]
         settings = ", ".join(f"{slider.description} {slider.value:g}" for slider in self.sliders.values())
-        return (
-            f"<p>numbers at: {settings}</p>{html_table([html_text(heading) for heading, _ in columns.values()], rows)}"
-        )
+        header = [helped(html_text(heading)) for heading, _ in columns.values()]
+        return f"<p>numbers at: {settings}</p>{html_table(header, rows)}"
 
     def static(self) -> list[Any]:
         """Figure and table as they stand."""

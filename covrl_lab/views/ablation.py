@@ -23,6 +23,7 @@ from ..defaults import METHOD_DEFAULTS
 from ..runs.compare import curves
 from ..runs.folder import Run, load_run
 from ..runs.sweep import Sweep
+from ..runs.worker import ENDS
 from ..types import ConfigError
 from .comparison import plot_against_alpha
 from .explorer import TraceExplorer
@@ -168,6 +169,7 @@ class Ablation(Panel):
     same grid again resumes it. A cell that is run again keeps what its fields were set to.
     """
 
+    places = 5
     _chosen: ClassVar[dict[str, tuple[Any, dict[str, Any]]]] = {}  # folder -> arguments, and the fields' values
 
     def __init__(
@@ -245,6 +247,7 @@ class Ablation(Panel):
             self.refresh()
             if self.table.picked not in self.sweep.runs:
                 self.table.picked = next(iter(self.sweep.runs))
+        self.estimate_button.disabled = self.sweep is None
         self._enable()
 
     def _warn(self, error: ConfigError) -> None:
@@ -254,9 +257,9 @@ class Ablation(Panel):
         driven = self.sweep is not None and self.sweep.driven
         for one in self.fields.values():
             one.disabled = driven
-        self.launch_button.disabled = driven or self.sweep is None
+        left = self.sweep is not None and set(self._statuses.values()).difference(ENDS)
+        self.launch_button.disabled = driven or not left
         self.stop_button.disabled = not driven
-        self.estimate_button.disabled = self.sweep is None
         self._offer()
 
     def _offer(self) -> None:
@@ -309,7 +312,6 @@ class Ablation(Panel):
         if self.sweep is not None:
             self.sweep.stop()
             self.refresh()
-            self._enable()
 
     def _act(self) -> None:
         """Cancel the picked run, or retry it, which needs the sweep to be driven."""
@@ -331,7 +333,6 @@ class Ablation(Panel):
             self.refresh()
             time.sleep(REFRESH_SECONDS)
         self.refresh()
-        self._enable()
 
     # --- showing
 
@@ -342,18 +343,20 @@ class Ablation(Panel):
         frame = table(self.sweep)
         self._statuses = dict(zip(frame["id"], frame["status"], strict=True))
         self.table.fill(frame, len(frame), [self.table.picked])
-        self._offer()
+        self._enable()
         self._show_cost()
         self.results.draw(self.sweep, frame)
 
     def show_traces(self, run_id: str) -> None:
         """Open a run's stored traces below the table."""
         title = widgets.HTML(f"<h3>Traces of run {html.escape(self.sweep.describe(run_id))}</h3>")
-        self.traces.children = (title, TraceExplorer(load_run(self.sweep.path(run_id))).widget)
+        self.explorer = TraceExplorer(load_run(self.sweep.path(run_id)))
+        self.traces.children = (title, self.explorer.widget)
 
     def static(self) -> list[Any]:
-        """The cost and the table of runs as HTML, and the results as figures."""
-        return [HTML(f"<p>{self.cost.value}</p>{self.table.html()}"), *self.results.figures()]
+        """The cost and the table of runs as HTML, the open traces, and the results as figures."""
+        traces = self.explorer.static() if self.traces.children else ()
+        return [HTML(f"<p>{self.cost.value}</p>{self.table.html()}"), *traces, *self.results.figures()]
 
 
 def _listed(values: Any) -> str:

@@ -19,6 +19,7 @@ from ..runs.folder import SHARED, step_file, steps_in
 from ..runs.reweight import answer_logprob
 from ..types import ConfigError
 from .html import html_source, html_table, html_text, visible
+from .run_browser import run_folders
 from .style import GREY, POSTERIOR, SOURCE_COLOURS
 from .token_figures import plot_coherence
 from .token_view import TokenView, colours, token_html
@@ -94,6 +95,8 @@ def _field(kind: type, label: str, value: Any, width: str = "640px", **settings:
 class BenchResults(Panel):
     """The lower half of the prompt bench: ``frames``, what ``probe`` gives, as table and plots."""
 
+    places = 2
+
     def __init__(self) -> None:
         self.frames: dict[str, pd.DataFrame] = {}
         self.summary, self.curve = widgets.HTML(), Plot(layout={"min_height": "460px"})
@@ -147,9 +150,9 @@ class BenchResults(Panel):
         return figure
 
     def static(self) -> list[Any]:
-        """The last results as HTML and a plotly figure; room for them before the first."""
+        """The last results as HTML and a plotly figure; nothing before the first."""
         if not self.frames:
-            return [HTML(""), HTML("")]
+            return []
         tables = "".join(f"<h4>{html.escape(name)}</h4>{token_html(f)}" for name, f in self.frames.items())
         return [HTML(summary_html(self.frames) + tables), self.lines()]
 
@@ -192,7 +195,8 @@ class PromptBench(BenchResults):
         self._policy, self._prompter, self._opened = policy, prompter, None
         self._cancel, self._thread = threading.Event(), None
 
-        name, known = "this policy" if policy else str(checkpoint or model), ["smollm2-135m", "tiny", *_run_folders()]
+        name = "this policy" if policy else str(checkpoint or model)
+        known = ["smollm2-135m", "tiny", *_with_checkpoints()]
         self.source = _field(widgets.Combobox, "model or run", name, options=known, disabled=self._given)
         self.step = _field(widgets.Dropdown, "checkpoint", None, _NARROW, options=[("–", None)])
         self.question = _field(widgets.Textarea, "question x", question, rows=2)
@@ -308,7 +312,7 @@ class PromptBench(BenchResults):
         self.message.value = f'<span style="color: {colour}">{html_text(text)}</span>'
 
 
-def _run_folders() -> list[str]:
-    """Run folders with a checkpoint below the present folder's ``runs``, newest first."""
-    found = [p.parent.parent for p in Path("runs").glob("**/checkpoints/step_*")] if Path("runs").is_dir() else []
-    return [str(p) for p in sorted(set(found), key=lambda p: p.stat().st_mtime, reverse=True)]
+def _with_checkpoints() -> list[str]:
+    """Run folders with a checkpoint where ``RunBrowser`` looks for runs, newest first."""
+    found = [path for path in run_folders() if steps_in(path / "checkpoints")]
+    return [str(path) for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..runs.compare import over_seeds
-from .html import figure_text, visible
+from .html import figure_text, html_number, visible
 from .style import GREY, PALETTE, POSTERIOR, PRIOR, TEMPLATE, add_line, error_bars
 
 
@@ -32,6 +32,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
             shown[column] = [", ".join(f"{x:+.1%}" for x in values) for values in table[column]]
         elif column in ("lowest", "highest"):
             shown[column] = [f"{x:.1%}" for x in table[column]]
+        elif column == "trace_use":
+            shown["trace use, nats"] = [html_number(x, ".1f") for x in table[column]]
         else:
             shown[column] = table[column].astype(str)
     return shown

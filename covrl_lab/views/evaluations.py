@@ -14,7 +14,7 @@ from ..runs.folder import Run, load_run
 from ..runs.questions import OUTCOMES, between, by_learning, history
 from ..runs.stats import mcnemar, paired_interval
 from ..types import ConfigError
-from .html import alarms_html, figure_text, html_number, html_table, html_text
+from .html import alarms_html, figure_text, html_number, html_passage, html_table, html_text
 from .style import BOTH, GREY, POSTERIOR, TEMPLATE
 from .widgets import Panel, Plot, Table, field, offer, row, table_column
 
@@ -67,7 +67,8 @@ def change_html(listed: pd.DataFrame, before: int, after: int) -> str:
     parts = [f"<p>From step {before} to step {after}, {count} questions:</p>{table}"]
     for kind in ("gained", "lost"):
         first = listed[listed["outcome"] == kind].head(_LISTED)
-        lines = [map(html_text, line) for line in first[["question", "answer", "before", "after"]].to_numpy()]
+        texts = first[["question", "answer", "before", "after"]].to_numpy()
+        lines = [[html_passage(asked), *map(html_text, said)] for asked, *said in texts]
         left = f", the first {_LISTED}" if counts[kind] > _LISTED else ""
         table = html_table(["question", "y", f"said at step {before}", f"said at step {after}"], lines)
         parts.append(f"<details><summary>{kind}: {counts[kind]}{left}</summary>{table}</details>")
@@ -82,16 +83,15 @@ def question_html(rows: pd.DataFrame) -> str:
         score = "" if r["score"] in (0, 1) else f", score {r['score']:.2g}"
         nats, ended = r.get("answer_logp"), "" if r["finished"] else ", unfinished"
         likely = "" if nats is None or nats != nats else f", log p(y|x,z) {html_number(nats, '.1f')} nats"
-        trace = "<br>".join(map(html_text, r["trace"].split("\n")))
         cards.append(
             f'<div data-step="{r["step"]}" style="flex: 1 1 140px; max-width: 420px; border-top: 3px solid {colour}; '
             f'overflow-wrap: anywhere"><b>step {r["step"]}</b> <span style="color: {colour}">{verdict}</span>{score}'
             f'<br>it said <b class="covrl-said">{html_text(r["prediction"])}</b>{likely}'
             f'<div style="color: {GREY}">trace, {r["trace_tokens"]} tokens{ended}</div>'
-            f'<code class="covrl-trace-text" style="background: none; padding: 0">{trace}</code></div>'
+            f'<div class="covrl-trace-text">{html_passage(r["trace"])}</div></div>'
         )
-    question, answer = (f"<code>{html_text(rows[name].iloc[0])}</code>" for name in ("question", "answer"))
-    head = f"<p><b>{question}</b> reference answer <b>{answer}</b></p>"
+    question, answer = (rows[name].iloc[0] for name in ("question", "answer"))
+    head = f"<div>{html_passage(question)}reference answer <b><code>{html_text(answer)}</code></b></div>"
     side_by_side = f'<div style="display: flex; flex-wrap: wrap; gap: 10px">{"".join(cards)}</div>'
     return f'<div class="covrl-question" style="line-height: 1.5">{head}{side_by_side}</div>'
 

@@ -52,6 +52,7 @@ _STORED = INDEX_COLUMNS[:-1]
 # What "show" offers -> which traces those are; the first two where verdicts are stored.
 _SHOWS = {"right": "right == 1", "wrong": "right == 0", "ended": "finished == 1", "not ended": "finished == 0"}
 _SHOWS |= {name: name for name in ("starred", "reward > 0", "reward < 0", "advantage > 0", "advantage < 0")}
+_SHOWS |= {"longest tenth": "length >= length.quantile(0.9)", "shortest tenth": "length <= length.quantile(0.1)"}
 _GAINED, _CLIPPED = "prior wrong, posterior right", "with clipped tokens"
 
 
@@ -59,7 +60,7 @@ def trace_index(run: Run) -> pd.DataFrame:
     """One row a rollout of all steps, without the columns of one number a token.
 
     Columns: step, rollout, example_id, question, answer, source, trace, finished, reward, advantage, right (1, 0 or
-    NaN: not known), prediction (None: not known), and total, log p(y|x,z) in nats.
+    NaN: not known), prediction (None: not known), length (tokens), and total, log p(y|x,z) in nats.
     """
     frame = run.trace_columns()
     if frame.empty and run.damage:
@@ -134,12 +135,14 @@ def _clipped(run: Run, settings: Settings, frame: pd.DataFrame, held: dict[int, 
 class TraceExplorer(Panel):
     """Prior against posterior traces of one question, token by token.
 
-    run: a ``Run`` or its folder; step, question, colour: where to start (default: the last step with traces, its
-    first ``example_id``, log q - log p). The search box looks in questions, reference answers and traces. Of the
-    traces one step's at a time are in memory. ``refresh``, or its button, shows what a run has written since.
+    run: a ``Run`` or its folder; step, question, colour, rollouts: where to start (default: the last step with traces,
+    its first ``example_id``, log q - log p, the likeliest of each source). The search box looks in questions, reference
+    answers and traces. One step's traces are in memory. ``refresh``, or its button, shows what a run has written since.
     """
 
-    def __init__(self, run: Run | str | Path, step: int | None = None, question: str = "", colour: str = ""):
+    def __init__(
+        self, run: Run | str | Path, step: int | None = None, question: str = "", colour: str = "", rollouts: Any = ()
+    ):
         run, step = open_run(run, step)
         self.run, self._frame, self._shown, self._unwritten = run, pd.DataFrame(), {}, {}
         self.settings, self.found = Settings.of(self.run.config), widgets.HTML()
@@ -188,10 +191,7 @@ class TraceExplorer(Panel):
         self.widget = widgets.VBox([filters, tables, self.heading, looks, self.view, self.seen, self.plot])
         self.widget.add_class("covrl-explorer")
         self._list_questions()
-        names = set(self.index["example_id"][self.index["step"] == step])
-        if question and question not in names:
-            raise ConfigError(f"step {step} has no question {question!r}{did_you_mean(question, names)}")
-        self.questions.picked = f"{step}/{question}" if question else self.questions.picked
+        _choose(self, step, question, rollouts)
 
     # --- what is there
 
@@ -332,6 +332,19 @@ class TraceExplorer(Panel):
         return [HTML(self.heading.value + table + tokens + self.seen.value), self.lines()]
 
 
+def _choose(explorer: TraceExplorer, step: int, question: str, rollouts: Sequence[int]) -> None:
+    """Show a question of the step, and these of its traces. ConfigError for what is not there."""
+    names = set(explorer.index["example_id"][explorer.index["step"] == step])
+    if question and question not in names:
+        raise ConfigError(f"step {step} has no question {question!r}{did_you_mean(question, names)}")
+    explorer.questions.picked = f"{step}/{question}" if question else explorer.questions.picked
+    known = [row["rollout"] for row in explorer.rollouts.rows]
+    for rollout in rollouts:
+        if rollout not in known:
+            raise ConfigError(f"the question has no rollout {rollout!r} at step {step}; it has {known}")
+        explorer._pick(rollout)
+
+
 def _lines(view: TokenView) -> go.Figure:
     side, at = view.selected or [0, None]
     trace, name = view.traces[side], view.colour
@@ -349,10 +362,11 @@ def _json(explorer: TraceExplorer) -> tuple[str, str]:
 
 
 def _line(explorer: TraceExplorer) -> tuple[str, str]:
-    """The code that opens the explorer at the same question, without its filters."""
+    """The code that opens the explorer at the same question and traces, without its filters."""
     step, _, question = explorer.questions.picked.partition("/")
     place = f"{explorer.run.path.as_posix()!r}, {step or None}, {question!r}"
-    return "", f"TraceExplorer({place}, colour={explorer.view.colour!r})"
+    shown = sorted(explorer._shown.values())
+    return "", f"TraceExplorer({place}, colour={explorer.view.colour!r}, rollouts={shown})"
 
 
 _TAKEN = {"Tokens as JSON": _json, "Copy this view": _line}

@@ -78,8 +78,8 @@ def plot_training_curves(
 
     metrics and evaluations are ``Run.metrics`` and ``Run.evaluations``, reward_unit is ``reward_unit(run.config)``;
     a quantity that the method does not have (KL without a posterior) gets no panel. The bars on accuracy are 95%
-    intervals, those of ``evaluation.summarise``. From 60 steps on, each step is a faint line and the bold one a
-    centred mean over a twentieth of the run.
+    intervals, those of ``evaluation.summarise``. Trace use is how far log p(y|x,z) moves with another question's trace.
+    From 60 steps on, each step is a faint line and the bold one a centred mean over a twentieth of the run.
     """
     colours = SOURCE_COLOURS | {"all traces": BOTH, "held-out questions": PRIOR}
     curves = [  # panel, unit, column, name
@@ -92,11 +92,12 @@ def plot_training_curves(
         ("Trace length", "tokens", "trace_tokens_posterior", "posterior"),
         ("Finished traces", "share", "finished_share", "all traces"),
         ("Held-out accuracy", "share of questions", "accuracy", "held-out questions"),
+        ("Trace use", "nats", "trace_dependence", "held-out questions"),
         ("Gradient norm", "L2 norm before clipping", "gradient_norm", "all traces"),
     ]
     drawn = []
     for panel, unit, column, name in curves:
-        evaluated = column == "accuracy" and evaluations is not None and len(evaluations)
+        evaluated = name == "held-out questions" and evaluations is not None and len(evaluations)
         frame = evaluations if evaluated else metrics
         if column in frame and frame[column].notna().any():
             drawn.append((panel, unit, column, name, frame.dropna(subset=[column])))

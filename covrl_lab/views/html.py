@@ -20,6 +20,14 @@ _JOINERS = "\u200c\u200d"  # inside Persian words and emoji, which would fall ap
 _BESIDE_ASCII = re.compile(f"(?<=[\0-\x7f])[{_JOINERS}]|[{_JOINERS}](?=[\0-\x7f])")
 _BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\U000e0000-\U000e0fff]")  # and no space
 LONG = 400  # characters; a longer text is folded
+HELP = {  # symbol or word -> what it stands for
+    "α": "share of the traces that the prior prompt draws; the posterior prompt draws the others",
+    "w": "weight of the prior p in the composite p′ = w p + (1 − w) q",
+    "clip": "limits of the importance ratio beyond which a token teaches nothing more",
+    "KL": "Kullback-Leibler divergence: how far one distribution is from another, in nats",
+    "NLL": "negative log-likelihood of the reference answer after the trace, −log p(y|x,z)",
+    "ρ": "responsibility of the prior, w p / p′: the share of a token's gradient that moves the prior",
+}
 
 
 def visible(text: str, spaces: bool = False) -> str:
@@ -55,6 +63,16 @@ def figure_text(text: str, width: int = 60, lines: int = 8, spaces: bool = False
 def html_text(value: Any, spaces: bool = False) -> str:
     """Text as HTML: invisible characters shown by a sign, the rest escaped."""
     return html.escape(visible(value, spaces))
+
+
+def help_on(label: str) -> str:
+    """What the first symbol of ``HELP`` in a label stands for; empty where there is none."""
+    return next((said for symbol, said in HELP.items() if re.search(rf"\b{symbol}\b", label)), "")
+
+
+def helped(label: str) -> str:
+    """A label, HTML already, with the help on its symbol as its title."""
+    return f'<span title="{said}">{label}</span>' if (said := help_on(label)) else label
 
 
 def html_passage(text: str) -> str:
@@ -124,13 +142,11 @@ def trace_table(frame: pd.DataFrame) -> str:
     rows: list[Sequence[str] | str] = []
     judged = "right" in frame and bool(frame["right"].notna().any())
     for _, group in frame.assign(total=answer_logprob(frame)).groupby("example_id", sort=False):
-        question, answer = (html_text(group[name].iloc[0]) for name in ("question", "answer"))
-        plain = '<span style="font-weight: normal">reference answer</span>'
-        rows.append(f"<code>{question}</code> {plain} <code>{answer}</code>")
+        question, answer = html_passage(group["question"].iloc[0]), html_text(group["answer"].iloc[0])
+        rows.append(f'<div style="font-weight: normal">{question}reference answer <b><code>{answer}</code></b></div>')
         for row in group.itertuples():
-            # <code>: no page's formula renderer looks for dollars in it.
-            trace = f'<code style="overflow-wrap: anywhere">{html_text(row.trace)}</code>'
-            cells = [html_source(row.source), trace, f"{row.total:.2f}", "yes" if row.finished else "no"]
+            ended = "yes" if row.finished else "no"
+            cells = [html_source(row.source), html_passage(row.trace), f"{row.total:.2f}", ended]
             rows.append([*cells, html_mark(row.right, row.prediction)] if judged else cells)
     return html_table(["drawn from", "trace z", "log p(y|x,z), nats", "finished", *["its answer"] * judged], rows)
 
@@ -181,7 +197,9 @@ _SUMMARY = {
 
 def summary_table(header: Sequence[str], summaries: Sequence[Mapping[str, float]]) -> str:
     """HTML table of what ``reweight.summarise_traces`` gives, a column each."""
-    rows = [[label, *(html_number(one[key], form) for one in summaries)] for key, (label, form) in _SUMMARY.items()]
+    rows = [
+        [helped(label), *(html_number(s[key], form) for s in summaries)] for key, (label, form) in _SUMMARY.items()
+    ]
     return html_table(header, rows)
 
 

@@ -24,7 +24,7 @@ from ..runs.alarms import alarms
 from ..runs.folder import Run, step_file, steps_in
 from ..types import ConfigError
 from .figures import plot_training_curves
-from .html import alarms_html, html_number, html_table, html_text, reward_unit, trace_table
+from .html import alarms_html, helped, html_number, html_table, html_text, reward_unit, trace_table
 from .style import BOTH, GREY, POSTERIOR, PRIOR
 from .widgets import Panel, Plot, aside, row
 
@@ -196,6 +196,8 @@ def status_html(shot: Snapshot) -> str:
         last = shot.evaluations.iloc[-1]
         value = f'held-out accuracy <b data-column="accuracy">{last.accuracy:.1%}</b> after step {last.step:.0f}'
         parts.append(f"{value} (95% interval {last.accuracy_low:.1%} to {last.accuracy_high:.1%})")
+        if (use := last.get("trace_dependence", np.nan)) == use:
+            parts.append(f'trace use <b data-column="trace_dependence">{use:.1f}</b> nats')
     can = f"<br>{html_text(shot.abilities)}" if shot.abilities else ""
     return f'<div style="line-height: 1.5">{" &nbsp;·&nbsp; ".join(parts)}{can}</div>{alarms_html(shot.alarms)}'
 
@@ -210,7 +212,7 @@ def numbers_html(shot: Snapshot) -> str:
             values = shot.metrics[column].astype(float)
             last, mean = (html_number(x, form) for x in (values.iloc[-1], values.tail(5).mean()))
             shown = f'<b data-column="{column}">{last}</b>'
-            rows.append([label, shown, mean, unit or reward, sparkline(values, colour)])
+            rows.append([helped(label), shown, mean, unit or reward, sparkline(values, colour)])
     return html_table(["", f"step {shot.step}", "mean of last 5", "", "all steps"], rows)
 
 

@@ -27,7 +27,7 @@ from ..runs.reweight import Settings, Traces, answer_logprob, summarise_traces
 from ..types import ConfigError
 from .evaluations import change_html, plot_questions
 from .figures import plot_answer_logprobs, plot_training_curves
-from .html import accuracy_table, alarms_html, html_text, reward_unit, summary_table, trace_table
+from .html import accuracy_table, alarms_html, html_passage, html_text, reward_unit, summary_table, trace_table
 from .token_view import token_html
 from .widgets import static_text
 
@@ -145,8 +145,8 @@ def _head(run: Run, config: dict[str, Any], metrics: pd.DataFrame, evaluations: 
 
 def _question(group: pd.DataFrame, where: str = "") -> str:
     """A question's heading."""
-    question, answer = (html_text(group[name].iloc[0]) for name in ("question", "answer"))
-    return f"<h3>{where}<code>{question}</code> reference answer <code>{answer}</code></h3>"
+    question, answer = (group[name].iloc[0] for name in ("question", "answer"))
+    return f"<h3>{where}{html_passage(question)}reference answer <code>{html_text(answer)}</code></h3>"
 
 
 def _starred(run: Run, settings: Settings) -> list[str]:

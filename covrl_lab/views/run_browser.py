@@ -42,6 +42,16 @@ _OPEN: dict[str, Callable[[Path], Panel]] = {
 }
 
 
+def run_folders(folders: Sequence[str | Path] = FOLDERS, depth: int = 3) -> dict[Path, str]:
+    """The run folders in ``folders`` and up to ``depth`` folders below them, once each -> their name there."""
+    found: dict[Path, tuple[Path, str]] = {}  # by where it really is
+    for folder in map(Path, folders):
+        for d in range(1, depth + 1):
+            for path in (file.parent for file in folder.glob("*/" * d + "config.json")):
+                found.setdefault(path.resolve(), (path, path.relative_to(folder).as_posix()))
+    return dict(found.values())
+
+
 def list_runs(folders: Sequence[str | Path] = FOLDERS, depth: int = 3) -> pd.DataFrame:
     """The runs in ``folders`` and up to ``depth`` folders below them, the last written first.
 
@@ -49,25 +59,19 @@ def list_runs(folders: Sequence[str | Path] = FOLDERS, depth: int = 3) -> pd.Dat
     step, before and accuracy (per cent, first and last evaluation), alarms (their number), written (local time). A
     folder that cannot be read has its reason as state.
     """
-    rows, seen = [], set()
-    for folder in map(Path, folders):
-        found = [path for d in range(1, depth + 1) for path in folder.glob("*/" * d + "config.json")]
-        for path in (file.parent for file in found if file.parent.resolve() not in seen):
-            seen.add(path.resolve())
-            line = {"id": path.as_posix(), "name": path.relative_to(folder).as_posix()}
-            try:
-                shot = snapshot(path)
-                config, scores = shot.run.config, 100 * shot.evaluations.get("accuracy", pd.Series(dtype=float))
-                line |= {name: str(config.get(name, "")) for name in ("method", "task")}
-                line |= {
-                    "state": shot.status if shot.steps else shot.message,
-                    "step": shot.step,
-                    "alarms": len(shot.alarms),
-                }
-                line |= {"before": scores.iloc[0], "accuracy": scores.iloc[-1]} if len(scores) else {}
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                line["state"] = f"cannot be read: {error}"
-            rows.append(line | {"time": max(file.stat().st_mtime for file in path.iterdir())})
+    rows = []
+    for path, name in run_folders(folders, depth).items():
+        line = {"id": path.as_posix(), "name": name}
+        try:
+            shot = snapshot(path)
+            config, scores = shot.run.config, 100 * shot.evaluations.get("accuracy", pd.Series(dtype=float))
+            line |= {name: str(config.get(name, "")) for name in ("method", "task")}
+            state = shot.status if shot.steps else shot.message
+            line |= {"state": state, "step": shot.step, "alarms": len(shot.alarms)}
+            line |= {"before": scores.iloc[0], "accuracy": scores.iloc[-1]} if len(scores) else {}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            line["state"] = f"cannot be read: {error}"
+        rows.append(line | {"time": max(file.stat().st_mtime for file in path.iterdir())})
     columns = [column["name"] for column in _COLUMNS]
     frame = pd.DataFrame(rows, columns=["id", *columns[:-1], "time"]).sort_values("time", ascending=False)
     written = [time.strftime("%Y-%m-%d %H:%M", time.localtime(moment)) for moment in frame.pop("time")]
@@ -80,6 +84,8 @@ class RunBrowser(Panel):
     folders: where to look (default: ``runs`` here, beside and below this folder). A click on a run picks it, a click on
     a button opens it below. ``picked`` is the run's path; ``panel`` what is open.
     """
+
+    places = 3
 
     def __init__(self, *folders: str | Path) -> None:
         self.folders = folders or FOLDERS
@@ -140,5 +146,5 @@ class RunBrowser(Panel):
             self.below.children = (widgets.HTML(f"<p>⚠ {html_text(error)}</p>"),)
 
     def static(self) -> list[Any]:
-        """The table of runs as HTML."""
-        return [HTML(self.table.html())]
+        """The table of runs as HTML, and what the open panel shows."""
+        return [HTML(self.table.html()), *(self.panel.static() if self.panel else ())]

@@ -11,6 +11,7 @@ import codecs
 import difflib
 import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from .html import html_mark, html_number, html_source, visible
 from .widgets import static_text
 
 _PRIOR, _POSTERIOR, _LESS, _MORE = (31, 119, 180), (213, 94, 0), (129, 76, 176), (0, 140, 70)
+_BYTES = re.compile("(⟨[0-9A-F]{2}⟩)+$")  # as ``spelled`` writes them
 FEW_TOKENS = 8  # of an answer, whose log-probabilities stand beside their sum
 _STRONGEST = 0.65  # opacity at the end of a scale, as in token_view.js
 
@@ -139,7 +141,9 @@ def payload(frame: pd.DataFrame, settings: reweight.Settings, alternatives: Sequ
     found = reweight.quantities(reweight.Traces.of(frame), settings)
     drawn = []
     for i, (row, total) in enumerate(zip(frame.to_dict("records"), answer_logprob(frame), strict=True)):
-        values = {name: found[name][i, : len(row["tokens"])] for name in reweight.LABELS if name in found}
+        tokens = row["tokens"]
+        values = {name: found[name][i, : len(tokens)] for name in reweight.LABELS if name in found}
+        texts = spelled(tokens, row.get("trace", ""))
         note, right = f"answer at {html_number(total, '.1f')} nats{_by_token(row)}", row.get("right")
         drawn.append(
             {
@@ -149,12 +153,19 @@ def payload(frame: pd.DataFrame, settings: reweight.Settings, alternatives: Sequ
                 "right": None if right is None or right != right else bool(right),
                 "prediction": None if row.get("prediction") is None else visible(row["prediction"]),
                 "note": "★ " * bool(row.get("starred")) + visible(row.get("note") or ""),
-                "tokens": [visible(t, spaces=True) or "∅" for t in spelled(row["tokens"], row.get("trace", ""))],
+                "tokens": [visible(t, spaces=True) or "∅" for t in texts],
+                "texts": [_copied(t, t != token) for t, token in zip(texts, tokens, strict=True)],
                 "values": {name: _plain(numbers) for name, numbers in values.items() if np.isfinite(numbers).any()},
                 "alternatives": alternatives and [_visible_alternatives(token) for token in alternatives[i]],
             }
         )
     return drawn
+
+
+def _copied(text: str, spelt: bool) -> str:
+    """A token as it is copied: with its spaces and line ends; what could harm where it is pasted stays a sign."""
+    text = _BYTES.sub("", text) if spelt else text  # their character stands on a later token
+    return re.sub("[^\n\t]+", lambda part: visible(part[0]), text)
 
 
 def _by_token(row: Mapping[str, Any]) -> str:

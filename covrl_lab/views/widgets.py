@@ -23,7 +23,7 @@ from plotly.offline import get_plotlyjs
 
 from ..runs.folder import Run, load_run
 from ..types import ConfigError
-from .html import html_mark, html_number, html_table, html_text, visible
+from .html import help_on, html_mark, html_number, html_table, html_text, visible
 
 
 def static_text(name: str) -> str:
@@ -113,6 +113,7 @@ class Take(anywidget.AnyWidget):
 
 def table_column(name: str, label: str, kind: str, about: str = "", digits: int = 0) -> dict[str, Any]:
     form = f".{-digits}g" if digits < 0 else f".{digits}f"
+    about = about or help_on(label)
     return {"name": name, "label": label, "kind": kind, "about": about, "digits": digits, "form": form}
 
 
@@ -121,6 +122,7 @@ HIDDEN = "0px"  # a label's width that leaves it to screen readers
 
 def field(kind: type, label: str, value: Any, width: str, label_width: str = "60px", **settings: Any) -> Any:
     """An input widget with its label before it; ``width`` counts the label in, and is less where the page is narrow."""
+    settings = {"tooltip": help_on(label) or None} | settings
     shape = {"style": {"description_width": label_width}, "layout": {"width": width, "max_width": "calc(100% - 4px)"}}
     return kind(value=value, description=label, **shape, **settings)
 
@@ -164,6 +166,7 @@ class Panel:
     """A widget with a copy of itself that needs no kernel. The copy follows what the widget shows, a second later."""
 
     widget: widgets.Box
+    places = 0  # outputs that are kept for ``static()``, whose items may come and go
     _copies: Sequence[DisplayHandle] = ()
     _timer = threading.Timer(0, lambda: None)
 
@@ -172,10 +175,10 @@ class Panel:
         raise NotImplementedError
 
     def _bundles(self) -> list[dict[str, Any]]:
-        """``static()`` by media type."""
-        return [
-            {"text/html": copy.data} if isinstance(copy, HTML) else copy._repr_mimebundle_() for copy in self.static()
-        ]
+        """``static()`` by media type, and room for what is not there yet: a page gets its outputs once."""
+        shown = self.static()
+        shown += [HTML("")] * (self.places - len(shown))
+        return [{"text/html": copy.data} if isinstance(copy, HTML) else copy._repr_mimebundle_() for copy in shown]
 
     def _ipython_display_(self) -> None:
         display(HTML(_NO_ERRORS))

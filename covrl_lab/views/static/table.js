@@ -42,6 +42,9 @@ function render({ model, el }) {
       const sorted = column.name === by;
       button.textContent = column.label + (sorted ? (descending ? " ▾" : " ▴") : "");
       button.title = column.about || column.label;
+      // A title shows under the mouse only: by keyboard the help stands below the table.
+      button.addEventListener("focus", () => (note.textContent = column.about || model.get("note")));
+      button.addEventListener("blur", () => (note.textContent = model.get("note")));
       button.addEventListener("click", () => {
         model.set("sort", [column.name, sorted ? !descending : column.kind === "number"]);
         model.save_changes();

@@ -244,6 +244,20 @@ function render({ model, el }) {
     event.stopPropagation(); // JupyterLab's own shortcuts
     select(i, moves[event.key]());
   });
+  // What is copied is the text of each token that is marked, not the signs for its spaces and line ends.
+  body.addEventListener("copy", (event) => {
+    if (event.target.closest("input")) return; // a note
+    const range = getSelection().getRangeAt(0);
+    const around = range.commonAncestorContainer;
+    const one = place({ target: around.closest ? around : around.parentElement });
+    const marked = [...range.cloneContents().querySelectorAll("[role=option]")].filter((span) => span.textContent);
+    const found = one ? [one] : marked.map((span) => place({ target: span }));
+    if (!found.length) return;
+    const traces = model.get("traces");
+    const texts = found.map(([i, t], k) => (k && i !== found[k - 1][0] ? "\n" : "") + traces[i].texts[t]);
+    event.clipboardData.setData("text/plain", texts.join(""));
+    event.preventDefault();
+  });
   body.addEventListener("mouseover", (event) => {
     const at = place(event);
     if (!at) return tip.hidePopover();
