@@ -39,9 +39,7 @@ METHODS = {
     "quarter_floor": {"method": "covrl", "evidence_floor": 0.25},
     "no_norm_clip": {"method": "covrl", "max_grad_norm": 1000.0},
     "floor_of_a_guess": {"method": "covrl", "evidence_floor": 1.0},
-    "adaptive": {"method": "covrl", "alpha_rate": 0.3},
-    "alpha_adapts": {"method": "covrl", "alpha_rate": 0.2},
-    "no_logarithm_alpha_adapts": {"method": "covrl", "evidence_floor": 0.0, "alpha_rate": 0.2},
+    "alpha_adapts": {"method": "covrl", "alpha_rate": 0.3},
     "alpha_quarter": {"method": "covrl", "alpha": 0.25},
     "alpha_three_quarters": {"method": "covrl", "alpha": 0.75},
 }
