@@ -88,9 +88,8 @@ class Trainer:
         prompts = self._prompts([*self._questions(0), *self._questions(1)])
         self.plan = fit(config, prompts[: config.questions_per_step], self.ranks.here)
         policy = open_policy(dataclasses.replace(self.plan.config, device=device), rows=self.plan.rows)
-        self.optimizer = torch.optim.AdamW(
-            [p for _, p in policy.trainable()], lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        trained = [p for _, p in policy.trainable()]
+        self.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with self.ranks.first(), self._owner:
             self.step, self.method_state, self.records, self._evaluations = resume(config, policy, self.optimizer)
@@ -160,11 +159,10 @@ class Trainer:
         return step_file(self.run_dir / "checkpoints", self.step, "")
 
     def _train_step(self) -> StepRecord:
-        config, started = self.config, time.perf_counter()
+        config, started, old, credit = self.config, time.perf_counter(), None, None
         examples, prompts, batch = self.sample(self.step)
         sampled = time.perf_counter()
         set_learning_rate(self.optimizer, config, self.step)
-        old = credit = None
         for _ in range(config.updates_per_step):
             old, credit, losses = self.backward(prompts, batch, old, credit)
             norm = clip_gradient(self.policy, config.max_grad_norm)
@@ -172,9 +170,8 @@ class Trainer:
                 break
             self._unrecorded = True
             self.optimizer.step()
-        self.step, used = self.step + 1, dataclasses.replace(config, alpha=self.alpha)
-        if not skipped:
-            self.method_state = self.method.next_state(batch, old, credit, config)
+        self.step, used = self.step + 1, dataclasses.replace(config, alpha=self.method_state.get("alpha", config.alpha))
+        self.method_state = self.method_state if skipped else self.method.next_state(batch, old, credit, config)
         rows = trace_rows(used, self.step, examples, batch, old, credit, self.prompter)
         self.ranks.on_first(write_parquet, rows, step_file(self.run_dir / "traces", self.step))
         seconds_update, accuracy = time.perf_counter() - sampled, None
@@ -185,11 +182,6 @@ class Trainer:
         return step_record(used, self.step, prompts, batch, old, credit, losses, **measured, **more)
 
     # --- the parts of a step
-
-    @property
-    def alpha(self) -> float:
-        """The share of prior traces in the next step; ``config.alpha`` unless it adapts."""
-        return self.method_state.get("alpha", self.config.alpha)
 
     def _questions(self, step: int) -> list[Example]:
         count = self.config.questions_per_step
@@ -211,7 +203,8 @@ class Trainer:
         config, examples = self.config, self._questions(step)
         prompts = self._prompts(examples)
         generator = step_generator(config.seed, f"rollouts-{draw}" if draw else "rollouts", step)
-        sources = draw_sources(len(prompts), config.rollouts_per_question, self.alpha, config.source_split, generator)
+        alpha = self.method_state.get("alpha", config.alpha)
+        sources = draw_sources(len(prompts), config.rollouts_per_question, alpha, config.source_split, generator)
         limits = {"max_tokens": config.max_trace_tokens, "temperature": config.temperature, "top_p": config.top_p}
         limits |= {"generator": generator, "ranks": self.ranks}
         batch = sample_traces(self.policy, self.prompter, prompts, sources, **limits).to(self.policy.device)
