@@ -170,10 +170,8 @@ class Trainer:
                 break
             self._unrecorded = True
             self.optimizer.step()
-        self.step, used = (
-            self.step + 1,
-            dataclasses.replace(config, alpha=self.method_state.get("alpha", config.alpha)),
-        )
+        self.step += 1
+        used = dataclasses.replace(config, alpha=self.method_state.get("alpha", config.alpha))
         self.method_state = self.method_state if skipped else self.method.next_state(batch, old, credit, config)
         rows = trace_rows(used, self.step, examples, batch, old, credit, self.prompter)
         self.ranks.on_first(write_parquet, rows, step_file(self.run_dir / "traces", self.step))
