@@ -89,7 +89,7 @@ WINDOWS = """
 import multiprocessing.context, os, signal, sys
 from importlib import import_module
 # These packages know Windows, but in other files than those that are imported here.
-import IPython, covrl_lab.train.trainer, datasets, distributed, psutil, submitit
+import IPython, covrl_lab.train.trainer, datasets, distributed, platformdirs.unix, psutil, submitit
 for name in [name for name in sys.modules if name.startswith("covrl_lab")]:
     del sys.modules[name]
 for owner, names in (
