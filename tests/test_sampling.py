@@ -16,10 +16,9 @@ from covrl_lab.train import evaluation, sampling
 from covrl_lab.train.evaluation import evaluate, predict, summarise
 from covrl_lab.train.models import load_policy, load_tokenizer
 from covrl_lab.train.prompts import Prompter
-from covrl_lab.train.sampling import PackedRows, _pick, draw_sources, generate, sample_traces
+from covrl_lab.train.sampling import PackedRows, _pick, draw_sources, generate, sample_traces, waves
 from covrl_lab.train.scoring import trace_logprobs
 from covrl_lab.train.step import verifier_rewards
-from covrl_lab.train.tree import count_nodes
 from covrl_lab.types import Example
 
 EXAMPLES = [
@@ -329,7 +328,7 @@ def test_a_bound_on_the_tokens_of_a_forward_changes_nothing_else(
         batch = sampled(policy, prompter, prompts, max_tokens=16)
         frame = evaluate(
             policy, prompter, ALWAYS_RIGHT, examples, max_trace_tokens=16, max_answer_tokens=4, samples=1,
-            bounds=True, progress=False,
+            progress=False,
         )  # fmt: skip
         return batch, frame, verifier_rewards(policy, prompter, task, examples, prompts, batch, 4)
 
@@ -338,6 +337,7 @@ def test_a_bound_on_the_tokens_of_a_forward_changes_nothing_else(
     bound = 1 + max(len(p.posterior) for p in prompts) + 16
     assert max(free) > 2 * bound
     monkeypatch.setattr(policy, "tokens_at_once", bound)
+    monkeypatch.setattr(policy, "room", 6 * bound)
     monkeypatch.setattr(policy, "rows_at_once", seats)
     with forwards(policy) as cut:
         batch_cut, frame_cut, judged_cut = drawn()
@@ -348,20 +348,30 @@ def test_a_bound_on_the_tokens_of_a_forward_changes_nothing_else(
     assert judged_cut[0] == judged[0] and torch.equal(judged_cut[1], judged[1])
 
 
-def test_prompts_are_kept_only_while_a_row_needs_them(tiny_policies, prompts, monkeypatch):
-    """At no time more nodes than the bound, and at the end those of the rows that were last."""
+@pytest.mark.parametrize("seats", [None, 4])
+def test_keys_and_values_keep_within_the_room(tiny_policies, prompts, monkeypatch, seats):
+    """Contexts of very different lengths, some of them the same: what is there at each change of seats is counted."""
     policy, kept, share = tiny_policies("tiny"), [], PackedRows._share
-    monkeypatch.setattr(
-        PackedRows, "_share", lambda rows, paths: kept.append(len(rows.position)) or share(rows, paths)
-    )
-    contexts = [(*p.prior, *range(40, 40 + n)) for p in prompts for n in (5, 9, 13)]
-    monkeypatch.setattr(policy, "tokens_at_once", 2 * max(map(len, contexts)))
-    uniforms = torch.rand(9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    generate(policy, contexts, max_tokens=6, ended=lambda ids: len(ids) > ids[0] % 6, uniforms=uniforms)
-    assert max(kept) <= policy.tokens_at_once < count_nodes(contexts) and len(kept) > 3
-    monkeypatch.setattr(policy, "tokens_at_once", 1)  # less than one context: one at a time
-    ids, _, _ = generate(policy, contexts, max_tokens=2, ended=never, uniforms=uniforms)
-    assert [len(row) for row in ids] == [2] * 9
+
+    def spy(rows, paths):
+        share(rows, paths)
+        (keys, _), (blocks, _) = rows.layers[0], rows.prompts[0]
+        kept.append(keys.shape[2] + len(blocks) * blocks.shape[2] + len(rows.seats) * 6)
+
+    monkeypatch.setattr(PackedRows, "_share", spy)
+    contexts = [(*p.prior, *range(40, 40 + n)) for p in prompts for n in (0, 0, 1, 9, 13, 160)]
+    uniforms = torch.rand(18, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    settings = {"max_tokens": 6, "uniforms": uniforms, "ended": lambda ids: len(ids) > ids[0] % 6}
+    expected, _, _ = generate(policy, contexts, **settings)
+    for room in (1000, 600, 1):
+        kept.clear()
+        monkeypatch.setattr(policy, "room", room)
+        monkeypatch.setattr(policy, "rows_at_once", seats)
+        assert generate(policy, contexts, **settings)[0] == expected
+        parts = waves(policy, contexts, 6)
+        assert sorted(row for part in parts for row in part) == list(range(18)) and len(kept) >= len(parts) > 1
+        assert max(kept) <= room or room == 1
+    assert len(parts) == 18  # one context is never too long
 
 
 def test_a_look_waits_for_the_device_once_in_a_while(tiny_policies, prompts, monkeypatch):

@@ -25,7 +25,6 @@ step rollout example_id question answer source finished trace tokens token_ids l
 reward advantage answer_weight posterior_advantage no_trace_logp prediction right answer_tokens
 """.split()
 CACHE = "traces_cache.parquet"  # beside traces/, whose time says when the run last wrote; safe to delete
-ABILITIES = "policy.json"  # how the policy computed on the machine that trained it
 SHARED = "covrl_lab.json"  # of an adapter that ``covrl-lab share`` wrote: its step, settings and versions
 CACHE_FROM = 500  # files; a run of fewer is read soon enough without
 # What a list of all traces shows of each.
@@ -178,12 +177,12 @@ class Run:
 
     @property
     def abilities(self) -> str:
-        """How the policy computed, in a line; empty for runs of older versions."""
-        path, found = self.path / ABILITIES, {}
+        """How the policy computed, in a line, or why that cannot be read; empty for runs of older versions."""
+        path = self.path / "policy.json"
         try:
             found = read_object(path, "restore or delete it") if path.exists() else {}
         except ConfigError as error:
-            self.note(ABILITIES, str(error))
+            return str(error)
         return "; ".join(f"{name}: {what}" for name, what in found.items())
 
     @property

@@ -43,7 +43,7 @@ def evaluate_checkpoint(
     task, prompter = open_task(config)
     _, sets = open_examples(replace(config, bad_rows="skip"), task, prompter, False, context_length(config.model))
     made = fit(config, [prompter(example) for one in sets for example in one.examples], trains=False)
-    policy = open_policy(made.config, rows=made.rows)
+    policy = open_policy(made.config, made=made)
     if step:
         check_checksums(step_file(checkpoints, step, ""))
         load_adapter(policy, step_file(checkpoints, step, ""))

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from ..config import RunConfig
 from ..files import CHECKSUMS, Owner, check_checksums, checksums, read_object, readable, refuse_links, write_whole
-from ..runs.folder import ABILITIES, read_lines, read_table, step_file, steps_in
+from ..runs.folder import read_lines, read_table, step_file, steps_in
 from ..types import ConfigError
 from .evaluation import summarise_sets
 from .policy import Policy, load_adapter, save_adapter
@@ -157,7 +157,7 @@ def resume(
     check_run_dir(config)  # again: loading took a while
     if not (run_dir / "config.json").exists():
         config.save(run_dir / "config.json")
-    path, about = run_dir / ABILITIES, json.dumps(policy.abilities(), indent=2) + "\n"
+    path, about = run_dir / "policy.json", json.dumps(policy.abilities(), indent=2) + "\n"
     if not path.exists() or path.read_bytes() != about.encode():  # ranks and resumed runs leave it
         write_whole(path, about)
     step, state = load_checkpoint(run_dir, policy, optimizer)

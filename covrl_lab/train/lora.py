@@ -65,7 +65,7 @@ def _dense(layer: torch.nn.Module) -> Tensor:
     weight = layer.weight
     if (state := getattr(weight, "quant_state", None)) is None:
         return weight
-    from bitsandbytes.functional import dequantize_4bit  # a machine may do without it, and without 4-bit weights
+    from bitsandbytes.functional import dequantize_4bit  # only 4-bit weights need it
 
     return dequantize_4bit(weight.data, state)
 

@@ -10,6 +10,7 @@ from ..config import RunConfig
 from ..types import ConfigError, Example
 from .evaluation import EvalSet
 from .models import load_policy, load_tokenizer
+from .plan import Plan
 from .policy import Policy
 from .presets import CHATS, PRESETS
 from .prompts import PLAIN, Prompter
@@ -100,18 +101,14 @@ def _say_bad_rows(task: Task) -> None:
         LOG.warning("%s: %d rows are skipped, numbers %s: %s", task.name, len(bad), numbers, reasons)
 
 
-def open_policy(config: RunConfig, *, adapter: bool = True, rows: int | None = None) -> Policy:
-    """Load the model with a new adapter, or without one; ``rows`` are decoded at once. Raises ConfigError.
-
-    ``max_packed_tokens``, where it is no longer "auto", bounds what is sampled, judged and evaluated at once, too.
-    """
+def open_policy(config: RunConfig, *, adapter: bool = True, made: Plan | None = None) -> Policy:
+    """Load the model with a new adapter, or without one; it keeps within what is planned. Raises ConfigError."""
     names = "quantization dtype lora_rank lora_alpha seed device memory_gib".split()
     settings = {name: getattr(config, name) for name in names} | ({} if adapter else {"lora_rank": 0})
     recompute = config.gradient_checkpointing is True  # where it is still "auto", nothing is trained
     policy = load_policy(config.model, **settings, gradient_checkpointing=recompute)
-    policy.rows_at_once = rows
-    if config.max_packed_tokens != "auto":
-        policy.tokens_at_once = config.max_packed_tokens
+    if made:
+        policy.rows_at_once, policy.tokens_at_once, policy.room = made.rows, made.config.max_packed_tokens, made.room
     return policy
 
 

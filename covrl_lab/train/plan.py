@@ -6,8 +6,8 @@
 Memory is the larger of the two phases, sampling and update, on top of what always stays (``memory_parts``). A
 product costs the larger of FLOPs / (share x rate) and bytes / bandwidth (``step_seconds``). A step has N = questions x
 rollouts traces of T tokens in contexts of w tokens (``Tokens``). One forward takes c = min(n, max_packed_tokens) of the
-n nodes of its scoring tree, never less than one rollout's. As many rows as fit are decoded at once, after contexts of
-at most max_packed_tokens nodes; the others follow in the places of finished ones.
+n nodes of its scoring tree, never less than one rollout's. As many rows as fit are decoded at once, the others follow
+in the places of finished ones.
 """
 
 from __future__ import annotations
@@ -128,6 +128,7 @@ class Tokens:
     scored: int
     context: int
     rollout: int = 0
+    longest: int = 0  # context and trace, in evaluations too
 
     @classmethod
     def of(cls, config: RunConfig, shared: int, question: int, answer: int, length: int | None = None) -> Tokens:
@@ -156,7 +157,8 @@ class Tokens:
         scored = rows * (contexts * length + answer)
         # Seam and answer follow each trace under the prior prompt; what is last in a branch is not read.
         nodes = prompts + scored + (2 - contexts) * rows
-        return cls(rows, length, prompts, nodes, scored, context, contexts * (context + length) + answer)
+        longest = context + max(length, config.eval_max_trace_tokens or 0)
+        return cls(rows, length, prompts, nodes, scored, context, contexts * (context + length) + answer, longest)
 
 
 def _contexts(config: RunConfig) -> int:
@@ -168,7 +170,7 @@ class Plan:
     """What a step would take on a device: bytes by part, and seconds by part.
 
     ``memory`` holds what always stays (weights, adapter, runtime) and both phases. Of the phases only the larger one
-    counts. In ``config`` what was "auto" has its value; ``rows`` are decoded at once.
+    counts. In ``config`` what was "auto" has its value; ``rows`` are decoded at once, and keep ``room`` tokens.
     """
 
     config: RunConfig
@@ -176,6 +178,7 @@ class Plan:
     memory: dict[str, float]
     seconds: dict[str, float]
     rows: int = 1
+    room: float = math.inf
 
     def bytes_of(self, phase: str = "") -> float:
         """Bytes of a phase, "sampling" or "update"; without one, of what always stays."""
@@ -252,7 +255,7 @@ def memory_parts(
 
     weights: NF4 is double quantised, and what it unpacks to is kept where there is room. adapter: float32 parameters,
     gradients and AdamW's two moments. runtime: the interpreter and its libraries, or a CUDA context. contexts: the
-    forward of the prompts of rows that begin, which judging and evaluation do with whole traces in them.
+    forward of what rows begin with, in judging and evaluation whole traces.
     """
     e = 2 if config.dtype == "bfloat16" else 4
     h, q, kv, rows = shape.hidden, shape.q, shape.kv, rows or tokens.rows
@@ -269,23 +272,26 @@ def memory_parts(
         layer += e * shape.heads * (length + BLOCK)  # attention weights
     kept = shape.layers * e * h + layer if config.gradient_checkpointing else (shape.layers + 0.5) * layer
     masks = e * (shape.heads // shape.kv_heads) * (length + BLOCK)
-    longest = max(tokens.length, config.eval_max_trace_tokens or 0)
-    traced = tokens.context + longest
-    begun = min(tokens.rows * traced, max(config.max_packed_tokens, traced))
-    # Contexts once as computed, in blocks up to twice. A layer's own keys and values are moved, then the next one's.
-    stored = 3 * begun + rows * longest * (1 + 1 / shape.layers)
+    stored = room_of(config, tokens, rows) * (1 + 1 / shape.layers)  # a layer is moved, then the next one
     logits = MAX_LOGITS_BYTES["cuda" if device.unpacks else "cpu"]
     return {
         "weights": weights,
         "adapter": 16 * config.lora_rank * shape.layers * sum(a + b for a, b in shape.matrices),
         "runtime": device.runtime,
         "keys and values": 2 * e * shape.layers * kv * stored,
-        "contexts": begun * (layer + masks),
+        "contexts": max(config.max_packed_tokens, tokens.longest) * (layer + masks),
         "logits": 20 * rows * shape.vocabulary,
         "activations": c * kept,
         "masks": c * masks,
         "head": 1.5 * min(logits, 4 * scored * shape.vocabulary) + 2 * scored * e * h,
     }
+
+
+def room_of(config: RunConfig, tokens: Tokens, rows: int) -> float:
+    """Tokens that have keys and values at once: new ones of ``rows``, and contexts once and in blocks up to twice."""
+    # Judged or evaluated traces of one forward, or prompts of a step of up to four, half as much again for padding.
+    held = max(tokens.longest, config.max_packed_tokens, min(1.5 * tokens.prompts, 4 * config.max_packed_tokens))
+    return 3 * held + rows * (tokens.longest - tokens.context)
 
 
 def rows_at_once(config: RunConfig, shape: Shape, tokens: Tokens, device: Device) -> int:
@@ -355,7 +361,8 @@ def make_plan(config: RunConfig, shape: Shape, tokens: Tokens, device: Device) -
     for recompute, size in tried:
         chosen = replace(config, gradient_checkpointing=recompute, max_packed_tokens=size)
         rows = rows_at_once(chosen, shape, tokens, device)
-        made = Plan(chosen, device, memory_parts(chosen, shape, tokens, device, rows), {}, rows)
+        parts = memory_parts(chosen, shape, tokens, device, rows)
+        made = Plan(chosen, device, parts, {}, rows, room_of(chosen, tokens, rows))
         if made.fits:
             break
     return replace(made, seconds=step_seconds(chosen, shape, tokens, device, rows=rows))

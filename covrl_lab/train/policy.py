@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,8 @@ class Policy:
     flex: bool = field(init=False)  # whether it does so with FlexAttention
     graphs: bool = field(init=False)  # whether decoding is recorded as CUDA graphs
     rows_at_once: int | None = field(init=False, default=None)  # that decoding has memory for; None: any
-    tokens_at_once: float = field(init=False, default=math.inf)  # of contexts, in one forward and kept by decoding
+    tokens_at_once: float = field(init=False, default=float("inf"))  # in a forward without gradients
+    room: float = field(init=False, default=float("inf"))  # tokens whose keys and values decoding may keep
     lora: list[LoraGroup] = field(init=False, default_factory=list)  # the adapter's layers
 
     def __post_init__(self) -> None:

@@ -105,22 +105,13 @@ def coherence(
     ``trace`` holds the T token ids of a trace of either source. The answer is always scored after the prior
     prompt, z up to t, and the seam. A trace cut before its end gets the style's end marker (a newline,
     ``</think>``), as traces have it in training. The whole trace stays as it was sampled, so the last value is
-    the log p(y|x,z) that the reward is made of, also for a trace truncated before its end marker.
-
-    Only a tree of more than ``max_packed_tokens`` nodes is cut into several forwards; a model that cannot run
-    a tree gets plain rows.
+    the log p(y|x,z) that the reward is made of, also for a trace truncated before its end marker. More than
+    ``max_packed_tokens`` take several forwards.
     """
     end = prompter.tokenizer(prompter.style.trace_end, add_special_tokens=False)["input_ids"]
     prefixes = [[*trace[:t], *end] for t in range(len(trace))] + [list(trace)]
     segments = [Segment.of_answer(prompt, prefix) for prefix in prefixes]
-    if policy.packs:
-        shared = len(prompt.prior) + len(trace)
-        each = len(end) + len(prompt.seam) + len(prompt.answer)
-    else:  # whole rows
-        shared, each = 0, max(len(segment.ids) for segment in segments)
-    at_once = max(1, (max_packed_tokens - shared) // each)
-    values = [v for i in range(0, len(segments), at_once) for v in score_segments(policy, segments[i : i + at_once])]
-    return torch.stack(values).sum(1).cpu().numpy()
+    return torch.stack(score_segments(policy, segments, max_packed_tokens)).sum(1).cpu().numpy()
 
 
 # --- one question of one's own

@@ -1,15 +1,14 @@
 """Hybrid rollouts: each trace is drawn whole from the prior or from the posterior prompt.
 
-Prompts are computed as the prefix tree of the rollouts that begin together, then every rollout continues its own row
-until it is finished and another takes its seat.
+Prompts are computed once, as the prefix tree of all contexts, then every rollout continues its own row until
+it is finished.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,13 +20,14 @@ from .lora import cached_adapters
 from .policy import Policy
 from .prompts import Prompter
 from .ranks import ALONE, Ranks
-from .tree import LayerStore, additive, attention_window, build_tree, final_logits, forward, nodes_added, run_tree
+from .tree import LayerStore, additive, attention_window, build_tree, count_nodes, cut, final_logits, forward, run_tree
 
 log = logging.getLogger(__name__)
 # Rows share a block while it has at most this many times the nodes of the longest prompt. A shared block
 # multiplies every row with every node, also those off the row's path; up to about this factor, one large
 # product is still faster than one small product a row.
 MAX_NODES_PER_PATH = 2
+FAULTS = (torch.OutOfMemoryError, torch.AcceleratorError)  # after which nothing is tried again
 BUCKET = 64  # tokens that a row has room for at first
 # By device: the share of the seats that is left before seats are given up (on CUDA a graph is recorded then), and
 # the tokens between two looks at what was decoded (on CUDA each look waits for the device).
@@ -51,10 +51,28 @@ def draw_sources(
     return (torch.arange(group_size) < count[:, None]).flatten()
 
 
+def waves(policy: Policy, contexts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    """Rows that are decoded together, in lexicographic order of their contexts: all, or as many as there is room for.
+
+    ``policy.room`` counts the tokens that have keys and values: nodes as computed, nodes in the blocks of the rows that
+    share them (no more than a longest context for each seat, or twice the nodes if all were as long), and new tokens.
+    """
+
+    def needed(part: list[int]) -> float:
+        chosen, seats = [contexts[row] for row in part], min(len(part), policy.rows_at_once or len(part))
+        longest = max(map(len, chosen))
+        if not policy.packs:  # these begin together, in one forward
+            return len(part) * longest if seats == len(part) else math.inf
+        nodes = count_nodes(chosen)
+        padded = nodes + sum(longest - len(context) for context in set(map(tuple, chosen)))
+        return nodes + min(seats * longest, 2 * padded) + seats * max_tokens
+
+    order = sorted(range(len(contexts)), key=contexts.__getitem__)
+    return cut(order, policy.room if policy.packs else policy.tokens_at_once, needed)
+
+
 class PackedRows:
     """Rows that grow by one token a step; what they share of their prompts is computed and stored once.
-
-    A row's prompt is computed when it gets a seat, and dropped with the last row that needs it.
 
     A step's attention is that of ``forward``: each row's own tokens, (rows, key heads, size) a step, and b
     blocks of r rows that have the same m prompt nodes for keys, of which a row sees those on its path.
@@ -69,61 +87,37 @@ class PackedRows:
 
     is_compileable = False
 
-    def __init__(self, policy: Policy, contexts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    def __init__(self, policy: Policy, contexts: Mapping[int, Sequence[int]], max_tokens: int) -> None:
         self.policy, self.config, self.max_tokens = policy, policy.decoder.config, max_tokens
-        self.contexts, device = contexts, policy.device
-        self.order = sorted(range(len(contexts)), key=contexts.__getitem__)  # neighbours share the most
+        device, hidden, paths, stored = policy.device, [], [], []
+        self.position = torch.zeros(0, dtype=torch.int64)  # depths of the prompts' nodes
+        for part in cut(list(contexts.values()), policy.tokens_at_once):
+            tree, store = build_tree(part), LayerStore()
+            hidden += run_tree(policy, tree, store)[torch.stack([path[-1] for path in tree.paths]).to(device)]
+            paths += [path + len(self.position) for path in tree.paths]
+            self.position = torch.cat([self.position, tree.position])
+            stored.append([[x[:, :, : len(tree)] for x in layer] for layer in store.layers])
+        self.paths, self.hidden = dict(zip(contexts, paths, strict=True)), dict(zip(contexts, hidden, strict=True))
+        # By layer, keys and values of the nodes (1, key heads, n, size).
+        self.layers = [[torch.cat(x, 2) for x in zip(*parts, strict=True)] for parts in zip(*stored, strict=True)]
+        self.windows = {attention_window(self.config, i) for i in range(len(self.layers))}
         self.seats: list[int] = []  # their contexts
         self.place: list[int] = []  # the seats of the rows that go on
-        self.paths: list[Tensor] = []  # the nodes of each seat's prompt
-        self.position = torch.zeros(0, dtype=torch.int64)  # depths of the nodes
-        self.nodes: list[list[Tensor]] = []  # by layer, their keys and values (1, key heads, n, size)
-        self.prompts: list[list[Tensor]] = []  # the same in blocks
-        self.own: list[list[Tensor]] = []
         self.capacity, self.written, self.slot = 0, 0, torch.zeros(1, dtype=torch.int64, device=device)
         self.length = torch.zeros(0, dtype=torch.int64, device=device)  # tokens of its own that each row has
+        self.own = [[x.new_zeros(0, len(x[0]), 0, x.shape[-1]) for x in layer] for layer in self.layers]
+        self.prompts: list[list[Tensor]] = [[]] * len(self.own)
         self.record: tuple | None = None  # CUDA graph of a step, and its output
 
-    def fitting(self, waiting: Sequence[int], alive: Sequence[int]) -> int:
-        """How many of ``waiting`` contexts, in order, may follow the rows at ``alive`` of those that go on.
-
-        All prompts together have at most ``policy.tokens_at_once`` nodes, but for one that has more by itself.
-        """
-        kept = len(torch.cat([self.position[:0], *(self.paths[self.place[k]] for k in alive)]).unique())
-        sizes = accumulate(nodes_added([self.contexts[row] for row in waiting]))
-        return max(sum(kept + n <= self.policy.tokens_at_once for n in sizes), not alive)
-
-    def _seat(self, new: Sequence[int] = ()) -> Tensor | None:
-        """Let the rows at ``place`` stay, and new contexts follow them; the last hidden states (new, size) of those."""
+    def _seat(self, new: Sequence[int] = ()) -> None:
+        """Let the rows at ``place`` stay, and new contexts follow them."""
         kept = torch.tensor(self.place, dtype=torch.int64, device=self.policy.device)
-        paths = [self.paths[i] for i in self.place]
         self.seats = [self.seats[i] for i in self.place] + list(new)
         self.place, self.length = list(range(len(self.seats))), pad(self.length[kept], (0, len(new)))
         self.fed = torch.zeros(len(self.seats), 1, dtype=torch.int64, device=kept.device)
-        self.index, self.prompts = torch.arange(len(self.seats), device=kept.device), []
+        self.index = torch.arange(len(self.seats), device=kept.device)
         self._move(kept, self.capacity)
-        nodes = torch.cat([self.position[:0], *paths]).unique()
-        self.paths, self.position = [torch.searchsorted(nodes, path) for path in paths], self.position[nodes]
-        for layer in self.nodes:
-            layer[:] = [x.index_select(2, nodes.to(x.device)) for x in layer]
-        hidden = self._compute([self.contexts[row] for row in new]) if new else None
-        self._share(self.paths)
-        return hidden
-
-    def _compute(self, contexts: Sequence[Sequence[int]]) -> Tensor:
-        """Add contexts' nodes, in one forward; the last hidden states of each."""
-        tree, store = build_tree(contexts), LayerStore()
-        last = torch.stack([path[-1] for path in tree.paths])
-        hidden = run_tree(self.policy, tree, store)[last.to(self.policy.device)]
-        self.paths += [path + len(self.position) for path in tree.paths]
-        self.position = torch.cat([self.position, tree.position])
-        if not self.nodes:
-            self.windows = {attention_window(self.config, i) for i in range(len(store.layers))}
-            self.nodes = [[x[:, :, :0] for x in layer] for layer in store.layers]
-            self.own = [[x.new_zeros(len(contexts), *x.shape[1:]) for x in layer] for layer in self.nodes]
-        for layer, added in zip(self.nodes, store.layers, strict=True):
-            layer[:] = [torch.cat([x, y[:, :, : len(tree)]], 2) for x, y in zip(layer, added, strict=True)]
-        return hidden
+        self._share([self.paths[row] for row in self.seats])
 
     def _move(self, kept: Tensor | slice, capacity: int) -> None:
         """Put the keys and values of some rows in buffers for all seats and ``capacity`` tokens, a layer at a time.
@@ -159,9 +153,8 @@ class PackedRows:
         self.back = (lengths.reshape(-1, self.block, 1) - self.position[nodes][:, None]).to(device)
         self.lengths = lengths[:rows].to(device)
         flat = nodes.flatten().to(device)
-        for layer in self.nodes:
-            blocks = (x[0].index_select(1, flat).unflatten(1, nodes.shape).transpose(0, 1) for x in layer)
-            self.prompts.append(list(blocks))
+        for i, layer in enumerate(self.layers):
+            self.prompts[i] = [x[0].index_select(1, flat).unflatten(1, nodes.shape).transpose(0, 1) for x in layer]
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append a layer's (rows, key heads, 1, size) keys and values; views of all the rows' own."""
@@ -211,7 +204,8 @@ class PackedRows:
             self.index = torch.tensor(self.place, dtype=torch.int64, device=self.policy.device)
         hidden = [self._append(token)] if self.place else []
         if new:
-            hidden.append(self._seat(new))
+            self._seat(new)
+            hidden.append(torch.stack([self.hidden[row] for row in new]))
         return torch.cat(hidden)
 
     def _append(self, token: Tensor) -> Tensor:
@@ -224,8 +218,9 @@ class PackedRows:
             try:
                 self.record = record(self._forward)
             except RuntimeError as error:
-                # What ended a capture may stand behind the error that ending it has raised.
-                if any(map(_beyond_capture, (error, error.__context__))):
+                # A fault may stand behind the error of ending its capture; 900 to 908 are captures that CUDA refuses.
+                faults = [e for e in (error, error.__context__) if isinstance(e, FAULTS)]
+                if not all(900 <= getattr(e, "error_code", 0) <= 908 for e in faults):
                     raise
                 self.policy.graphs = False
                 log.warning("decoding is not recorded as a CUDA graph, which is slower: %s", error)
@@ -252,12 +247,6 @@ class PackedRows:
         return additive(allowed, self.policy.dtype)[:, None, :, None]
 
 
-def _beyond_capture(error: BaseException | None) -> bool:
-    """Whether an error is one of memory or of the device, and no capture that CUDA refused: its codes 900 to 908."""
-    fault = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
-    return fault and not 900 <= getattr(error, "error_code", 0) <= 908
-
-
 def record(function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """A CUDA graph of a function, and the tensor that each replay writes. RuntimeError where both differ."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -274,20 +263,15 @@ def record(function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor
 
 
 class PlainRows:
-    """The same with transformers' own cache and left-padded prompts, for models that cannot pack.
+    """The same with transformers' own cache and left-padded prompts, for models that cannot pack."""
 
-    Rows begin together, and others begin once all have ended.
-    """
-
-    def __init__(self, policy: Policy, contexts: Sequence[Sequence[int]], max_tokens: int) -> None:
-        self.policy, self.contexts, self.seats = policy, contexts, []
-        self.order = list(range(len(contexts)))
-
-    def fitting(self, waiting: Sequence[int], alive: Sequence[int]) -> int:
-        """As ``PackedRows.fitting``, of the tokens of padded rows."""
-        widths = accumulate((len(self.contexts[row]) for row in waiting), max)
-        fitting = sum(n * width <= self.policy.tokens_at_once for n, width in enumerate(widths, 1))
-        return 0 if alive else max(fitting, 1)
+    def __init__(self, policy: Policy, contexts: Mapping[int, Sequence[int]], max_tokens: int) -> None:
+        self.policy, self.cache, contexts = policy, None, list(contexts.values())
+        width = max(map(len, contexts))
+        ids = torch.tensor([[0] * (width - len(c)) + list(c) for c in contexts], device=policy.device)
+        self.mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=policy.device)
+        self.place = torch.arange(len(contexts), device=policy.device)
+        self.hidden = self._forward(ids)
 
     def _forward(self, ids: Tensor) -> Tensor:
         position = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
@@ -298,14 +282,9 @@ class PlainRows:
         return output.last_hidden_state[self.place, -1]
 
     def step(self, token: Tensor, alive: Sequence[int] | None = None, new: Sequence[int] = ()) -> Tensor:
-        """As ``PackedRows.step``."""
+        """As ``PackedRows.step``; all contexts begin at once."""
         if new:
-            contexts, device = [self.contexts[row] for row in new], self.policy.device
-            width = max(map(len, contexts))
-            ids = torch.tensor([[0] * (width - len(c)) + list(c) for c in contexts], device=device)
-            self.mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=device)
-            self.cache, self.seats, self.place = None, list(new), torch.arange(len(new), device=device)
-            return self._forward(ids)
+            return self.hidden
         if alive is not None:
             self.place = self.place[alive]
         fed = torch.zeros(len(self.mask), dtype=torch.int64, device=self.mask.device)
@@ -341,42 +320,43 @@ def generate(
     done, device = [False] * len(contexts), policy.device
     uniforms = None if uniforms is None else uniforms.to(device)
     with cached_adapters(policy.lora, policy.dtype):
-        rows = (PackedRows if policy.packs else PlainRows)(policy, contexts, max_tokens)
-        seats, drawn = policy.rows_at_once or len(contexts), []
-        begin = rows.fitting(rows.order[:seats], [])
-        active, waiting = rows.order[:begin], rows.order[begin:]
-        hidden = rows.step(torch.empty(0), [], active)
-        index = torch.tensor(active, device=device)
-        time = torch.zeros_like(index)
-        while active:
-            logp = torch.log_softmax(final_logits(policy, hidden) / temperature, dim=-1)
-            uniform = None if uniforms is None else uniforms[index, time.clamp_max(max_tokens - 1)]
-            token = _pick(logp, uniform, top_p)
-            drawn.append(torch.stack([token.double(), logp.gather(1, token[:, None])[:, 0].double()]))
-            time += 1
-            if len(drawn) < LOOK_EVERY.get(device.type, 1):
-                hidden = rows.step(token)
-                continue
-            (tokens, nats), drawn, alive = torch.stack(drawn, 2).tolist(), [], []
-            for k, row in enumerate(active):
-                for new, logprob in zip(map(int, tokens[k]), nats[k], strict=True):
-                    if not math.isfinite(logprob):
-                        raise NotFinite(f"the probabilities of the model {policy.name!r} are not finite")
-                    ids[row].append(new)
-                    logprobs[row].append(logprob)
-                    done[row] = ended(ids[row])
-                    if done[row] or new in stop_ids or len(ids[row]) == max_tokens:
-                        break  # what was decoded after the end is dropped
-                else:
-                    alive.append(k)
-            begin = []
-            if waiting and len(alive) <= CROWDED.get(device.type, 0.75) * len(rows.seats):
-                begin = waiting[: rows.fitting(waiting[: seats - len(alive)], alive)]
+        for wave in waves(policy, contexts, max_tokens):
+            rows = (PackedRows if policy.packs else PlainRows)(
+                policy, {row: contexts[row] for row in wave}, max_tokens
+            )
+            seats = policy.rows_at_once or len(wave)
+            active, waiting, drawn = wave[:seats], wave[seats:], []
+            hidden = rows.step(torch.empty(0), [], active)
+            index = torch.tensor(active, device=device)
+            time = torch.zeros_like(index)
+            while active:
+                logp = torch.log_softmax(final_logits(policy, hidden) / temperature, dim=-1)
+                uniform = None if uniforms is None else uniforms[index, time.clamp_max(max_tokens - 1)]
+                token = _pick(logp, uniform, top_p)
+                drawn.append(torch.stack([token.double(), logp.gather(1, token[:, None])[:, 0].double()]))
+                time += 1
+                if len(drawn) < LOOK_EVERY.get(device.type, 1):
+                    hidden = rows.step(token)
+                    continue
+                (tokens, nats), drawn, alive = torch.stack(drawn, 2).tolist(), [], []
+                for k, row in enumerate(active):
+                    for new, logprob in zip(map(int, tokens[k]), nats[k], strict=True):
+                        if not math.isfinite(logprob):
+                            raise NotFinite(f"the probabilities of the model {policy.name!r} are not finite")
+                        ids[row].append(new)
+                        logprobs[row].append(logprob)
+                        done[row] = ended(ids[row])
+                        if done[row] or new in stop_ids or len(ids[row]) == max_tokens:
+                            break  # what was decoded after the end is dropped
+                    else:
+                        alive.append(k)
+                begin = waiting[: seats - len(alive)] if len(alive) <= CROWDED.get(device.type, 0.75) * seats else []
                 waiting = waiting[len(begin) :]
-            if alive or begin:
-                hidden = rows.step(token[alive], alive, begin)
-            active, time = [active[k] for k in alive] + begin, pad(time[alive], (0, len(begin)))
-            index = torch.tensor(active, dtype=torch.int64, device=device)
+                if alive or begin:
+                    hidden = rows.step(token[alive], alive, begin)
+                active, time = [active[k] for k in alive] + begin, pad(time[alive], (0, len(begin)))
+                index = torch.tensor(active, dtype=torch.int64, device=device)
+            del rows, hidden  # before there are the next wave's
     return ids, done, logprobs
 
 

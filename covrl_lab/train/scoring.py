@@ -8,6 +8,7 @@ A model that cannot run a tree gets one padded row a sequence; so do the tests, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, fields
 
@@ -19,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..types import LogProbs, Prompt, TraceBatch
 from .limits import MAX_LOGITS_BYTES
 from .policy import Policy
-from .tree import build_tree, count_nodes, final_logits, logit_cap, logit_scale, run_tree
+from .tree import build_tree, count_nodes, cut, final_logits, logit_cap, logit_scale, run_tree
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,12 @@ class _HeadLogprobs(torch.autograd.Function):
         return (grad[:, None] * slope).to(slope.dtype), None, None, None
 
 
-def score_segments(policy: Policy, segments: Sequence[Segment]) -> list[Tensor]:
-    """Each segment's (scored tokens,) log-probabilities, all in one forward."""
+def score_segments(policy: Policy, segments: Sequence[Segment], limit: float = math.inf) -> list[Tensor]:
+    """Each segment's (scored tokens,) log-probabilities, in one forward or, with a ``limit`` of its tokens, several."""
+    if limit < math.inf:
+        tokens = count_nodes if policy.packs else lambda rows: len(rows) * max(map(len, rows))  # padded
+        parts = cut(segments, limit, lambda part: tokens([s.ids for s in part]))
+        return [values for part in parts for values in score_segments(policy, part)]
     device = policy.device
     # ``before`` is the row of ``hidden`` (n, size) that predicts each of the k scored tokens.
     if policy.packs:
@@ -127,18 +132,9 @@ def _segments(
 
 @torch.no_grad()
 def answer_logprobs(policy: Policy, prompts: Sequence[Prompt], traces: Sequence[Sequence[int]]) -> Tensor:
-    """log p(y|x,z) in nats, (k,), of k prompts' answers after k traces (token ids).
-
-    In forwards of at most ``policy.tokens_at_once`` tokens, but never less than one sequence.
-    """
-
-    def scored(part: list[Segment]) -> list[Tensor]:
-        size = count_nodes([s.read for s in part]) if policy.packs else len(part) * max(len(s.ids) for s in part)
-        if len(part) == 1 or size <= policy.tokens_at_once:
-            return [values.sum() for values in score_segments(policy, part)]
-        return scored(part[: len(part) // 2]) + scored(part[len(part) // 2 :])
-
-    return torch.stack(scored([Segment.of_answer(p, z) for p, z in zip(prompts, traces, strict=True)]))
+    """log p(y|x,z) in nats, (k,), of k prompts' answers after k traces (token ids)."""
+    segments = [Segment.of_answer(p, z) for p, z in zip(prompts, traces, strict=True)]
+    return torch.stack([values.sum() for values in score_segments(policy, segments, policy.tokens_at_once)])
 
 
 def trace_logprobs(

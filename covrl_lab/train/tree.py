@@ -95,12 +95,16 @@ def build_tree(sequences: Sequence[Sequence[int]]) -> TokenTree:
 
 def count_nodes(sequences: Sequence[Sequence[int]]) -> int:
     """Nodes of the tree of these sequences, without building it."""
-    return sum(nodes_added(sorted(sequences)))
+    ordered = sorted(sequences)
+    return sum(map(len, ordered)) - sum(_shared(ordered))
 
 
-def nodes_added(ordered: Sequence[Sequence[int]]) -> Iterator[int]:
-    """How many nodes of their tree each of the sequences, in lexicographic order, adds to those before it."""
-    return (len(sequence) - shared for sequence, shared in zip(ordered, _shared(ordered), strict=True))
+def cut(items: list, limit: float, size: Callable[[list], int] = count_nodes) -> list[list]:
+    """Halve a list until ``size`` of every part is at most ``limit``, or the part has one item."""
+    if len(items) == 1 or size(items) <= limit:
+        return [items]
+    half = len(items) // 2
+    return cut(items[:half], limit, size) + cut(items[half:], limit, size)
 
 
 # --- attention
@@ -298,14 +302,11 @@ def logit_scale(policy: Policy) -> float:
 
 
 def final_logits(policy: Policy, hidden: Tensor) -> Tensor:
-    """The output head on hidden states (k, hidden): float32 logits (k, vocabulary). No caller needs its gradient."""
+    """The output head on hidden states (k, hidden): float32 logits (k, vocabulary), on CUDA without gradients."""
     head, cap = policy.head, logit_cap(policy)
-    if hidden.is_cuda and hidden.dtype == torch.bfloat16 and type(head) is torch.nn.Linear:
-        # Not rounded to bfloat16 on the way. CPUs have no such product: theirs are rounded, as the model's own are.
-        logits = torch.mm(hidden, head.weight.T, out_dtype=torch.float32)
-        logits = logits if head.bias is None else logits + head.bias
-    else:
-        logits = head(hidden).float()
+    # CPUs have no such product: their logits are rounded to bfloat16 first, as the model's own are.
+    exact = hidden.is_cuda and hidden.dtype == torch.bfloat16 and type(head) is torch.nn.Linear and head.bias is None
+    logits = torch.mm(hidden, head.weight.T, out_dtype=torch.float32) if exact else head(hidden).float()
     logits = logits * logit_scale(policy)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 

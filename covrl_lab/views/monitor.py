@@ -76,7 +76,6 @@ class Snapshot:
     seconds_left: float | None = None  # None before the first step and after the last
     # Median time of an evaluation; None before the first one after a step, and seconds_left leaves them out.
     evaluation_seconds: float | None = None
-    abilities: str = ""  # ``Run.abilities``
     alarms: dict[str, str] = field(default_factory=dict)  # ``Run.alarms``
 
 
@@ -129,9 +128,8 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
     else:
         status = "running"
         message = f"running: {step} of {steps} steps" if step else "running: before its first step"
-    can = run.abilities
     found = run.damage | alarms(*lines, config["method"])
-    return Snapshot(run, status, message, step, steps, metrics, evaluations, left, evaluation, can, found)
+    return Snapshot(run, status, message, step, steps, metrics, evaluations, left, evaluation, found)
 
 
 def _evaluation_seconds(run: Run) -> float | None:
@@ -198,7 +196,7 @@ def status_html(shot: Snapshot) -> str:
         parts.append(f"{value} (95% interval {last.accuracy_low:.1%} to {last.accuracy_high:.1%})")
         if (use := last.get("trace_dependence", np.nan)) == use:
             parts.append(f'trace use <b data-column="trace_dependence">{use:.1f}</b> nats')
-    can = f"<br>{html_text(shot.abilities)}" if shot.abilities else ""
+    can = "".join(f"<br>{html_text(line)}" for line in [shot.run.abilities] if line)
     return f'<div style="line-height: 1.5">{" &nbsp;·&nbsp; ".join(parts)}{can}</div>{alarms_html(shot.alarms)}'
 
 
