@@ -595,7 +595,7 @@ def test_a_grid_that_finishes_after_its_panel_was_shown_is_in_the_saved_copy(lab
 
     wait_until(page, lambda: saved() == 3)  # two results, and the lines of the trace
     assert page.locator(".js-plotly-plot:visible").count() == 3, "copies stay hidden beside the live panel"
+    assert not lab.cell_errors()
     lab.open("grid.ipynb")  # with a kernel of its own, which does not know the widget
     wait_until(page, lambda: page.locator(".js-plotly-plot:visible").count() == 3)
     assert page.locator(".jp-OutputArea-output:visible", has_text="question 0 of step 1").count() == 1
-    assert not lab.errors and not lab.cell_errors()
