@@ -467,6 +467,7 @@ class Spy:
 
     def __init__(self, method):
         self.loss, self.needs, self.by_group = method.loss, method.needs, method.by_group
+        self.next_state = method.next_state
         self._credit, self.seen = method.credit, []
 
     def credit(self, batch, old, config, memory):

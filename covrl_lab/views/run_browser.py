@@ -85,8 +85,6 @@ class RunBrowser(Panel):
     a button opens it below. ``picked`` is the run's path; ``panel`` what is open.
     """
 
-    places = 3
-
     def __init__(self, *folders: str | Path) -> None:
         self.folders = folders or FOLDERS
         self.table = Table(label="runs", columns=_COLUMNS)
@@ -146,5 +144,5 @@ class RunBrowser(Panel):
             self.below.children = (widgets.HTML(f"<p>⚠ {html_text(error)}</p>"),)
 
     def static(self) -> list[Any]:
-        """The table of runs as HTML, and what the open panel shows."""
-        return [HTML(self.table.html()), *(self.panel.static() if self.panel else ())]
+        """The table of runs as HTML."""
+        return [HTML(self.table.html())]
