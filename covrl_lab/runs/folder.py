@@ -229,9 +229,10 @@ class Run:
     @property
     def steps(self) -> list[int]:
         """Steps with stored traces; ``damage`` names missing ones that a checkpoint has passed."""
-        saved = max(steps_in(self.path / "checkpoints"), default=0)  # read first: a run writes its traces before
+        # Only where it is noted; and read first, as a run writes its traces before.
+        saved = 0 if self.damage is None else max(steps_in(self.path / "checkpoints"), default=0)
         found = steps_in(self.path / "traces")
-        if self.damage is not None and (missing := sorted(set(range(1, saved + 1)).difference(found))):
+        if missing := sorted(set(range(1, saved + 1)).difference(found)):
             first, more = repr(str(step_file(self.path / "traces", missing[0]))), len(missing) - 1
             said = f"and {more} more are missing; restore them" if more else "is missing; restore it"
             self.damage["traces"] = f"{first} {said}"

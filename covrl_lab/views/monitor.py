@@ -196,7 +196,7 @@ def status_html(shot: Snapshot) -> str:
         parts.append(f"{value} (95% interval {last.accuracy_low:.1%} to {last.accuracy_high:.1%})")
         if (use := last.get("trace_dependence", np.nan)) == use:
             parts.append(f'trace use <b data-column="trace_dependence">{use:.1f}</b> nats')
-    can = "".join(f"<br>{html_text(line)}" for line in [shot.run.abilities] if line)
+    can = f"<br>{html_text(line)}" if (line := shot.run.abilities) else ""
     return f'<div style="line-height: 1.5">{" &nbsp;·&nbsp; ".join(parts)}{can}</div>{alarms_html(shot.alarms)}'
 
 

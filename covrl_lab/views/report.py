@@ -122,7 +122,7 @@ def _head(run: Run, config: dict[str, Any], metrics: pd.DataFrame, evaluations: 
     done, steps = len(metrics), config.get("steps", len(metrics))
     facts = [html_text(config.get(name, "?")) for name in ("method", "model", "task")]
     facts += [f"seed {html_text(config.get('seed', '?'))}", f"{done} of {html_text(steps)} steps"]
-    facts += [html_text(run.abilities)] * bool(run.abilities)
+    facts += filter(None, [html_text(run.abilities)])
     found = ""
     if len(evaluations):
         first, last = evaluations.iloc[0], evaluations.iloc[-1]
