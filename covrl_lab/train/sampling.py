@@ -319,44 +319,45 @@ def generate(
     logprobs: list[list[float]] = [[] for _ in contexts]
     done, device = [False] * len(contexts), policy.device
     uniforms = None if uniforms is None else uniforms.to(device)
+
+    def decode(wave: list[int]) -> None:
+        rows = (PackedRows if policy.packs else PlainRows)(policy, {row: contexts[row] for row in wave}, max_tokens)
+        seats = policy.rows_at_once or len(wave)
+        active, waiting, drawn = wave[:seats], wave[seats:], []
+        hidden = rows.step(torch.empty(0), [], active)
+        index = torch.tensor(active, device=device)
+        time = torch.zeros_like(index)
+        while active:
+            logp = torch.log_softmax(final_logits(policy, hidden) / temperature, dim=-1)
+            uniform = None if uniforms is None else uniforms[index, time.clamp_max(max_tokens - 1)]
+            token = _pick(logp, uniform, top_p)
+            drawn.append(torch.stack([token.double(), logp.gather(1, token[:, None])[:, 0].double()]))
+            time += 1
+            if len(drawn) < LOOK_EVERY.get(device.type, 1):
+                hidden = rows.step(token)
+                continue
+            (tokens, nats), drawn, alive = torch.stack(drawn, 2).tolist(), [], []
+            for k, row in enumerate(active):
+                for new, logprob in zip(map(int, tokens[k]), nats[k], strict=True):
+                    if not math.isfinite(logprob):
+                        raise NotFinite(f"the probabilities of the model {policy.name!r} are not finite")
+                    ids[row].append(new)
+                    logprobs[row].append(logprob)
+                    done[row] = ended(ids[row])
+                    if done[row] or new in stop_ids or len(ids[row]) == max_tokens:
+                        break  # what was decoded after the end is dropped
+                else:
+                    alive.append(k)
+            begin = waiting[: seats - len(alive)] if len(alive) <= CROWDED.get(device.type, 0.75) * seats else []
+            waiting = waiting[len(begin) :]
+            if alive or begin:
+                hidden = rows.step(token[alive], alive, begin)
+            active, time = [active[k] for k in alive] + begin, pad(time[alive], (0, len(begin)))
+            index = torch.tensor(active, dtype=torch.int64, device=device)
+
     with cached_adapters(policy.lora, policy.dtype):
         for wave in waves(policy, contexts, max_tokens):
-            rows = (PackedRows if policy.packs else PlainRows)(
-                policy, {row: contexts[row] for row in wave}, max_tokens
-            )
-            seats = policy.rows_at_once or len(wave)
-            active, waiting, drawn = wave[:seats], wave[seats:], []
-            hidden = rows.step(torch.empty(0), [], active)
-            index = torch.tensor(active, device=device)
-            time = torch.zeros_like(index)
-            while active:
-                logp = torch.log_softmax(final_logits(policy, hidden) / temperature, dim=-1)
-                uniform = None if uniforms is None else uniforms[index, time.clamp_max(max_tokens - 1)]
-                token = _pick(logp, uniform, top_p)
-                drawn.append(torch.stack([token.double(), logp.gather(1, token[:, None])[:, 0].double()]))
-                time += 1
-                if len(drawn) < LOOK_EVERY.get(device.type, 1):
-                    hidden = rows.step(token)
-                    continue
-                (tokens, nats), drawn, alive = torch.stack(drawn, 2).tolist(), [], []
-                for k, row in enumerate(active):
-                    for new, logprob in zip(map(int, tokens[k]), nats[k], strict=True):
-                        if not math.isfinite(logprob):
-                            raise NotFinite(f"the probabilities of the model {policy.name!r} are not finite")
-                        ids[row].append(new)
-                        logprobs[row].append(logprob)
-                        done[row] = ended(ids[row])
-                        if done[row] or new in stop_ids or len(ids[row]) == max_tokens:
-                            break  # what was decoded after the end is dropped
-                    else:
-                        alive.append(k)
-                begin = waiting[: seats - len(alive)] if len(alive) <= CROWDED.get(device.type, 0.75) * seats else []
-                waiting = waiting[len(begin) :]
-                if alive or begin:
-                    hidden = rows.step(token[alive], alive, begin)
-                active, time = [active[k] for k in alive] + begin, pad(time[alive], (0, len(begin)))
-                index = torch.tensor(active, dtype=torch.int64, device=device)
-            del rows, hidden  # before there are the next wave's
+            decode(wave)  # one wave's keys and values are gone before the next one's
     return ids, done, logprobs
 
 
