@@ -64,7 +64,7 @@ def row_of(lab, question, source, place=0):
 
 
 def test_copies_step_aside_for_live_panels(traces):
-    assert traces.locator(".covrl-table:visible").count() == 4
+    wait_until(traces, lambda: traces.locator(".covrl-table:visible").count() == 4)
     plots = traces.locator(".js-plotly-plot:visible")
     wait_until(traces, lambda: plots.count() == 4)  # the explorer's, the two settings' and the held-out questions'
 
@@ -302,7 +302,8 @@ def test_hostile_text_stays_text(lab, capsys):
     assert questions == [visible(t) for t in HOSTILE[:8]]
     for k in (0, 1, 3, 10, 11):  # hover boxes of the widget and of plotly
         page.locator(".covrl-explorer .covrl-list").first.locator("[role=option]").nth(k).hover()
-        assert page.locator(".covrl-tip strong:visible").inner_text() == visible(HOSTILE[k], spaces=True)
+        tip, text = page.locator(".covrl-tip strong:visible"), visible(HOSTILE[k], spaces=True)
+        wait_until(page, lambda tip=tip, text=text: tip.all_inner_texts() == [text])
         page.locator(".covrl-explorer .covrl-list").first.locator("[role=option]").nth(k).click()
         page.wait_for_timeout(300)
     plot = page.locator(".covrl-plot.js-plotly-plot").first

@@ -33,6 +33,8 @@ def fill(page, label, value):
 
 
 def test_choose_launch_watch_cancel_and_retry(lab):
+    from playwright.sync_api import expect  # waits where a bare assert would look once
+
     page = lab.page
     panel = page.locator(".covrl-ablation")
     for _ in range(3):  # a page that changes its kernel while the cells run leaves "Loading widget..."
@@ -48,10 +50,11 @@ def test_choose_launch_watch_cancel_and_retry(lab):
     fill(page, "steps", "3")
     fill(page, "α", "0.3, 1.5")
     panel.get_by_text("alpha must be between 0 and 1").wait_for()
-    assert rows.count() == 0 and panel.get_by_role("button", name="Launch").is_disabled()
+    expect(rows).to_have_count(0, timeout=PATIENCE)  # the message comes before the table follows
+    expect(panel.get_by_role("button", name="Launch")).to_be_disabled()
     fill(page, "α", "0.3, 0.5, 0.7")
     panel.get_by_text("3 runs, 3 to do with 9 steps in all").wait_for()
-    assert rows.count() == 3
+    expect(rows).to_have_count(3, timeout=PATIENCE)
     assert not list(lab.folder.glob("runs/mixing_ratio/*")), "nothing starts before Launch"
 
     # The kernel stays free while runs work; one is cancelled on its way.
@@ -61,7 +64,7 @@ def test_choose_launch_watch_cancel_and_retry(lab):
     first.click()
     panel.get_by_role("button", name="Cancel").click()
     first.get_by_text("⊘ cancelled").wait_for(timeout=PATIENCE)
-    assert page.locator('[data-jp-kernel-status="busy"]').count() == 0
+    expect(page.locator('[data-jp-kernel-status="busy"]')).to_have_count(0)
     for row in (second, third):
         row.get_by_text("✓ done").wait_for(timeout=PATIENCE)
     panel.get_by_role("button", name="Retry").click()
@@ -99,7 +102,7 @@ def test_choose_launch_watch_cancel_and_retry(lab):
     panel.get_by_role("button", name="Traces").click()
     panel.get_by_text(f"Traces of run {found[0.5].path.name}").wait_for(timeout=PATIENCE)
     panel.locator(".covrl-explorer").first.wait_for(timeout=PATIENCE)
-    assert panel.get_by_role("button", name="Launch").is_disabled()
+    expect(panel.get_by_role("button", name="Launch")).to_be_disabled()
     assert lab.errors == [] and lab.requests == [] and lab.cell_errors() == []
 
     # On a narrow page every button is within it, and the traces stand right below the table's buttons.

@@ -20,7 +20,9 @@ def test_a_click_on_the_heat_map_shows_what_the_file_says(tmp_path):
         panel = page.locator(".covrl-evaluations")
         plot = panel.locator(".covrl-plot.js-plotly-plot")
         plot.locator(".heatmaplayer image").wait_for()
-        assert page.locator(".js-plotly-plot:visible").count() == 1, "the copy steps aside"
+        page.wait_for_function(  # the copy steps aside
+            "[...document.querySelectorAll('.js-plotly-plot')].filter(d => d.checkVisibility()).length === 1"
+        )
         place = 60
         ids = list(by_learning(history(load_run(tmp_path / "run")))["example_id"])
 
