@@ -311,6 +311,20 @@ def test_whole_groups_are_scored_once(tmp_path, monkeypatch, method):
     assert cut.method_state == pytest.approx(whole.method_state)
 
 
+def test_an_untrained_posterior_is_scored_without_gradient(tmp_path, monkeypatch):
+    """Apart from the tree, and not again once the old policy's scores are known: the same numbers."""
+    settings, asked = {"method": "covrl", "posterior_weight": 0.0}, []
+    with monkeypatch.context() as one_tree:
+        one_tree.setattr(step_module, "trains_posterior", lambda config: True)
+        _, record, gradient = gradients(tmp_path / "tree", **settings)
+    score = step_module.trace_logprobs
+    spy = lambda *args, **given: asked.append(given["posterior"]) or score(*args, **given)  # noqa: E731
+    monkeypatch.setattr(step_module, "trace_logprobs", spy)
+    same_step(record, gradient, *gradients(tmp_path / "apart", **settings)[1:])
+    same_step(record, gradient, *gradients(tmp_path / "cut", **settings, max_packed_tokens=1)[1:])
+    assert asked == [True] + [True] * 12 + [False] * 12
+
+
 def test_traces_are_weighed_by_the_alpha_that_drew_them(tmp_path):
     """log p/h with the alpha of that step, not the one that the run set out with."""
     trainer = make_trainer(tmp_path, TRAINED | {"steps": 1, "eval_every": 0, "method": "covrl", "alpha_rate": 1.0})

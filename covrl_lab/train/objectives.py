@@ -370,3 +370,8 @@ def evidence_loss(
 def needs_posterior(config: RunConfig) -> bool:
     """Whether the traces must be scored under the posterior prompt: some are drawn from it, or p' != p."""
     return config.composite_weight < 1 or config.alpha < 1
+
+
+def trains_posterior(config: RunConfig) -> bool:
+    """Whether a gradient reaches the traces' tokens under the posterior prompt; else their scores are enough."""
+    return config.composite_weight < 1 or config.posterior_weight > 0

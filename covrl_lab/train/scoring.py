@@ -144,20 +144,26 @@ def trace_logprobs(
     *,
     temperature: float = 1.0,
     posterior: bool = True,
+    frozen_posterior: bool = False,
     no_trace: bool = False,
 ) -> LogProbs:
     """Score B prompts' N traces and reference answers; differentiable where gradients are enabled.
 
     Trace log-probabilities are those of the sampling distribution softmax(logits / temperature) over the
     whole vocabulary; answers are scored at temperature 1. ``posterior=False`` leaves log q out,
-    ``no_trace`` adds the answers after an empty trace, without gradient.
+    ``frozen_posterior`` computes it without gradient in a forward of its own, and ``no_trace`` adds the answers
+    after an empty trace, without gradient.
     """
     own = own_prompts(prompts, batch)
     segments = _segments(prompts, batch, temperature, posterior)
     if no_trace:
         segments["no_trace"] = [Segment.of_answer(p, p.empty_trace) for p in own]
+    rows = {}
+    if posterior and frozen_posterior and torch.is_grad_enabled():
+        with torch.no_grad():
+            rows["posterior"] = score_segments(policy, segments.pop("posterior"))
     scores = score_segments(policy, [s for part in segments.values() for s in part])
-    rows = {name: scores[i * len(own) : (i + 1) * len(own)] for i, name in enumerate(segments)}
+    rows |= {name: scores[i * len(own) : (i + 1) * len(own)] for i, name in enumerate(segments)}
     width, device = batch.mask.shape[1], scores[0].device
     answer_mask = pad_sequence([torch.ones(len(p.answer), dtype=torch.bool) for p in own], batch_first=True)
     return LogProbs(

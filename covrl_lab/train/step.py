@@ -14,7 +14,7 @@ from ..config import RunConfig
 from ..types import ConfigError, Credit, Example, LogProbs, Prompt, TraceBatch
 from .evaluation import predict_answers
 from .methods import Method
-from .objectives import Totals, needs_posterior
+from .objectives import Totals, needs_posterior, trains_posterior
 from .policy import Policy
 from .prompts import Prompter
 from .ranks import ALONE, Ranks
@@ -70,11 +70,15 @@ def add_gradient(
     gradients; otherwise all parts are scored before the first one's credit is known.
     """
     posterior, temperature = needs_posterior(config), config.temperature
-    settings = {"temperature": temperature, "posterior": posterior, "no_trace": "no_trace" in method.needs}
+    settings = {"temperature": temperature, "no_trace": "no_trace" in method.needs}
+    trained = trains_posterior(config)
     parts = micro_batches(prompts, batch, posterior, config.max_packed_tokens, ranks.share(len(prompts)))
 
     def score(part: Part) -> LogProbs:
-        return trace_logprobs(policy, part.prompts, part.batch, **settings)
+        wanted = posterior and (trained or old is None)  # an untrained q is only asked what it was
+        return trace_logprobs(
+            policy, part.prompts, part.batch, posterior=wanted, frozen_posterior=not trained, **settings
+        )
 
     def with_frozen(scores: LogProbs, part: Part) -> LogProbs:
         return replace(scores, **reference(policy, part.prompts, part.batch, method.needs, temperature))
