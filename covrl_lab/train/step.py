@@ -14,7 +14,7 @@ from ..config import RunConfig
 from ..types import ConfigError, Credit, Example, LogProbs, Prompt, TraceBatch
 from .evaluation import predict_answers
 from .methods import Method
-from .objectives import Totals, needs_posterior
+from .objectives import Totals
 from .policy import Policy
 from .prompts import Prompter
 from .ranks import ALONE, Ranks
@@ -69,7 +69,7 @@ def add_gradient(
     the step. Where a part holds whole groups, and credit needs no more than the group, each part is scored once, with
     gradients; otherwise all parts are scored before the first one's credit is known.
     """
-    posterior, temperature = needs_posterior(config), config.temperature
+    posterior, temperature = config.needs_posterior, config.temperature
     settings = {"temperature": temperature, "posterior": posterior, "no_trace": "no_trace" in method.needs}
     parts = micro_batches(prompts, batch, posterior, config.max_packed_tokens, ranks.share(len(prompts)))
 
