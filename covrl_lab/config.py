@@ -181,6 +181,16 @@ class RunConfig(metaclass=_Checked):
             task = Path(self.task).stem if "." in self.task else self.task.replace("/", "-")
             object.__setattr__(self, "run_dir", f"runs/{task[:60]}-{self.method}-{self.run_id()}")
 
+    @property
+    def needs_posterior(self) -> bool:
+        """Whether traces must be scored under the posterior prompt: some are drawn from it, or p' != p."""
+        return self.composite_weight < 1 or self.alpha < 1
+
+    @property
+    def trains_posterior(self) -> bool:
+        """Whether a gradient reaches traces under the posterior prompt; else their log-probabilities are enough."""
+        return self.composite_weight < 1 or self.posterior_weight > 0
+
     def eval_sets(self) -> list[tuple[str, int]]:
         """(task, samples a question) of every set in ``eval_task``; none where it is None."""
         found = {}

@@ -8,7 +8,7 @@ from helpers import move_adapter
 from peft.tuners.lora import LoraLayer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from covrl_lab.train import lora, models
+from covrl_lab.train import limits, lora, models
 from covrl_lab.train.shapes import shape_of
 
 
@@ -35,7 +35,7 @@ def states_and_gradients(policy):
 @pytest.mark.parametrize("kept", [0, 2**31], ids=["unpacked-each-time", "kept-dense"])
 def test_fused_equals_peft(monkeypatch, quantization, kept):
     """To float32 rounding, of sums in another order."""
-    monkeypatch.setattr(lora, "MAX_UNPACKED_BYTES", kept)
+    monkeypatch.setattr(limits, "MAX_UNPACKED_BYTES", kept)
     plain, fused = both(monkeypatch, quantization=quantization, dtype="float32")
     (expected, slopes), (hidden, ours) = states_and_gradients(plain), states_and_gradients(fused)
     assert float((hidden - expected).norm() / expected.norm()) < 1e-5
@@ -54,7 +54,7 @@ def test_fused_equals_peft(monkeypatch, quantization, kept):
 @pytest.mark.parametrize("kept", [0, 2**31], ids=["unpacked-each-time", "kept-dense"])
 def test_in_bfloat16_both_are_as_far_from_float32(monkeypatch, kept):
     """We round A, B and the inner product, PEFT rounds the sum: 1.02 and 1.03 times its error, measured."""
-    monkeypatch.setattr(lora, "MAX_UNPACKED_BYTES", kept)
+    monkeypatch.setattr(limits, "MAX_UNPACKED_BYTES", kept)
     _, exact = both(monkeypatch, quantization="nf4", dtype="float32")
     plain, fused = both(monkeypatch, quantization="nf4", dtype="bfloat16")
     (state, slopes), theirs, ours = map(states_and_gradients, (exact, plain, fused))

@@ -27,7 +27,6 @@ from covrl_lab.train.objectives import (
     likelihood_credit,
     log_mixture,
     log_mixture_ratio,
-    needs_posterior,
     responsibility,
 )
 from covrl_lab.types import Credit, LogProbs, TraceBatch
@@ -225,8 +224,8 @@ def test_a_mixture_asks_for_the_posterior():
     assert log_mixture(rows, 1.0) is rows.prior
     with pytest.raises(ValueError, match="posterior"):
         log_mixture(rows, 0.5)
-    assert not needs_posterior(exact(method="jlb"))
-    assert needs_posterior(exact(alpha=0.5, composite_weight=1)) and needs_posterior(exact(alpha=1))
+    assert not exact(method="jlb").needs_posterior
+    assert exact(alpha=0.5, composite_weight=1).needs_posterior and exact(alpha=1).needs_posterior
 
 
 # --- the bound, T = 1

@@ -38,7 +38,7 @@ def test_a_policy_says_how_it_computes(monkeypatch):
         "weights": "dequantised once and kept",
         "attention": "blocks of the tree",
     }
-    monkeypatch.setattr("covrl_lab.train.lora.MAX_UNPACKED_BYTES", 0)
+    monkeypatch.setattr("covrl_lab.train.limits.MAX_UNPACKED_BYTES", 0)
     assert load_policy(TINY).abilities() == kept | {"weights": "dequantised at every use"}
     policy = load_policy(TINY, quantization="none")
     assert policy.abilities() == kept | {"weights": "not quantised"}

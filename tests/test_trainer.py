@@ -315,7 +315,7 @@ def test_an_untrained_posterior_is_scored_without_gradient(tmp_path, monkeypatch
     """Apart from the tree, and not again once the old policy's scores are known: the same numbers."""
     settings, asked = {"method": "covrl", "posterior_weight": 0.0}, []
     with monkeypatch.context() as one_tree:
-        one_tree.setattr(step_module, "trains_posterior", lambda config: True)
+        one_tree.setattr(RunConfig, "trains_posterior", True)
         _, record, gradient = gradients(tmp_path / "tree", **settings)
     score = step_module.trace_logprobs
     spy = lambda *args, **given: asked.append(given["posterior"]) or score(*args, **given)  # noqa: E731

@@ -58,22 +58,16 @@ def predict(
     """Decode a trace and an answer after each prior prompt; greedy where ``uniforms`` is None.
 
     uniforms is (rows, max_trace_tokens + max_answer_tokens) in [0, 1). ``posterior`` draws the trace after the
-    posterior prompt; the answer follows the prior prompt all the same. Returns dictionaries with ``trace``,
-    ``trace_ids``, ``prediction``, ``finished`` and ``trace_tokens``.
+    posterior prompt; the answer follows the prior prompt all the same.
     """
-    split = None if uniforms is None else uniforms.split([max_trace_tokens, max_answer_tokens], dim=1)
-    style, settings = prompter.style, {"temperature": temperature, "top_p": top_p, "stop_ids": prompter.stop_ids}
-    traces, ended, _ = generate(
-        policy,
-        [p.posterior if posterior else p.prior for p in prompts],
-        max_tokens=max_trace_tokens,
-        ended=lambda ids: prompter.ends(ids, style.trace_end),
-        uniforms=None if split is None else split[0],
-        **settings,
-    )
+    limits = [max_trace_tokens, max_answer_tokens]
+    draws = (None, None) if uniforms is None else uniforms.split(limits, dim=1)
+    settings = {"temperature": temperature, "top_p": top_p, "stop_ids": prompter.stop_ids}
+    contexts = [p.posterior if posterior else p.prior for p in prompts]
+    ends = partial(prompter.ends, end=prompter.style.trace_end)
+    traces, ended, _ = generate(policy, contexts, max_tokens=limits[0], ended=ends, uniforms=draws[0], **settings)
     contexts = [[*p.prior, *z, *p.seam] for p, z in zip(prompts, traces, strict=True)]
-    uniforms = None if split is None else split[1]
-    answers = predict_answers(policy, prompter, contexts, max_answer_tokens, uniforms=uniforms, **settings)
+    answers = predict_answers(policy, prompter, contexts, limits[1], uniforms=draws[1], **settings)
     return [
         {
             "trace": prompter.trace_text(z),
@@ -90,8 +84,9 @@ def predict_answers(
     policy: Policy, prompter: Prompter, contexts: Sequence[Sequence[int]], max_tokens: int, **sampling
 ) -> list[str]:
     """Decode the answer after each context (prompt, trace and seam ids); greedy without ``uniforms``."""
-    end, settings = prompter.style.answer_end, {"max_tokens": max_tokens, "stop_ids": prompter.stop_ids} | sampling
-    ids, _, _ = generate(policy, contexts, ended=lambda y: prompter.ends(y, end), **settings)
+    ends = partial(prompter.ends, end=prompter.style.answer_end)
+    settings = {"max_tokens": max_tokens, "stop_ids": prompter.stop_ids} | sampling
+    ids, _, _ = generate(policy, contexts, ended=ends, **settings)
     return [prompter.answer_text(y) for y in ids]
 
 
@@ -113,29 +108,27 @@ def evaluate(
 ) -> pd.DataFrame:
     """One row per generation: one greedy generation a question (sample -1), then ``samples`` sampled ones.
 
-    Columns: example_id, sample, question, answer, trace, prediction, finished, trace_tokens, score (0..1,
-    by the task's own scorer; 0 if the trace did not finish), scoring_cut (the scorer's process ended
-    at it, of a limit, and so gave 0). Greedy rows also have answer_logp, other_trace_logp
-    and no_trace_logp: the reference answer's log-probability in nats after the model's own trace, after that of
-    the next question, and after none; guess_score: what the same answer scores on other questions, on average; and,
-    with ``posterior``, posterior_score: the score of the model's answer after its greedy trace from the posterior
-    prompt, a ceiling that the prior may reach. Sampled rows have answer_logp, too, and vote, by which answers count as
-    the same in a majority.
+    Columns: example_id, sample, question, answer, trace, prediction, finished, trace_tokens, score (0..1, by the task's
+    own scorer; 0 if the trace did not finish), scoring_cut (a limit of the scorer ended it, and so gave 0). Greedy rows
+    also have answer_logp, other_trace_logp and no_trace_logp: the reference answer's log-probability in nats after the
+    model's own trace, after that of the next question, and after none; guess_score: what the same answer scores on
+    other questions, on average; and, with ``posterior``, posterior_score: the score after a greedy trace from the
+    posterior prompt. Sampled rows have answer_logp, too, and vote, by which answers count as the same in a majority.
     """
     prompts = [prompter(e) for e in examples]
-    width = max_trace_tokens + max_answer_tokens
     limits = {"max_trace_tokens": max_trace_tokens, "max_answer_tokens": max_answer_tokens}
 
     # On a GPU waiting questions take the seats of finished ones; a CPU drops finished rows, which is as fast.
     count, at_once = len(examples), ROWS if policy.device.type == "cpu" else 8 * ROWS
 
-    def generated(part: slice, uniforms: torch.Tensor | None = None, **how) -> list[dict]:
+    def generated(part: slice, sample: int = -1, uniforms: torch.Tensor | None = None, **how) -> list[dict]:
         found, uniforms = [], None if uniforms is None else uniforms[part]
         drawn = predict(policy, prompter, prompts[part], **limits, **how, uniforms=uniforms)
-        for result, example in zip(drawn, examples[part], strict=True):
+        for example, result in zip(examples[part], drawn, strict=True):
             cut = scorer.cut
             score = float(task.score(result["prediction"], example)) if result["finished"] else 0.0
-            found.append(result | {"score": score, "scoring_cut": scorer.cut > cut})
+            row = {"example_id": example.id, "sample": sample, "question": example.question, "answer": example.answer}
+            found.append(row | result | {"score": score, "scoring_cut": scorer.cut > cut})
         bar.update(len(found))
         return found
 
@@ -156,29 +149,25 @@ def evaluate(
     total = (own.stop - own.start) * (1 + samples + posterior)
     with tqdm(total=total, desc="evaluate", disable=not progress, leave=False) as bar:
         for sample in range(-1, samples):
-            uniforms = None
+            how = {"sample": sample, "temperature": temperature, "top_p": top_p}
             if sample >= 0:
                 generator = torch.Generator().manual_seed(seed * 1000 + sample + 1)
-                uniforms = torch.rand(count, width, generator=generator, dtype=torch.float64)
-            drawn = ranks.map(
-                count, partial(generated, uniforms=uniforms, temperature=temperature, top_p=top_p), at_once
-            )
-            traces = [result.pop("trace_ids") for result in drawn]
-            for example, result in zip(examples, drawn, strict=True):
-                row = {"example_id": example.id, "sample": sample, "question": example.question}
-                rows.append(row | {"answer": example.answer} | result)
+                how["uniforms"] = torch.rand(count, sum(limits.values()), generator=generator, dtype=torch.float64)
+            drawn = ranks.map(count, partial(generated, **how), at_once)
+            traces = [row.pop("trace_ids") for row in drawn]
+            rows += drawn
             if sample < 0:
                 uses = ranks.map(count, partial(trace_use, policy, prompts, traces), ROWS)
                 guesses = ranks.map(count, partial(guessed, drawn))
-                for row, use, guess in zip(rows, uses, guesses, strict=True):
+                for row, use, guess in zip(drawn, uses, guesses, strict=True):
                     row |= use | {"guess_score": guess}
             else:
                 nats = ranks.map(count, partial(scored, traces), ROWS)
-                for row, example, value in zip(rows[-count:], examples, nats, strict=True):
+                for row, example, value in zip(drawn, examples, nats, strict=True):
                     row |= {"answer_logp": value, "vote": vote(row["prediction"], example) if row["finished"] else ""}
         if posterior:
             found = ranks.map(count, partial(generated, posterior=True), at_once)
-            for row, result in zip(rows[:count], found, strict=True):
+            for row, result in zip(rows, found, strict=False):
                 row["posterior_score"] = result["score"]
     return pd.DataFrame(rows)
 
@@ -234,8 +223,7 @@ def summarise_sets(rows: pd.DataFrame) -> dict[str, float]:
 def average(summaries: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """The mean over sets of everything that all of them have; counts are added up, and k is left out if it differs.
 
-    The interval of a mean of independent sets is made from theirs (Zou and Donner 2008): its lower side is
-    sqrt(sum (mean - low)^2) / sets, the upper side likewise.
+    The interval of a mean of independent sets is made from theirs (Zou and Donner 2008).
     """
     table, found = pd.DataFrame(list(summaries.values())).dropna(axis="columns"), {}
     for name in table:
@@ -251,14 +239,10 @@ def average(summaries: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 def summarise(results: pd.DataFrame) -> dict[str, float]:
     """pass@1 (greedy) and, where there are samples, avg@k, each with a 95% interval over questions.
 
-    pass@1 of greedy decoding is the share of questions whose one answer is right; avg@k is the mean score
-    over k sampled answers, averaged over questions. answer_logprob is the mean of log p(y|x,z) in nats after greedy
-    traces, no_trace_logprob after none, and trace_dependence the mean distance that log p(y|x,z) moves when the
-    trace is exchanged for another question's. guess_accuracy is the mean score of the greedy answers on other
-    questions: at this accuracy the answers have nothing to do with the questions. The interval is Wilson's where
-    greedy answers are right or wrong, and a bootstrap over questions for partial credit and for avg@k. Samples also
-    give pass_at_k, maj_at_k, and in nats bound_1, the mean of log p(y|x,z), and bound_k, the mean of
-    log (1/k) sum_j p(y|x,z_j): METHODS.md.
+    The interval is Wilson's where greedy answers are right or wrong, and a bootstrap over questions for partial credit
+    and for avg@k. In nats: answer_logprob after greedy traces, no_trace_logprob after none, and trace_dependence, the
+    mean distance that log p(y|x,z) moves when the trace is exchanged for another question's. METHODS.md ("What an
+    evaluation measures") has the others.
     """
     greedy = results[results["sample"] < 0]
     scores = greedy["score"].to_numpy()

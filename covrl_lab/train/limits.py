@@ -6,6 +6,10 @@ BLOCK = 128  # nodes of a tree whose attention is computed together
 MAX_MATMUL_KEYS = 512
 # Float32 logits that exist at once, by device: a CPU keeps them in its caches, a GPU starts fewer kernels.
 MAX_LOGITS_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
-# A CPU keeps the unpacked weights of models up to this size, so that they are not unpacked at every token. A GPU
-# does where they take no more than this share of its memory, else a layer is unpacked at a time.
+# Of unpacked weights, so that they are not unpacked at every token: on a CPU, and as a share of a GPU's memory.
 MAX_UNPACKED_BYTES, MAX_UNPACKED_SHARE = 4 * 2**30, 1 / 4
+
+
+def has_room(parameters: int, width: int, gpu: float | None) -> bool:
+    """Whether unpacked weights of ``width`` bytes are kept, in a GPU's memory of ``gpu`` bytes or a CPU's."""
+    return 4 * parameters <= MAX_UNPACKED_BYTES if gpu is None else width * parameters <= MAX_UNPACKED_SHARE * gpu

@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import functional as F
 
-from .limits import MAX_UNPACKED_BYTES, MAX_UNPACKED_SHARE
+from .limits import has_room
 
 # Layers of one module that get the same input.
 SHARED_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
@@ -137,10 +137,9 @@ def fuse(model: torch.nn.Module, memory: float | None = None) -> list[LoraGroup]
 def _has_room(layers: Sequence[LoraLayer], memory: float | None) -> bool:
     """Whether a second, unpacked copy of the weights may be kept."""
     numbers, device = sum(x.in_features * x.out_features for x in layers), next(layers[0].parameters()).device
-    if device.type == "cpu":
-        return 4 * numbers <= MAX_UNPACKED_BYTES
-    memory = memory or torch.cuda.get_device_properties(device).total_memory
-    return layers[0].base_layer.compute_dtype.itemsize * numbers <= MAX_UNPACKED_SHARE * memory
+    if device.type != "cpu":
+        memory = memory or torch.cuda.get_device_properties(device).total_memory
+    return has_room(numbers, layers[0].base_layer.compute_dtype.itemsize, None if device.type == "cpu" else memory)
 
 
 @contextmanager

@@ -1,14 +1,13 @@
 """The methods of the paper's comparison: for each, how rollouts earn credit and the loss that spends it.
 
-One loss serves all (``objectives.coupled_loss``): with w = alpha = 1 the composite and the hybrid are the
-prior and it is REINFORCE or PPO on the traces plus an answer term. What differs is the credit, and the
-settings in ``config.METHOD_DEFAULTS``. R is the reward, A the advantage, c_y the factor of
-log p(y|x,z); sums over traces of a group are written with j, and sg() stops the gradient.
+METHODS.md has them in a table, with what differs from their papers and public code. R is the reward, A the advantage,
+c_y the factor of log p(y|x,z); sums over traces of a group are written with j.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -33,16 +32,14 @@ State = Mapping[str, float]
 
 
 def covrl_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: State) -> Credit:
-    """CoVRL with the group bound, the default: all traces of a question inside one logarithm (METHODS.md).
+    """CoVRL with the group bound, the default: all traces of a question inside one logarithm.
 
     With e_i = p(y|x,z_i) P(z_i)/H(z_i) the evidence of trace i, 0 where unfinished, the objective of a question is
 
         E[log(c + (1/G) sum_i e_i)]  ->  log(c + p(y|x))        c = p(y|x without a trace) ^ evidence_floor
 
-    whose gradient, for the prior, is that of mean_i s_i (log p(z_i|x) + log p(y|x,z_i)), s_i = e_i / (c + mean e).
-    A_i = s_i - b_i P/H and c_y = s_i. The posterior is drawn towards the true posterior p(z|x,y), not towards
-    whatever makes the answer likely: B_i = posterior_weight (s_i - b_i Q/H). b is the baseline of ``group_credit``.
-    With ``alpha_rate`` alpha follows the evidence (``adapt_alpha``).
+    A_i = s_i - b_i P/H and c_y = s_i, with s and the baseline b of ``group_credit``. The posterior is drawn towards
+    the true posterior p(z|x,y): B_i = posterior_weight (s_i - b_i Q/H).
     """
     size = batch.group_size
     answer = whole_trace(old.answer, old.answer_mask).exp() * batch.finished
@@ -88,32 +85,17 @@ def adapt_alpha(batch: TraceBatch, old: LogProbs, credit: Credit, config: RunCon
     return {**state, "alpha": min(MAX_ALPHA, max(config.alpha, alpha + config.alpha_rate * (best - alpha)))}
 
 
-def covrl_published_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: State) -> Credit:
-    """CoVRL as published (arXiv 2512.12576): traces from prior and posterior, one joint group baseline.
-
-    R = log p(y|x,z) in the prior context; A = (R - group mean) / group deviation; c_y = 1 for finished
-    prior traces with A > 0, else 0; the loss adds kl_weight KL(p'||p) on finished traces. Silent in the
-    source, and so switches here: sum or mean reward, division by the deviation, the form of the soft clip,
-    both weights, and what an unfinished trace earns (see ``floor_unfinished``).
-    """
-    return likelihood_credit(batch, old, config)
-
-
-def jlb_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: State) -> Credit:
+def jlb_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: State) -> Credit:
     """JLB and JEPO (arXiv 2503.19618): the Jensen bound E_P[log (1/n) sum_j p(y|x,z_j)], n = ``n_sample``.
 
-    n = 1 (JLB): R = log p(y|x,z), leave-one-out baseline, c_y = 1. n > 1 (JEPO): groups are cut into sets
-    of n traces; with L the log of a set's mean likelihood and L_-j that of the set without j,
-    A_j = n (L - L_-j) and c_j = n p(y|x,z_j) / sum_k p(y|x,z_k): the factor n makes a mean over traces the
-    gradient of the bound. Then A is divided by the group's deviation and clipped to +-1, as in the paper;
-    both are switches. log p(y|x,z) is a sum over answer tokens, never a mean. The paper's separate -10
-    reward for a missing answer phrase is replaced by ``floor_unfinished``.
+    JLB is n = 1. For n > 1 (JEPO) groups are cut into sets of n traces; with L the log of a set's mean likelihood and
+    L_-j that of the set without j, A_j = n (L - L_-j) and c_j = n p(y|x,z_j) / sum_k p(y|x,z_k): the factor n makes a
+    mean over traces the gradient of the bound.
     """
     n = config.n_sample
     if n == 1:
-        return likelihood_credit(batch, old, config)
-    reward = answer_reward(old, "sum_logprob")
-    reward = floor_unfinished(reward, batch, "sum_logprob", config.unfinished_penalty)
+        return likelihood_credit(batch, old, config, state)
+    reward = floor_unfinished(answer_reward(old, "sum_logprob"), batch, "sum_logprob", config.unfinished_penalty)
     sets = reward.view(-1, n)
     total = sets.logsumexp(1, keepdim=True)
     itself = torch.eye(n, dtype=torch.bool, device=sets.device)
@@ -126,24 +108,11 @@ def jlb_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state
     return Credit(reward, advantage, answer_weight, batch.finished)
 
 
-def verifree_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: State) -> Credit:
-    """VeriFree (arXiv 2505.21493): maximises E_P[p(y|x,z)] = p(y|x).
-
-    R = p(y|x,z), the product over answer tokens; A = R - mean of the others; c_y = R. Unfinished traces
-    earn R = 0. The loss is a token sum for each trace and a mean over traces, as in the public code (the
-    paper's length correction is in neither). Unlike that code: advantages are (N,), so that no batch size
-    above one broadcasts them into a square, and the trace's sampled ids are scored as they are.
-    """
-    return likelihood_credit(batch, old, config)
-
-
-def latro_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: State) -> Credit:
+def latro_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: State) -> Credit:
     """LaTRO (arXiv 2411.04282): E_P[log p(y|x,z)] - beta KL(P||P_ref), the KL inside the reward.
 
-    R = log p(y|x,z) - beta log(P(z|x) / P_ref(z|x)) with beta = ``reference_kl_weight`` and P_ref the
-    frozen base (adapter off); A = R - mean of the others; c_y = 1 as in the paper (the public code's
-    default leaves the answer term out, and its answer context is one token short). Its reward of twice the
-    batch mean for traces without a stop is replaced by ``floor_unfinished``.
+    R = log p(y|x,z) - beta log(P(z|x) / P_ref(z|x)) with beta = ``reference_kl_weight`` and P_ref the frozen base
+    (adapter off); A = R - mean of the others; c_y = 1.
     """
     log_ratio = torch.where(batch.mask, old.prior - old.ref_prior, 0.0).sum(1)
     reward = answer_reward(old, config.reward) - config.reference_kl_weight * log_ratio
@@ -155,16 +124,13 @@ def latro_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_sta
 RLPR_WARMUP, RLPR_DECAY = 10, 0.99  # steps before the filter acts; decay of its running mean
 
 
-def rlpr_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: State) -> Credit:
+def rlpr_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: State) -> Credit:
     """RLPR (arXiv 2506.18254): GRPO on the mean probability of the answer's tokens.
 
-    R = 0.9 max(0, B - B_0) + 0.1 format - repetition, with B the mean token probability of y after the
-    trace, B_0 the same without any trace under the frozen base, format = 1 for finished traces, repetition
-    = 1 where a 10-token window occurs 10 times; B = 0 where unfinished, and R at most the group's worst
-    finished one. A is centred and scaled in the group; no answer term. Groups whose reward deviation is
-    below ``std_filter`` times its running mean (decay 0.99, from step 11) get A = 0; the code refills the
-    batch instead. Unlike the code: B is not rounded to bfloat16, windows are tokens rather than words, and
-    the policy term covers the trace alone, not the model's own answer after it.
+    R = 0.9 max(0, B - B_0) + 0.1 format - repetition, with B the mean token probability of y after the trace, B_0 the
+    same without any trace under the frozen base, format = 1 for finished traces, repetition = 1 where a 10-token
+    window occurs 10 times; B = 0 where unfinished. Groups whose reward deviation is below ``std_filter`` times its
+    running mean (decay 0.99, from step 11) get A = 0.
     """
     score = floor_unfinished(answer_reward(old, "mean_probability"), batch, "mean_probability", 0.0)
     if old.bare_answer is not None:
@@ -175,53 +141,33 @@ def rlpr_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_stat
     reward = torch.minimum(reward, floor_unfinished(reward, batch, "sum_logprob", 0.0))
     advantage = advantages(reward, batch.group_size, config.baseline, config.advantage_scale, config.advantage_clip)
     deviation = reward.view(-1, batch.group_size).std(1, correction=0)
-    seen, average = method_state.get("rlpr_steps", 0), method_state.get("rlpr_std", float(deviation.mean()))
+    seen, average = state.get("rlpr_steps", 0), state.get("rlpr_std", float(deviation.mean()))
     if seen >= RLPR_WARMUP:
         keep = (deviation >= config.std_filter * average).repeat_interleave(batch.group_size)
         advantage = torch.where(keep, advantage, 0.0)
     average = RLPR_DECAY * average + (1 - RLPR_DECAY) * float(deviation.mean())
-    method_state = {"rlpr_steps": seen + 1, "rlpr_std": average}
-    return Credit(reward, advantage, torch.zeros_like(reward), batch.finished, method_state)
+    after = {"rlpr_steps": seen + 1, "rlpr_std": average}
+    return Credit(reward, advantage, torch.zeros_like(reward), batch.finished, after)
 
 
-def repeats(batch: TraceBatch, window: int = 10, times: int = 10) -> Tensor:
-    """(N,) bool: a window of ``window`` tokens occurs at least ``times`` times in the trace."""
+def repeats(batch: TraceBatch) -> Tensor:
+    """(N,) bool: a window of 10 tokens occurs at least 10 times in the trace."""
     found = []
-    for i in range(len(batch)):
-        ids = batch.trace(i)
-        counts: dict[tuple[int, ...], int] = {}
-        for start in range(len(ids) - window + 1):
-            key = tuple(ids[start : start + window])
-            counts[key] = counts.get(key, 0) + 1
-        found.append(max(counts.values(), default=0) >= times)
+    for ids in map(batch.trace, range(len(batch))):
+        windows = Counter(tuple(ids[start : start + 10]) for start in range(len(ids) - 9))
+        found.append(max(windows.values(), default=0) >= 10)
     return torch.tensor(found, device=batch.mask.device)
 
 
-def ravr_like_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: State) -> Credit:
-    """RAVR-like (arXiv 2510.25206, no full text or code public): the posterior-only bound, w = alpha = 0.
-
-    Known from its abstract and reviews: an evidence bound with z ~ Q and KL(Q||P), utilities from the
-    answer's likelihood, rewards as improvement over prior-sampled traces. Our reading: CoVRL with
-    p' = h = q, so E_Q[log p(y|x,z)] - KL(Q||P) with a group-mean baseline and every finished trace in the
-    answer term; the utility-weighted KL and the prior-sampled baseline are left out.
-    """
-    return likelihood_credit(batch, old, config)
-
-
-def grpo_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, method_state: State) -> Credit:
+def grpo_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: State) -> Credit:
     """GRPO (arXiv 2402.03300) with a verifier, the upper reference: R = the task's score, A = group-scaled.
 
-    The score is that of the model's own greedy answer after the trace, 0 where unfinished, so that R is a
-    function of the trace and the policy term on the trace is the whole gradient; no answer term, no KL.
+    The score is that of the model's own greedy answer after the trace, 0 where unfinished, so that R is a function of
+    the trace and the policy term is the whole gradient.
     """
     reward = batch.verifier_reward.to(old.prior.dtype) * batch.finished
     advantage = advantages(reward, batch.group_size, config.baseline, config.advantage_scale, config.advantage_clip)
     return Credit(reward, advantage, torch.zeros_like(reward), batch.finished)
-
-
-def credit_state(batch: TraceBatch, old: LogProbs, credit: Credit, config: RunConfig) -> dict[str, float]:
-    """The state after a step, as the credit function left it."""
-    return credit.method_state
 
 
 @dataclass(frozen=True)
@@ -237,16 +183,16 @@ class Method:
     loss: Callable[..., tuple[Tensor, dict[str, Tensor]]] = coupled_loss
     needs: frozenset[str] = frozenset()
     by_group: bool = True
-    next_state: Callable[[TraceBatch, LogProbs, Credit, RunConfig], dict[str, float]] = credit_state
+    next_state: Callable[..., dict[str, float]] = lambda batch, old, credit, config: credit.method_state
 
 
 METHODS: dict[str, Method] = {
     "covrl": Method(covrl_credit, loss=evidence_loss, needs=frozenset({"no_trace"}), next_state=adapt_alpha),
-    "covrl_published": Method(covrl_published_credit),
+    "covrl_published": Method(likelihood_credit),  # arXiv 2512.12576
     "jlb": Method(jlb_credit),
-    "verifree": Method(verifree_credit),
+    "verifree": Method(likelihood_credit),  # arXiv 2505.21493
     "latro": Method(latro_credit, needs=frozenset({"ref_prior"})),
     "rlpr": Method(rlpr_credit, needs=frozenset({"bare_answer"}), by_group=False),
-    "ravr_like": Method(ravr_like_credit),
+    "ravr_like": Method(likelihood_credit),  # arXiv 2510.25206: p' = h = q
     "grpo": Method(grpo_credit, needs=frozenset({"verifier_reward"})),
 }

@@ -13,14 +13,14 @@ The loss of a step is
 
     - mean A f(p'_new / h_old)  +  kl_weight mean KL(p'||p)  -  nll_weight mean c_y log p(y|x,z)
 
-and at its first update, with T = 1, no clip, raw advantages, kl_weight = nll_weight = 1 and every trace in
-the answer term, minus its expected gradient is exactly that of the bound
-E_p'[log p(y|x,z)] - KL(p'||p) <= log p(y|x). For longer traces it is that of the token-level surrogate.
+METHODS.md says where its gradient is exactly that of a bound on log p(y|x). With w = alpha = 1 the composite and the
+hybrid are the prior, and it is REINFORCE or PPO on the traces plus an answer term.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,12 +70,10 @@ def kl_estimate(new: LogProbs, old: LogProbs, from_prior: Tensor, weight: float,
     """Low-variance estimates of KL(p'||p) at each visited prefix, (N, T), never negative at new = old.
 
     From a prior sample k_P = u log u - u + 1, from a posterior sample k_Q = (p/q) k_P, which is
-    v log u + c (v - 1) with c = (1-w)/w; the paper's k_Q is the case w = 1/2, c = 1, and for other w only
-    this c keeps it non-negative. Both have expectation KL(p'||p) under their own source.
+    v log u + c (v - 1) with c = (1-w)/w. Both have expectation KL(p'||p) under their own source.
 
-    gradient="published" differentiates every p and q, also those in the sampling weights u and v, and so
-    omits the sampler's score: a biased gradient. "exact" holds the sampling probabilities at their old
-    values (u = p'_new / p_old, v = p'_new / q_old): the same value, the exact gradient.
+    gradient="published" differentiates every p and q, also those in the sampling weights u and v: a biased gradient.
+    "exact" holds these at their old values (u = p'_new / p_old, v = p'_new / q_old), for an exact one.
     """
     a = log_mixture_ratio(new.posterior - new.prior, weight)
     if gradient == "published":
@@ -123,9 +121,8 @@ def answer_reward(logprobs: LogProbs, kind: str) -> Tensor:
 def floor_unfinished(reward: Tensor, batch: TraceBatch, kind: str, penalty: float) -> Tensor:
     """Replace unfinished traces' rewards so that never stopping cannot pay.
 
-    A spliced answer after an unfinished trace would earn its full likelihood, and such traces are exempt
-    from the KL. Log-rewards become the group's worst finished reward minus ``penalty`` (nats; equal for
-    all where none finished); probabilities become 0, as in VeriFree.
+    Log-rewards become the group's worst finished reward minus ``penalty`` (nats; equal for all where none finished);
+    probabilities become 0.
     """
     if kind in ("probability", "mean_probability"):
         return torch.where(batch.finished, reward, 0.0)
@@ -136,20 +133,13 @@ def floor_unfinished(reward: Tensor, batch: TraceBatch, kind: str, penalty: floa
 
 
 def advantages(
-    reward: Tensor,
-    group_size: int,
-    baseline: str,
-    scale: str,
-    clip: float = 0.0,
-    from_prior: Tensor | None = None,
+    reward: Tensor, group_size: int, baseline: str, scale: str, clip: float = 0.0, from_prior: Tensor | None = None
 ) -> Tensor:
     """Centre (and scale) rewards within groups of ``group_size``; (N,) to (N,).
 
-    Only a baseline whose expectation does not depend on a trace's source leaves the composite's gradient
-    unbiased. "mean" is the joint mean of a group; it includes the trace itself, which scales gradients by (G-1)/G.
-    "leave_one_out" is the mean of the others. Where ``from_prior`` (N,) says that a group holds at least two
-    traces of each source, it is the sources' leave-one-out means, each with its share of the group: if the number
-    of prior traces is fixed, a plain mean of the others would tell which source the trace came from.
+    "mean" is the joint mean of a group, "leave_one_out" the mean of the others. Where ``from_prior`` (N,) says that a
+    group holds at least two traces of each source, it is the sources' leave-one-out means, each with its share of the
+    group: a plain mean of the others would tell which source the trace came from, and so bias the gradient.
     """
     if reward.dim() != 1:
         raise ValueError(f"rewards must have shape (N,), got {tuple(reward.shape)}")
@@ -186,8 +176,10 @@ def _balanced_mean(groups: Tensor, from_prior: Tensor, otherwise: Tensor) -> Ten
 # --- credit and loss
 
 
-def likelihood_credit(batch: TraceBatch, old: LogProbs, config: RunConfig) -> Credit:
-    """Credit of the likelihood-rewarded methods: reward, advantage, gated answer term.
+def likelihood_credit(
+    batch: TraceBatch, old: LogProbs, config: RunConfig, state: Mapping[str, float] | None = None
+) -> Credit:
+    """Credit of the likelihood-rewarded methods, which carry no state: reward, advantage, gated answer term.
 
     nll_gate="prior_positive" keeps the answer term for finished prior traces of positive advantage (CoVRL);
     "none" keeps every finished trace with the weight P'(z)/H(z) of the whole trace (1 for JLB; exact for the
@@ -195,14 +187,8 @@ def likelihood_credit(batch: TraceBatch, old: LogProbs, config: RunConfig) -> Cr
     """
     reward = answer_reward(old, config.reward)
     reward = floor_unfinished(reward, batch, config.reward, config.unfinished_penalty)
-    advantage = advantages(
-        reward,
-        batch.group_size,
-        config.baseline,
-        config.advantage_scale,
-        config.advantage_clip,
-        batch.from_prior,
-    )
+    how = config.baseline, config.advantage_scale, config.advantage_clip
+    advantage = advantages(reward, batch.group_size, *how, batch.from_prior)
     if config.nll_gate == "prior_positive":
         answer_weight = (batch.from_prior & batch.finished & (advantage > 0)).to(reward)
     elif config.nll_gate == "reward":
@@ -278,10 +264,8 @@ def coupled_loss(
         return kept / max(1, tokens if config.loss_aggregation == "token_mean" else totals.traces)
 
     log_ratio = log_mixture(new, config.composite_weight) - log_mixture(old, config.alpha)
-    log_ratio = torch.where(batch.mask, log_ratio, 0.0)
-    surrogate, clipped = clipped_ratio(
-        log_ratio, credit.advantage, config.clip, config.clip_range, config.clip_range_high
-    )
+    log_ratio, clip = torch.where(batch.mask, log_ratio, 0.0), (config.clip, config.clip_range, config.clip_range_high)
+    surrogate, clipped = clipped_ratio(log_ratio, credit.advantage, *clip)
     parts = {"policy": -mean(surrogate, batch.mask, totals.trace_tokens)}
     parts["nll"] = -mean(credit.answer_weight[:, None] * new.answer, new.answer_mask, totals.answer_tokens)
     loss = parts["policy"] + config.nll_weight * parts["nll"]
@@ -300,8 +284,7 @@ def source_weights(old: LogProbs, batch: TraceBatch) -> tuple[Tensor, Tensor]:
     """P(z)/H(z) and Q(z)/H(z) of whole traces, (N,) float64, with H = (n_p P + n_q Q) / G.
 
     n_p and n_q are the traces that prior and posterior drew for this question: the balance heuristic of multiple
-    importance sampling (Veach and Guibas 1995), unbiased for any fixed counts. No weight is above G over the
-    count of its source. Without log q every trace is the prior's, and the weights are 1 and 0.
+    importance sampling (Veach and Guibas 1995). Without log q the weights are 1 and 0.
     """
     log_p = whole_trace(old.prior, batch.mask)
     if old.posterior is None:
@@ -345,19 +328,17 @@ def evidence_loss(
         - mean_i sum_t [ A_i f(p_new / p_old) + B_i f(q_new / q_old) ]  -  nll_weight mean_i s_i log p(y|x,z_i)
 
     with A = ``credit.advantage``, B = ``credit.posterior_advantage`` (already times posterior_weight) and
-    s = ``credit.answer_weight``. Returns the scalar loss and its detached parts, which add up over micro-batches.
+    s = ``credit.answer_weight``. Results as in ``coupled_loss``.
     """
-    policy = torch.zeros((), device=batch.mask.device)
-    clipped_tokens = policy
+    policy = clipped_tokens = torch.zeros((), device=batch.mask.device)
+    clip = config.clip, config.clip_range, config.clip_range_high
     for now, before, advantage in (
         (new.prior, old.prior, credit.advantage),
         (new.posterior, old.posterior, credit.posterior_advantage),
     ):
         if advantage is not None:
             log_ratio = torch.where(batch.mask, now - before, 0.0)
-            value, clipped = clipped_ratio(
-                log_ratio, advantage, config.clip, config.clip_range, config.clip_range_high
-            )
+            value, clipped = clipped_ratio(log_ratio, advantage, *clip)
             policy = policy - torch.where(batch.mask, value, 0.0).sum() / totals.traces
             clipped_tokens = clipped_tokens + (clipped & batch.mask).sum()
     answers = torch.where(new.answer_mask, credit.answer_weight[:, None] * new.answer, 0.0)
@@ -365,13 +346,3 @@ def evidence_loss(
     parts["clipped_share"] = clipped_tokens / max(1, totals.trace_tokens)
     loss = parts["policy"] + config.nll_weight * parts["nll"]
     return loss, {name: value.detach() for name, value in parts.items()}
-
-
-def needs_posterior(config: RunConfig) -> bool:
-    """Whether the traces must be scored under the posterior prompt: some are drawn from it, or p' != p."""
-    return config.composite_weight < 1 or config.alpha < 1
-
-
-def trains_posterior(config: RunConfig) -> bool:
-    """Whether a gradient reaches the traces' tokens under the posterior prompt; else their scores are enough."""
-    return config.composite_weight < 1 or config.posterior_weight > 0

@@ -79,7 +79,7 @@ def open_examples(
                 bad[example.metadata["row"]] = reason
             else:
                 examples.append(example)
-        tested = tested.without_rows(bad)
+        tested = tested.without_rows(bad) if bad else tested
         if own:
             task = tested
         else:
@@ -90,7 +90,8 @@ def open_examples(
             raise ConfigError(f"no question of {tested.name!r} can be evaluated; raise max_answer_tokens or add rows")
         sets.append(EvalSet(name, tested, examples, samples))
     check = graded if verified else trained
-    task = task.without_rows({e.metadata["row"]: why for e in task.rows() if (why := fault(task, check, e))})
+    if bad := {e.metadata["row"]: why for e in task.rows() if (why := fault(task, check, e))}:
+        task = task.without_rows(bad)
     _say_bad_rows(task)
     return task.without(elsewhere), sets
 

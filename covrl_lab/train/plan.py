@@ -1,13 +1,9 @@
 """Before a run: memory and minutes a step, from the configuration alone. No weights are loaded.
 
-``covrl-lab plan --model Qwen/Qwen2.5-7B --device rtx4090`` prints the table; every field of
-``RunConfig`` is a flag. Without ``--device`` this machine is measured, which takes a few seconds.
-
 Memory is the larger of the two phases, sampling and update, on top of what always stays (``memory_parts``). A
-product costs the larger of FLOPs / (share x rate) and bytes / bandwidth (``step_seconds``). A step has N = questions x
-rollouts traces of T tokens in contexts of w tokens (``Tokens``). One forward takes c = min(n, max_packed_tokens) of the
-n nodes of its scoring tree, never less than one rollout's. As many rows as fit are decoded at once, the others follow
-in the places of finished ones.
+product costs the larger of FLOPs / (share x rate) and bytes / bandwidth (``step_seconds``). One forward takes
+c = min(n, max_packed_tokens) of the n nodes of its scoring tree, never less than one rollout's. As many rows as fit
+are decoded at once, the others follow in the places of finished ones.
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ from typing import Any
 
 from ..config import RunConfig
 from ..types import ConfigError, Prompt, did_you_mean
-from .limits import BLOCK, MAX_LOGITS_BYTES, MAX_MATMUL_KEYS, MAX_UNPACKED_BYTES, MAX_UNPACKED_SHARE
+from .limits import BLOCK, MAX_LOGITS_BYTES, MAX_MATMUL_KEYS, has_room
 from .shapes import Shape, shape_of
 
 GIB = 2**30
@@ -37,26 +33,20 @@ KERNELS, LAUNCH, RECORDED = 93, 24e-6, 2e-6
 # Measured with ``tests.bench.benchmark`` (notebooks/07_speed.ipynb): on CPUs the share of the machine's own
 # matrix rate. That of GPUs is an assumption: nothing here was measured on one.
 CPU_SHARE, GPU_SHARE = 0.55, 0.35
-RUNTIME = 0.75 * GIB  # of the interpreter and its libraries, or of a CUDA context
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where a run would be: ``memory`` in bytes, ``rate`` in FLOP/s, ``bandwidth`` in bytes/s.
-
-    runtime is the memory in bytes that is gone before any tensor; share is the part of ``rate`` that a whole
-    step's products reach; unpacks says whether large NF4 models are unpacked at every use, as on GPUs; launch is the
-    host's time in seconds to start a kernel (0 on CPUs: their share of the rate holds it).
-    """
+    """Where a run would be."""
 
     name: str
-    memory: float
-    rate: float
-    bandwidth: float
-    runtime: float = RUNTIME
-    share: float = GPU_SHARE
-    unpacks: bool = True
-    launch: float = LAUNCH
+    memory: float  # bytes
+    rate: float  # FLOP/s
+    bandwidth: float  # bytes/s
+    runtime: float = 0.75 * GIB  # bytes of the interpreter and its libraries, or of a CUDA context
+    share: float = GPU_SHARE  # of ``rate`` that a whole step's products reach
+    unpacks: bool = True  # whether large NF4 models are unpacked at every use, as on GPUs
+    launch: float = LAUNCH  # the host's seconds to start a kernel; 0 on CPUs, whose share of the rate holds it
 
 
 # Dense bfloat16 rate and memory bandwidth as published by the vendor.
@@ -115,19 +105,15 @@ def measure_device(seconds: float = 1.0) -> Device:
 
 @dataclass(frozen=True)
 class Tokens:
-    """How many tokens a step has, as a tree of shared prefixes.
+    """How many tokens a step has, as a tree of shared prefixes."""
 
-    N ``rows`` decode ``length`` T tokens each, after ``context`` w tokens. The tree of the prompts has m nodes, that
-    of the update n, that of one rollout alone ``rollout``; s tokens are scored.
-    """
-
-    rows: int
-    length: int
-    prompts: int
-    nodes: int
+    rows: int  # traces
+    length: int  # of each
+    prompts: int  # nodes of the prompts' tree
+    nodes: int  # of the update's tree
     scored: int
-    context: int
-    rollout: int = 0
+    context: int  # before a trace
+    rollout: int = 0  # nodes of one rollout's tree alone
     longest: int = 0  # context and trace, in evaluations too
 
     @classmethod
@@ -137,8 +123,8 @@ class Tokens:
         Under each prompt the shared part, the questions and the traces appear once. ``length`` is the mean trace,
         by default the longest allowed.
         """
-        questions, contexts = config.questions_per_step, _contexts(config)
-        prompts = contexts * (shared + questions * question) + (contexts - 1) * questions * answer
+        questions, both = config.questions_per_step, config.needs_posterior
+        prompts = (1 + both) * (shared + questions * question) + both * questions * answer
         return cls._under(config, prompts, shared + question, answer, length)
 
     @classmethod
@@ -146,13 +132,13 @@ class Tokens:
         """Of a configuration and the prompts of a step, if every trace is as long as allowed."""
         from .tree import count_nodes  # it imports torch
 
-        both = [p.prior for p in prompts] + [p.posterior for p in prompts] * (_contexts(config) - 1)
+        both = [p.prior for p in prompts] + [p.posterior for p in prompts] * config.needs_posterior
         answer = max(len(p.answer) for p in prompts)
         return cls._under(config, count_nodes(both), max(map(len, both)), answer, None)
 
     @classmethod
     def _under(cls, config: RunConfig, prompts: int, context: int, answer: int, length: int | None) -> Tokens:
-        rows, contexts = config.questions_per_step * config.rollouts_per_question, _contexts(config)
+        rows, contexts = config.questions_per_step * config.rollouts_per_question, 1 + config.needs_posterior
         length = length or config.max_trace_tokens
         scored = rows * (contexts * length + answer)
         # Seam and answer follow each trace under the prior prompt; what is last in a branch is not read.
@@ -161,16 +147,11 @@ class Tokens:
         return cls(rows, length, prompts, nodes, scored, context, contexts * (context + length) + answer, longest)
 
 
-def _contexts(config: RunConfig) -> int:
-    return 1 if config.composite_weight == config.alpha == 1 else 2
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a step would take on a device: bytes by part, and seconds by part.
 
-    ``memory`` holds what always stays (weights, adapter, runtime) and both phases. Of the phases only the larger one
-    counts. In ``config`` what was "auto" has its value; ``rows`` are decoded at once, and keep ``room`` tokens.
+    In ``config`` what was "auto" has its value; ``rows`` are decoded at once, and keep ``room`` tokens.
     """
 
     config: RunConfig
@@ -218,19 +199,19 @@ class Plan:
     def summary(self) -> str:
         """One line: memory, minutes, fits or not and what to lower."""
         verdict = "fits" if self.fits else f"does NOT fit: {self.advice}"
-        step, steps = 60 * self.minutes, self.config.steps
+        config, step = self.config, 60 * self.minutes
         return (
-            f"{self.config.model} ({self.config.quantization}) on {self.device.name}: "
-            f"{self.peak / GIB:.1f} of {self.device.memory / GIB:.0f} GiB, "
-            f"{_duration(step)} a step, {_duration(step * steps)} for {steps} steps; {verdict}"
+            f"{config.model} ({config.quantization}) on {self.device.name}: {self.peak / GIB:.1f} of "
+            f"{self.device.memory / GIB:.0f} GiB, {_duration(step)} a step, {_duration(step * config.steps)} for "
+            f"{config.steps} steps; {verdict}"
         )
 
     def table(self) -> str:
         """The parts, one a line."""
-        lines = [f"{'memory':24}{'GiB':>8}"]
-        lines += [f"  {part:22}{size / GIB:8.2f}" for part, size in self.memory.items()]
-        lines += [f"  {'peak':22}{self.peak / GIB:8.2f}", f"{'time':24}{'s':>8}"]
-        lines += [f"  {part:22}{seconds:8.2f}" for part, seconds in self.seconds.items()]
+        memory = {part: size / GIB for part, size in (self.memory | {"peak": self.peak}).items()}
+        lines = []
+        for title, unit, parts in (("memory", "GiB", memory), ("time", "s", self.seconds)):
+            lines += [f"{title:24}{unit:>8}", *(f"  {part:22}{size:8.2f}" for part, size in parts.items())]
         return "\n".join([*lines, self.summary()])
 
 
@@ -242,10 +223,8 @@ def _duration(seconds: float) -> str:
 
 def keeps_unpacked(config: RunConfig, shape: Shape, device: Device) -> bool:
     """Whether 4-bit matrices stay in memory unpacked, too (``lora.fuse``)."""
-    room = 4 * shape.parameters <= MAX_UNPACKED_BYTES
-    if device.unpacks:
-        room = (2 if config.dtype == "bfloat16" else 4) * shape.parameters <= MAX_UNPACKED_SHARE * device.memory
-    return config.quantization == "nf4" and room
+    gpu = device.memory if device.unpacks else None
+    return config.quantization == "nf4" and has_room(shape.parameters, 2 if config.dtype == "bfloat16" else 4, gpu)
 
 
 def memory_parts(
@@ -253,9 +232,8 @@ def memory_parts(
 ) -> dict[str, float]:
     """Bytes by part; ``rows`` are decoded at once, by default all.
 
-    weights: NF4 is double quantised, and what it unpacks to is kept where there is room. adapter: float32 parameters,
-    gradients and AdamW's two moments. runtime: the interpreter and its libraries, or a CUDA context. contexts: the
-    forward of what rows begin with, in judging and evaluation whole traces.
+    adapter: float32 parameters, gradients and AdamW's two moments. contexts: the forward of what rows begin with, in
+    judging and evaluation whole traces.
     """
     e = 2 if config.dtype == "bfloat16" else 4
     h, q, kv, rows = shape.hidden, shape.q, shape.kv, rows or tokens.rows
@@ -310,12 +288,10 @@ def step_seconds(
 ) -> dict[str, float]:
     """Seconds by part.
 
-    prompts: one forward. decoding: reads all weights, and the keys and values, at every token. update: a forward and a
-    backward pass, one more with gradient checkpointing, and one where a question has more nodes than one forward.
-    dequantise: where weights are unpacked at every use. launches: the host's time to start a GPU's kernels, where it
-    is longer than what they do.
-    ``ideal`` leaves out what is done beyond the step's own arithmetic: unpacking, attention to masked tokens,
-    and shared keys and values read more than once. With ``device.share`` 1 that is the machine's limit.
+    decoding reads all weights, and the keys and values, at every token. update: a forward and a backward pass, one more
+    with gradient checkpointing, and one where a question has more nodes than one forward. launches: the host's time to
+    start a GPU's kernels, where it is longer than what they do. ``ideal`` leaves out what is done beyond the step's own
+    arithmetic: unpacking, attention to masked tokens, and shared keys and values read more than once.
     """
     e = 2 if config.dtype == "bfloat16" else 4
     p, head = shape.parameters, shape.embedding

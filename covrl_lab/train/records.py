@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import RunConfig
 from ..types import Credit, Example, LogProbs, Prompt, TraceBatch
-from .objectives import log_mixture, needs_posterior, responsibility
+from .objectives import log_mixture, responsibility
 from .probe import trace_frame
 from .prompts import Prompter
 from .scoring import packed_tokens
@@ -101,7 +101,7 @@ def step_record(
         scored, known = torch.where(prior[:, None], old.prior, old.posterior), batch.mask
     drawn = batch.sampler_logprobs
     groups = credit.reward.view(-1, batch.group_size)
-    packed, padded = packed_tokens(prompts, batch, needs_posterior(config))
+    packed, padded = packed_tokens(prompts, batch, config.needs_posterior)
     record = StepRecord(
         step=step,
         loss=losses["loss"],

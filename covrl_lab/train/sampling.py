@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
 
 from ..types import NotFinite, Prompt, TraceBatch
 from .lora import cached_adapters
 from .policy import Policy
 from .prompts import Prompter
 from .ranks import ALONE, Ranks
-from .tree import LayerStore, additive, attention_window, build_tree, count_nodes, cut, final_logits, forward, run_tree
+from .tree import additive, attention_window, build_tree, count_nodes, cut, final_logits, forward, run_tree
 
 log = logging.getLogger(__name__)
 # Rows share a block while it has at most this many times the nodes of the longest prompt. A shared block
@@ -39,10 +40,8 @@ def draw_sources(
 ) -> Tensor:
     """(N,) bool, True where the prior draws the trace; a share alpha of them.
 
-    "bernoulli": each trace on its own, as in the paper (section on hybrid sampling). "stratified": every
-    group gets floor(alpha G) or ceil(alpha G) prior traces, the fraction by chance. Each trace
-    has the same distribution as before, but a baseline must not tell its source (``objectives.advantages``). Prior
-    traces come first in their group.
+    "bernoulli": each trace on its own, as in the paper. "stratified": every group gets floor(alpha G) or
+    ceil(alpha G) prior traces, the fraction by chance; they come first in their group.
     """
     if split == "bernoulli":
         return torch.rand(questions * group_size, generator=generator) < alpha
@@ -74,15 +73,13 @@ def waves(policy: Policy, contexts: Sequence[Sequence[int]], max_tokens: int) ->
 class PackedRows:
     """Rows that grow by one token a step; what they share of their prompts is computed and stored once.
 
-    A step's attention is that of ``forward``: each row's own tokens, (rows, key heads, size) a step, and b
-    blocks of r rows that have the same m prompt nodes for keys, of which a row sees those on its path.
-    It stands in for transformers' cache.
+    A row attends to its own tokens, and b blocks of r rows have the same m prompt nodes for keys, of which a row sees
+    those on its path. It stands in for transformers' cache.
 
     The rows of a step have seats, in the order of their contexts. Every seat writes its own keys and values to the
-    same slot of a ring of ``capacity`` slots, which doubles up to the most tokens a row may have, so that its
-    last tokens are what a row sees. Between two changes of seats or capacity all shapes stay: CUDA records the
-    step once, as a graph, and repeats it. Rows that have ended keep their seats until others take them, or
-    until no more than a share CROWDED of all go on.
+    same slot of a ring of ``capacity`` slots, which doubles up to the most tokens a row may have. Between two changes
+    of seats or capacity all shapes stay: CUDA records the step once, as a graph, and repeats it. Rows that have ended
+    keep their seats until others take them, or until no more than a share CROWDED of all go on.
     """
 
     is_compileable = False
@@ -92,11 +89,11 @@ class PackedRows:
         device, hidden, paths, stored = policy.device, [], [], []
         self.position = torch.zeros(0, dtype=torch.int64)  # depths of the prompts' nodes
         for part in cut(list(contexts.values()), policy.tokens_at_once):
-            tree, store = build_tree(part), LayerStore()
-            hidden += run_tree(policy, tree, store)[torch.stack([path[-1] for path in tree.paths]).to(device)]
+            tree, cache = build_tree(part), DynamicCache()
+            hidden += run_tree(policy, tree, cache)[torch.stack([path[-1] for path in tree.paths]).to(device)]
             paths += [path + len(self.position) for path in tree.paths]
             self.position = torch.cat([self.position, tree.position])
-            stored.append([[x[:, :, : len(tree)] for x in layer] for layer in store.layers])
+            stored.append([[x[:, :, : len(tree)] for x in (layer.keys, layer.values)] for layer in cache.layers])
         self.paths, self.hidden = dict(zip(contexts, paths, strict=True)), dict(zip(contexts, hidden, strict=True))
         # By layer, keys and values of the nodes (1, key heads, n, size).
         self.layers = [[torch.cat(x, 2) for x in zip(*parts, strict=True)] for parts in zip(*stored, strict=True)]
@@ -289,7 +286,7 @@ class PlainRows:
             self.place = self.place[alive]
         fed = torch.zeros(len(self.mask), dtype=torch.int64, device=self.mask.device)
         fed[self.place] = token
-        self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
+        self.mask = pad(self.mask, (0, 1), value=1)
         return self._forward(fed[:, None])
 
 
@@ -408,9 +405,8 @@ def sample_traces(
 
     def drawn(questions: slice) -> list[tuple]:
         rows = slice(questions.start * group, questions.stop * group)
-        return list(
-            zip(*generate(policy, contexts[rows], ended=ended, uniforms=uniforms[rows], **settings), strict=True)
-        )
+        found = generate(policy, contexts[rows], ended=ended, uniforms=uniforms[rows], **settings)
+        return list(zip(*found, strict=True))
 
     ids, done, logprobs = zip(*ranks.map(len(prompts), drawn), strict=True)
     finished = [d and bool(prompter.trace_text(z)) for d, z in zip(done, ids, strict=True)]

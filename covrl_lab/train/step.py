@@ -14,7 +14,7 @@ from ..config import RunConfig
 from ..types import ConfigError, Credit, Example, LogProbs, Prompt, TraceBatch
 from .evaluation import predict_answers
 from .methods import Method
-from .objectives import Totals, needs_posterior, trains_posterior
+from .objectives import Totals
 from .policy import Policy
 from .prompts import Prompter
 from .ranks import ALONE, Ranks
@@ -69,16 +69,14 @@ def add_gradient(
     the step. Where a part holds whole groups, and credit needs no more than the group, each part is scored once, with
     gradients; otherwise all parts are scored before the first one's credit is known.
     """
-    posterior, temperature = needs_posterior(config), config.temperature
+    posterior, temperature = config.needs_posterior, config.temperature
     settings = {"temperature": temperature, "no_trace": "no_trace" in method.needs}
-    trained = trains_posterior(config)
     parts = micro_batches(prompts, batch, posterior, config.max_packed_tokens, ranks.share(len(prompts)))
 
     def score(part: Part) -> LogProbs:
-        wanted = posterior and (trained or old is None)  # an untrained q is only asked what it was
-        return trace_logprobs(
-            policy, part.prompts, part.batch, posterior=wanted, frozen_posterior=not trained, **settings
-        )
+        frozen = not config.trains_posterior
+        wanted = posterior and not (frozen and old)  # a q that is not trained is only asked what it was
+        return trace_logprobs(policy, part.prompts, part.batch, posterior=wanted, frozen_posterior=frozen, **settings)
 
     def with_frozen(scores: LogProbs, part: Part) -> LogProbs:
         return replace(scores, **reference(policy, part.prompts, part.batch, method.needs, temperature))

@@ -8,11 +8,12 @@ the question's words alone decides its side, so no seed, order or file edit can 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -48,34 +49,61 @@ def is_held_out(question: str) -> bool:
     return int(hashlib.sha256(" ".join(words).encode()).hexdigest()[:16], 16) % HELD_OUT_EVERY == 0
 
 
-def _worked_examples(generate: Callable, level: int) -> list[Demonstration]:
-    """The fixed demonstrations of a built-in task, all from the training side of the hash."""
-    chosen: dict[str, Demonstration] = {}
-    attempt = 0
-    while len(chosen) < MAX_DEMONSTRATIONS:
-        question, trace, answer = generate(Random(f"demonstration/{attempt}"), level, variant=len(chosen))
-        if not is_held_out(question):
-            chosen.setdefault(normalise_question(question), Demonstration(question, trace, answer))
-        attempt += 1
-    return list(chosen.values())
+def _asked(example: Example) -> str:
+    """A question as its source asks it, normalised: without the options that a preset adds."""
+    return normalise_question(example.metadata.get("asked", example.question))
 
 
-# --- The two kinds of source: an endless generator, and a finite list of rows.
-
-
-@dataclass(frozen=True)
-class _Stream:
-    """Questions made by ``draw(rng) -> (question, answer, metadata)``, or None for a draw to skip."""
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Questions with reference answers, worked examples and a scorer; made by ``load_task``."""
 
     name: str
+    demonstrations: tuple[Demonstration, ...] = ()
+    score: Callable[[str, Example], float]  # how right a predicted answer is, 0..1; 1.0 is right
+    bad_rows: dict[int, str] = field(default_factory=dict)  # row number -> why it was skipped
+
+    def train(self, start: int, count: int, seed: int = 0) -> list[Example]:
+        """Examples start .. start+count-1 of the endless training stream, a pure function of its arguments.
+
+        A finite data set is permuted anew in each epoch. Generators may repeat a question.
+        """
+        raise NotImplementedError
+
+    def held_out(self, count: int | None) -> list[Example]:
+        """The first ``count`` held-out examples, all different; None: all. ConfigError if there are fewer."""
+        raise NotImplementedError
+
+    def without(self, questions: Sequence[Example]) -> Task:
+        """The same task without these questions in training."""
+        raise NotImplementedError
+
+    def rows(self) -> Sequence[Example]:
+        """Every example of a finite data set; none of a generator, which has no end."""
+        return ()
+
+    def whole(self, count: int | None, held_out: bool = False) -> list[Example]:
+        """All of a finite data set, or all that is held out, in an order that no seed changes.
+
+        Of a generator, ``count`` held-out examples.
+        """
+        if not self.rows():
+            return self.held_out(count)
+        return self.held_out(None) if held_out else sorted(self.rows(), key=lambda e: _digest(e.question))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stream(Task):
+    """Questions made by ``draw(rng) -> (question, answer, metadata)``, or None for a draw to skip."""
+
     draw: Callable[[Random], tuple[str, str, dict] | None]
-    reserved: frozenset[str] = frozenset()  # normalised demonstration questions
+    reserved: frozenset[str] = frozenset()  # normalised questions that are not trained on
 
     def _example(self, key: str) -> Example | None:
         drawn = self.draw(Random(key))
         return drawn and Example(f"{self.name}:{_digest(drawn[0])[:16]}", *drawn)
 
-    def train(self, start: int, count: int, seed: int) -> list[Example]:
+    def train(self, start: int, count: int, seed: int = 0) -> list[Example]:
         return [self._train_one(index, seed) for index in range(start, start + count)]
 
     def _train_one(self, index: int, seed: int) -> Example:
@@ -86,8 +114,8 @@ class _Stream:
                     return example
         raise ConfigError(f"task {self.name!r} gave no training question in {MAX_DRAWS} draws; choose another")
 
-    def without(self, questions: frozenset[str]) -> _Stream:
-        return replace(self, reserved=self.reserved | questions)
+    def without(self, questions: Sequence[Example]) -> Task:
+        return replace(self, reserved=self.reserved.union(map(_asked, questions)))
 
     def held_out(self, count: int | None) -> list[Example]:
         if count is None:
@@ -107,24 +135,23 @@ class _Stream:
         return list(found.values())
 
 
-@dataclass(frozen=True)
-class _Rows:
+@dataclass(frozen=True, kw_only=True)
+class _Rows(Task):
     """A finite data set, already split."""
 
-    name: str
     train_examples: tuple[Example, ...]
     held_out_examples: tuple[Example, ...]
 
-    def train(self, start: int, count: int, seed: int) -> list[Example]:
+    def train(self, start: int, count: int, seed: int = 0) -> list[Example]:
         size = len(self.train_examples)
         if not size:
             raise ConfigError(f"data set {self.name!r} has no row left to train on; add rows")
         places = (divmod(index, size) for index in range(start, start + count))
         return [self.train_examples[_epoch_order(size, seed, epoch)[place]] for epoch, place in places]
 
-    def without(self, questions: frozenset[str]) -> _Rows:
-        kept = [example for example in self.train_examples if _asked(example) not in questions]
-        return replace(self, train_examples=tuple(kept))
+    def without(self, questions: Sequence[Example]) -> Task:
+        asked = set(map(_asked, questions))
+        return replace(self, train_examples=tuple(e for e in self.train_examples if _asked(e) not in asked))
 
     def held_out(self, count: int | None) -> list[Example]:
         if count is not None and count > len(self.held_out_examples):
@@ -134,10 +161,14 @@ class _Rows:
             )
         return list(self.held_out_examples[:count])
 
+    def rows(self) -> Sequence[Example]:
+        return self.train_examples + self.held_out_examples
 
-def _asked(example: Example) -> str:
-    """A question as its source asks it, normalised: without the options that a preset adds."""
-    return normalise_question(example.metadata.get("asked", example.question))
+    def without_rows(self, bad: dict[int, str]) -> _Rows:
+        """The same task without these rows; ``bad_rows`` keeps the reasons."""
+        parts = ("train_examples", "held_out_examples")
+        kept = {p: tuple(e for e in getattr(self, p) if e.metadata["row"] not in bad) for p in parts}
+        return replace(self, **kept, bad_rows=self.bad_rows | bad)
 
 
 @lru_cache(maxsize=8)
@@ -145,60 +176,31 @@ def _epoch_order(size: int, seed: int, epoch: int) -> list[int]:
     return Random(f"epoch/{seed}/{epoch}").sample(range(size), size)
 
 
-@dataclass(frozen=True)
-class Task:
-    """Questions with reference answers, worked examples and a scorer; made by ``load_task``."""
-
-    name: str
-    demonstrations: tuple[Demonstration, ...]
-    _source: _Stream | _Rows = field(repr=False)
-    _score: Callable[[str, Example], float] = field(repr=False)
-    bad_rows: dict[int, str] = field(default_factory=dict)  # row number -> why it was skipped
-
-    def train(self, start: int, count: int, seed: int = 0) -> list[Example]:
-        """Examples start .. start+count-1 of the endless training stream, a pure function of its arguments.
-
-        A finite data set is permuted anew in each epoch. Generators may repeat a question.
-        """
-        return self._source.train(start, count, seed)
-
-    def held_out(self, count: int | None) -> list[Example]:
-        """The first ``count`` held-out examples, all different; None: all. ConfigError if there are fewer."""
-        return self._source.held_out(count)
-
-    def whole(self, count: int | None, held_out: bool = False) -> list[Example]:
-        """All of a finite data set, or all that is held out, in an order that no seed changes.
-
-        Of a generator, ``count`` held-out examples.
-        """
-        if not self.rows():
-            return self.held_out(count)
-        return self.held_out(None) if held_out else sorted(self.rows(), key=lambda e: _digest(e.question))
-
-    def without(self, questions: Sequence[Example]) -> Task:
-        """The same task without these questions in training."""
-        asked = frozenset(map(_asked, questions))
-        return replace(self, _source=self._source.without(asked)) if asked else self
-
-    def without_rows(self, bad: dict[int, str]) -> Task:
-        """The same task without these rows of a finite data set; ``bad_rows`` keeps the reasons."""
-        if not bad:
-            return self
-        parts = ("train_examples", "held_out_examples")
-        kept = {p: tuple(e for e in getattr(self._source, p) if e.metadata["row"] not in bad) for p in parts}
-        return replace(self, _source=replace(self._source, **kept), bad_rows=self.bad_rows | bad)
-
-    def rows(self) -> Sequence[Example]:
-        """Every example of a finite data set; none of a generator, which has no end."""
-        source = self._source
-        return source.train_examples + source.held_out_examples if isinstance(source, _Rows) else ()
-
-    def score(self, prediction: str, example: Example) -> float:
-        """How right a predicted answer is, 0..1; 1.0 is right."""
-        return self._score(prediction, example)
+# --- built-in tasks and reasoning-gym
 
 
-# --- reasoning-gym.
+def _built_in_task(name: str, level: int, shown: int) -> Task:
+    """Its fixed demonstrations are all from the training side of the hash."""
+    generate, worked = TASKS[name], {}
+    for attempt in itertools.count():
+        if len(worked) == MAX_DEMONSTRATIONS:
+            break
+        question, trace, answer = generate(Random(f"demonstration/{attempt}"), level, variant=len(worked))
+        if not is_held_out(question):
+            worked.setdefault(normalise_question(question), Demonstration(question, trace, answer))
+
+    def draw(rng: Random) -> tuple[str, str, dict]:
+        question, _, answer = generate(rng, level, variant=rng.randrange(12))  # 2, 3, 4 divide 12
+        return question, answer, {}
+
+    # All of them stay out of training, so that the stream is the same for any number shown.
+    demonstrations = tuple(worked.values())[:shown]
+    return _Stream(name=name, demonstrations=demonstrations, score=_matches, draw=draw, reserved=frozenset(worked))
+
+
+def _matches(prediction: str, example: Example) -> float:
+    return match_answer(prediction, example.answer)
+
 
 # These build their rows in advance or cap them; the others make row i on demand, for any i.
 _GYM_SIZE = {"acre": 2_000, "gsm_symbolic": 20_000, "list_functions": 20_000, "word_ladder": 20_000}
@@ -224,25 +226,20 @@ def _gym_task(name: str) -> Task:
             return None
         return (entry["question"], entry["answer"], entry["metadata"]) if (entry["answer"] or "").strip() else None
 
-    return Task(name, (), _Stream(name, draw), gym_scorer(short))
+    return _Stream(name=name, score=gym_scorer(short), draw=draw)
 
 
-# --- Files and Hugging Face data sets.
+# --- files and Hugging Face data sets
 
 
 def _row_task(name: str, rows: Iterable[dict], preset: Preset, shown: int, skip: bool) -> Task:
-    """Split rows by the hash of their question; the first ``shown`` traced training rows are examples.
-
-    ``skip``: bad rows are left out and counted; otherwise they are a ConfigError.
-    """
+    """Split rows by the hash of their question; the first ``shown`` traced training rows are examples."""
     seen: set[str] = set()
     bad: dict[int, str] = {}
     train, held_out, demonstrations = [], [], []
     for number, row in enumerate(rows, start=1):
-        place = f"row {number} of {name!r}"
-        if any(lookup(row, column) not in values for column, values in preset.keep.items()):
-            continue
-        if any(lookup(row, column) in values for column, values in preset.drop.items()):
+        kept = all(lookup(row, column) in values for column, values in preset.keep.items())
+        if not kept or any(lookup(row, column) in values for column, values in preset.drop.items()):
             continue
         try:
             asked, answered, more = to_question(row, preset)
@@ -250,7 +247,7 @@ def _row_task(name: str, rows: Iterable[dict], preset: Preset, shown: int, skip:
         except BadRow as bad_row:
             reason, remedy = bad_row.args
             if not skip:
-                raise ConfigError(f"{place} {reason}; {remedy}, or set bad_rows='skip'") from None
+                raise ConfigError(f"row {number} of {name!r} {reason}; {remedy}, or set bad_rows='skip'") from None
             bad[number] = reason
             continue
         digest = _digest(asked)
@@ -268,21 +265,20 @@ def _row_task(name: str, rows: Iterable[dict], preset: Preset, shown: int, skip:
     if not seen:
         raise ConfigError(f"data set {name!r} is empty; it needs one row per question")
     held_out.sort(key=lambda example: _digest(example.question))  # files may be sorted by topic
-    source = _Rows(name, tuple(train), tuple(held_out))
-    return Task(name, tuple(demonstrations), source, lambda text, example: match_answer(text, example.answer), bad)
+    score = partial(match_benchmark, tolerance=preset.tolerance) if name in PRESETS else _matches
+    parts = {"train_examples": tuple(train), "held_out_examples": tuple(held_out)}
+    return _Rows(name=name, demonstrations=tuple(demonstrations), score=score, bad_rows=bad, **parts)
 
 
-# --- The two entry points.
+# --- the two entry points
 
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """How a task is read; the fields of the same names of ``RunConfig``.
+    """How a task is read: the fields of the same names of ``RunConfig``.
 
-    ``difficulty`` (1 to 5, None: 2) is for built-in tasks. Columns are for files and hf/ data sets, None for
-    ``question`` and ``answer``; rows become demonstrations only if ``trace_column`` is given. ``dataset_config`` and
-    ``dataset_split`` (None: ``train``) are for hf/ data sets. ``bad_rows`` "skip" leaves out rows that are no
-    question; those of presets always are.
+    None stands for a ``difficulty`` of 2, the columns ``question`` and ``answer``, and the split ``train``; rows become
+    demonstrations only if ``trace_column`` is given.
     """
 
     difficulty: int | None = None
@@ -346,13 +342,8 @@ def check_task(name: str, settings: TaskSettings) -> None:
         if short not in DATASETS:
             raise ConfigError(f"unknown reasoning-gym task {short!r}{did_you_mean(short, DATASETS)}")
     else:
-        kinds = [
-            *TASKS,
-            *PRESETS,
-            "reasoning_gym/NAME",
-            "hf/OWNER/NAME",
-            *(f"FILE{suffix}" for suffix in FILE_SUFFIXES),
-        ]
+        files = (f"FILE{suffix}" for suffix in FILE_SUFFIXES)
+        kinds = [*TASKS, *PRESETS, "reasoning_gym/NAME", "hf/OWNER/NAME", *files]
         raise ConfigError(f"unknown task {name!r}{did_you_mean(name, kinds)}")
 
 
@@ -361,25 +352,10 @@ def load_task(name: str, **settings: Any) -> Task:
     given = TaskSettings(**settings)
     check_task(name, given)
     if name in TASKS:
-        generate, level = TASKS[name], given.difficulty or DEFAULT_DIFFICULTY
-
-        def draw(rng: Random) -> tuple[str, str, dict]:
-            question, _, answer = generate(rng, level, variant=rng.randrange(12))  # 2, 3, 4 divide 12
-            return question, answer, {}
-
-        worked = _worked_examples(generate, level)
-        # All of them stay out of training, so that the stream is the same for any number shown.
-        reserved = frozenset(normalise_question(demonstration.question) for demonstration in worked)
-        source = _Stream(name, draw, reserved)
-        shown = tuple(worked[: given.demonstrations])
-        return Task(name, shown, source, lambda text, example: match_answer(text, example.answer))
+        return _built_in_task(name, given.difficulty or DEFAULT_DIFFICULTY, given.demonstrations)
     if name.startswith("reasoning_gym/"):
         return _gym_task(name)
     short, preset, file = _preset(name, given)
     found, rows = read_file(Path(file)) if file else read_hub(name, preset)
     check_columns(name, found, preset.columns)
-    named = short in PRESETS
-    task = _row_task(short, rows, preset, given.demonstrations, named or given.bad_rows == "skip")
-    if named:
-        return replace(task, _score=lambda text, example: match_benchmark(text, example, preset.tolerance))
-    return task
+    return _row_task(short, rows, preset, given.demonstrations, short in PRESETS or given.bad_rows == "skip")

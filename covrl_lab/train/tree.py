@@ -1,9 +1,7 @@
 """A step's sequences packed into one prefix tree, run through a stock transformer in one forward.
 
-All contexts of a step share their demonstrations, the rollouts of a group share their question, and a
-trace under two prompts is two branches. Each distinct (prefix, token) pair is one node, computed once; a
-node attends to its ancestors and itself, at the position of its depth, so its hidden state is exactly the
-one a plain causal forward of its own sequence gives.
+Each distinct (prefix, token) pair is one node, computed once; a node attends to its ancestors and itself, at the
+position of its depth, so its hidden state is exactly the one a plain causal forward of its own sequence gives.
 
 Nodes are numbered depth first, so that a node's subtree is a range of numbers and the ancestors of BLOCK
 neighbouring nodes are the block itself and the path to its first node. Attention computes those keys only:
@@ -24,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -113,8 +111,7 @@ def cut(items: list, limit: float, size: Callable[[list], int] = count_nodes) ->
 class TreeAttention:
     """A tree's attention for one forward (all layers): b blocks of BLOCK queries with their m keys each.
 
-    keys (b, m) are node numbers, masks (b, groups * BLOCK, m) additive; short blocks are padded. Masks are
-    made once for each sliding window and number of query heads that share a key head.
+    keys (b, m) are node numbers, masks (b, groups * BLOCK, m) additive; short blocks are padded.
     """
 
     def __init__(self, tree: TokenTree, policy: Policy) -> None:
@@ -244,29 +241,8 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 # --- forward
 
 
-class LayerStore:
-    """Keeps each layer's keys and values of one forward; stands in for transformers' cache."""
-
-    is_compileable = False
-
-    def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Keep a layer's (1, key heads, n, size) keys and values."""
-        self.layers.append((keys, values))
-        return keys, values
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        """Tokens stored before this forward, as transformers asks for it."""
-        return 0
-
-
 def forward(policy: Policy, ids: Tensor, position: Tensor, tree, cache=None) -> Tensor:
-    """Hidden states (batch, n, hidden) before the output head, of ids and positions (batch, n).
-
-    tree is called for attention in each layer, cache stands in for transformers' own.
-    """
+    """Hidden states (batch, n, hidden) of ids and positions (batch, n); each layer calls ``tree`` for attention."""
     # A mask of four dimensions is passed through as it is; ours is in ``tree``, so its content is not read.
     unread = torch.zeros(1, 1, 1, 1, dtype=policy.dtype, device=policy.device)
     kinds = set(getattr(policy.decoder.config, "layer_types", None) or ())
@@ -281,13 +257,13 @@ def forward(policy: Policy, ids: Tensor, position: Tensor, tree, cache=None) -> 
     return output.last_hidden_state
 
 
-def run_tree(policy: Policy, tree: TokenTree, store: LayerStore | None = None) -> Tensor:
+def run_tree(policy: Policy, tree: TokenTree, cache: DynamicCache | None = None) -> Tensor:
     """Forward a whole tree; returns hidden states (n, hidden) before the output head."""
     if not policy.flex:
-        return forward(policy, tree.ids[None], tree.position[None], TreeAttention(tree, policy), store)[0]
+        return forward(policy, tree.ids[None], tree.position[None], TreeAttention(tree, policy), cache)[0]
     attention = FlexTree(tree, policy)
     ids = pad(tree.ids, (0, attention.size - len(tree)))
-    return forward(policy, ids[None], attention.position[None], attention, store)[0, : len(tree)]
+    return forward(policy, ids[None], attention.position[None], attention, cache)[0, : len(tree)]
 
 
 def logit_cap(policy: Policy) -> float | None:
