@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from IPython.display import HTML
 
 from ..config import RunConfig
-from ..runs.folder import INDEX_COLUMNS, Run
+from ..runs.folder import CACHE_FROM, INDEX_COLUMNS, Run
 from ..runs.notes import keep, noted, read_notes
 from ..runs.reweight import Settings, Traces, answer_logprob, quantities
 from ..types import ConfigError, Example, did_you_mean
@@ -56,14 +56,16 @@ _SHOWS |= {"longest tenth": "length >= length.quantile(0.9)", "shortest tenth": 
 _GAINED, _CLIPPED = "prior wrong, posterior right", "with clipped tokens"
 
 
-def trace_index(run: Run) -> pd.DataFrame:
-    """One row a rollout of all steps, without the columns of one number a token.
+def trace_index(run: Run, *steps: int) -> pd.DataFrame:
+    """One row a rollout of the given steps (all without arguments), without the columns of one number a token.
 
     Columns: step, rollout, example_id, question, answer, source, trace, finished, reward, advantage, right (1, 0 or
     NaN: not known), prediction (None: not known), length (tokens), and total, log p(y|x,z) in nats.
     """
-    frame = run.trace_columns()
+    frame = run.trace_columns(only=steps)
     if frame.empty and run.damage:
+        if steps:
+            return trace_index(run)
         raise ConfigError(next(iter(run.damage.values())))
     frame = _with_right(frame.assign(total=answer_logprob(frame)), run.config)
     return frame.reindex(columns=[*_STORED, "total"]).astype({"right": float})
@@ -146,7 +148,7 @@ class TraceExplorer(Panel):
         run, step = open_run(run, step)
         self.run, self._frame, self._shown, self._unwritten = run, pd.DataFrame(), {}, {}
         self.settings, self.found = Settings.of(self.run.config), widgets.HTML()
-        self._read()
+        self._read(*[step] * (len(run.steps) >= CACHE_FROM))  # the first view needs no other; a filter reads all
 
         sources = [("all sources", ""), ("prior", "prior"), ("posterior", "posterior")]
         shown = step if step in set(self.index["step"]) else 0  # all
@@ -158,8 +160,9 @@ class TraceExplorer(Panel):
         self.show = field(widgets.Dropdown, "show", shows[0], "230px", "40px", options=shows)
         about = "Read the run folder again; filters, order and question stay"
         self.again = widgets.Button(description="Refresh", icon="refresh", tooltip=about, layout={"width": "auto"})
-        self.questions = Table(label="questions", columns=_QUESTION_COLUMNS[: None if judged else -1])
-        self.rollouts = Table(label="rollouts of the question", sort=["total", True])
+        narrow, wide = {"flex": "2 1 330px", "min_width": "0"}, {"flex": "3 1 480px", "min_width": "0"}
+        self.questions = Table(label="questions", columns=_QUESTION_COLUMNS[: None if judged else -1], layout=narrow)
+        self.rollouts = Table(label="rollouts of the question", sort=["total", True], layout=wide)
         self.heading, self.seen = widgets.HTML(), widgets.HTML()
         colour = colour or ("log_gap" if "posterior" in set(self.index["source"]) else "logp")
         self.view = TokenView(colour=colour)
@@ -185,8 +188,6 @@ class TraceExplorer(Panel):
         self.prompts.observe(self._show_prompts, names="value")
 
         filters = row(self.step, self.search, self.source, self.show, self.again, self.found)
-        self.questions.layout = {"flex": "2 1 330px", "min_width": "0"}
-        self.rollouts.layout = {"flex": "3 1 480px", "min_width": "0"}
         tables, looks = row(self.questions, self.rollouts), row(self.colour, self.fitted, self.prompts, self.take)
         self.widget = widgets.VBox([filters, tables, self.heading, looks, self.view, self.seen, self.plot])
         self.widget.add_class("covrl-explorer")
@@ -195,21 +196,21 @@ class TraceExplorer(Panel):
 
     # --- what is there
 
-    def _read(self) -> None:
-        self.run = self.run.forgiving()
+    def _read(self, *only: int) -> None:
+        self.run, self._only = self.run.forgiving(), only
         self.notes = read_notes(self.run) | self._unwritten
-        self.index = noted(trace_index(self.run), self.notes)
+        self.index = noted(trace_index(self.run, *only), self.notes)
         text = (self.index[name].astype(str) for name in ("question", "answer", "trace"))
         self._haystack = next(text).str.cat(list(text), sep="\n").str.lower()
         means = self.index.pivot_table("total", _GROUP, "source", "mean", sort=False, observed=True)
         means["right"] = self.index.groupby(_GROUP)["right"].mean()
         self._means = means.reindex(columns=["prior", "posterior", "right"]).reset_index()
-        self._offered = step_choices(self.index["step"].unique().tolist())
+        self._offered = step_choices(self.run.steps if only else self.index["step"].unique().tolist())
         self._step, self._held = 0, {}  # whose traces are in memory; step -> rollouts with clipped tokens
 
     def refresh(self) -> None:
         """Read the run folder again; filters, order and what is chosen stay as they are."""
-        self._read()
+        self._read(*self._only)
         _prompter.cache_clear()
         kept = self.step.value
         offer(self.step, self._offered, kept if kept in dict(self._offered).values() else 0, self._list_questions)
@@ -234,10 +235,13 @@ class TraceExplorer(Panel):
         return _clipped(self.run, self.settings, frame, self._held) if show == _CLIPPED else frame
 
     def _list_questions(self, change: Any = None) -> None:
+        if self._only and change is not None and change["name"] == "value":
+            self.found.value = "reading all steps …"
+            self._read()
         frame = self._left = self.filtered()
-        total, steps = len(self.index), self.index["step"].nunique()
-        left = "" if len(frame) == total else f", {len(frame):,} in the list"
-        self.found.value = f"{steps:,} step{'s' * (steps != 1)}, {total:,} traces{left}"
+        steps, total = len(self._offered) - 1, "" if self._only else f", {len(self.index):,} traces"
+        left = f", {len(frame):,} in the list" if self._only or len(frame) < len(self.index) else ""
+        self.found.value = f"{steps:,} step{'s' * (steps != 1)}{total}{left}"
         listed = frame.drop_duplicates(_GROUP)[[*_GROUP, "question", "answer"]].merge(self._means, on=_GROUP)
         listed["id"] = listed["step"].astype(str) + "/" + listed["example_id"].astype(str)
         self.questions.fill(listed, _MOST_QUESTIONS, [self.questions.picked])
