@@ -225,6 +225,9 @@ def test_verdicts_show_wherever_they_are_stored(tmp_path, example):
         assert line["right"] == frame["right"][line["rollout"]] and line["prediction"] == "<b>13</b>"
     explorer.rollouts.picked = "1"
     assert [(t["right"], t["prediction"]) for t in explorer.view.traces] == [(False, "<b>13</b>"), (True, "<b>13</b>")]
+    for at, mark in enumerate(("✗ wrong", "✓ right")):
+        explorer.view.selected = [at, 0]
+        assert explorer.lines().layout.title.text.endswith(mark)
     assert "prior 0 of 2 right · posterior 1 of 2 right" in explorer.heading.value
     page = explorer.static()[0].data
     # Four rollouts and two shown traces, in words for screen readers; the answer is text.
@@ -252,8 +255,8 @@ def test_show_leaves_the_traces_it_names(tmp_path):
         "right": frame["right"],
         "wrong": ~frame["right"],
         "prior wrong, posterior right": frame["example_id"] == "q0",
-        "ended": frame["finished"],
-        "not ended": ~frame["finished"],
+        "finished": frame["finished"],
+        "unfinished": ~frame["finished"],
         "starred": frame["step"] < 0,
         "reward > 0": frame["reward"] > 0,
         "reward < 0": frame["reward"] < 0,

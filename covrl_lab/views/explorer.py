@@ -18,10 +18,10 @@ from ..runs.folder import CACHE_FROM, INDEX_COLUMNS, Run
 from ..runs.notes import keep, noted, read_notes
 from ..runs.reweight import Settings, Traces, answer_logprob, quantities
 from ..types import ConfigError, Example, did_you_mean
-from .html import alarms_html, html_passage, html_text
+from .html import alarms_html, html_passage, html_text, verdict
 from .token_figures import plot_token_lines
-from .token_view import SCALES, TokenView, colours, spelled, token_html
-from .widgets import HIDDEN, Panel, Plot, Table, Take, field, offer, open_run, row, step_choices, table_column
+from .token_view import SCALES, TokenView, spelled, token_html
+from .widgets import HIDDEN, Panel, Plot, Table, Take, field, named, offer, open_run, row, step_choices, table_column
 
 _ALL = "mean log p(y|x,z) of all its {} traces, nats, whatever the filters leave"
 _QUESTION_COLUMNS = [
@@ -43,14 +43,14 @@ _ROLLOUT_COLUMNS = [
     table_column("advantage", "A", "number", "advantage: reward against its group's", 2),
     table_column("answer_weight", "c_y", "number", "factor of the answer's log-likelihood in the loss", -3),
     table_column("length", "tokens", "number", "trace length"),
-    table_column("finished", "ended", "flag", "whether the trace ended in time and in form"),
+    table_column("finished", "finished", "flag", "whether the trace ended in time and in form"),
     table_column("trace", "trace", "text"),
 ]
 _MOST_QUESTIONS = 200  # rows of the list of questions; more would be slow to draw and nobody reads them
 _GROUP = ["step", "example_id"]
 _STORED = INDEX_COLUMNS[:-1]
 # What "show" offers -> which traces those are; the first two where verdicts are stored.
-_SHOWS = {"right": "right == 1", "wrong": "right == 0", "ended": "finished == 1", "not ended": "finished == 0"}
+_SHOWS = {"right": "right == 1", "wrong": "right == 0", "finished": "finished == 1", "unfinished": "finished == 0"}
 _SHOWS |= {name: name for name in ("starred", "reward > 0", "reward < 0", "advantage > 0", "advantage < 0")}
 _SHOWS |= {"longest tenth": "length >= length.quantile(0.9)", "shortest tenth": "length <= length.quantile(0.1)"}
 _GAINED, _CLIPPED = "prior wrong, posterior right", "with clipped tokens"
@@ -158,15 +158,14 @@ class TraceExplorer(Panel):
         judged = self.index["source"][self.index["right"].notna()].nunique()  # of how many sources verdicts are known
         shows = ["all traces", *list(_SHOWS)[0 if judged else 2 :], *[_GAINED] * (judged > 1), _CLIPPED]
         self.show = field(widgets.Dropdown, "show", shows[0], "230px", "40px", options=shows)
-        about = "Read the run folder again; filters, order and question stay"
-        self.again = widgets.Button(description="Refresh", icon="refresh", tooltip=about, layout={"width": "auto"})
+        self.again = self.refresh_button()
         narrow, wide = {"flex": "2 1 330px", "min_width": "0"}, {"flex": "3 1 480px", "min_width": "0"}
         self.questions = Table(label="questions", columns=_QUESTION_COLUMNS[: None if judged else -1], layout=narrow)
         self.rollouts = Table(label="rollouts of the question", sort=["total", True], layout=wide)
         self.heading, self.seen = widgets.HTML(), widgets.HTML()
         colour = colour or ("log_gap" if "posterior" in set(self.index["source"]) else "logp")
         self.view = TokenView(colour=colour)
-        self.colour = field(widgets.Dropdown, "colour", colour, "290px", "50px", options=colours())
+        self.colour = self.view.chooser()
         self.fitted = field(widgets.Checkbox, "fitted range", False, "110px", indent=False)
         self.fitted.tooltip = "Colours span what the two traces hold, not a fixed range"
         self.prompts = widgets.ToggleButton(description="Show prompts", layout={"width": "auto"})
@@ -176,18 +175,16 @@ class TraceExplorer(Panel):
 
         for control in (self.step, self.search, self.source, self.show):
             control.observe(self._list_questions, names="value")
-        self.again.on_click(lambda button: self.refresh())
         self.questions.observe(self._list_questions, names="sort")
         self.questions.observe(lambda change: self.choose(change.new), names="picked")
         self.rollouts.observe(self._list_rollouts, names="sort")
         self.rollouts.observe(lambda change: self._pick(int(change.new)), names="picked")
-        widgets.dlink((self.colour, "value"), (self.view, "colour"))
         widgets.dlink((self.fitted, "value"), (self.view, "fitted"))
         self.view.observe(self._draw_lines, names=["selected", "colour"])
         self.view.observe(self._keep_notes, names="notes")
         self.prompts.observe(self._show_prompts, names="value")
 
-        filters = row(self.step, self.search, self.source, self.show, self.again, self.found)
+        filters = row(named(run), self.step, self.search, self.source, self.show, self.again, self.found)
         tables, looks = row(self.questions, self.rollouts), row(self.colour, self.fitted, self.prompts, self.take)
         self.widget = widgets.VBox([filters, tables, self.heading, looks, self.view, self.seen, self.plot])
         self.widget.add_class("covrl-explorer")
@@ -354,7 +351,8 @@ def _lines(view: TokenView) -> go.Figure:
     trace, name = view.traces[side], view.colour
     figure = plot_token_lines(trace["tokens"], trace["values"], name, SCALES[name]["title"], at)
     prompts = "both prompts" if "logq" in trace["values"] else "the prior prompt"
-    return figure.update_layout(title_text=f"The {trace['title']} under {prompts}", margin={"t": 60})
+    title = f"The {trace['title']} under {prompts} {verdict(trace['right'])}"
+    return figure.update_layout(title_text=title.strip(), margin={"t": 60})
 
 
 def _json(explorer: TraceExplorer) -> tuple[str, str]:
