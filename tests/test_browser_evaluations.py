@@ -61,7 +61,7 @@ def test_a_click_on_the_heat_map_shows_what_the_file_says(tmp_path):
         panel.locator(".covrl-question").get_by_text(question, exact=True).wait_for()
         assert shown() == expected(ids[place])
 
-        panel.get_by_label("list", exact=True).select_option("lost")
+        panel.get_by_label("show", exact=True).select_option("lost")
         lost = [i for i in ids if found[0][i]["score"] == 1 and found[30][i]["score"] < 1]
         rows = panel.locator(".covrl-table tbody tr")
         page.wait_for_function("n => document.querySelectorAll('.covrl-table tbody tr').length === n", arg=len(lost))

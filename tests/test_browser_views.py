@@ -83,7 +83,7 @@ def test_the_table_of_runs_shows_accuracies_of_the_files_and_opens_panels(lab):
         before, after = (number(text) for text in row.locator("td").all_inner_texts()[5:7])
         assert (before, after) == pytest.approx([100 * found[k]["accuracy"] for k in (0, -1)], abs=0.051)
     assert panel.locator(".covrl-table tbody tr").count() == 3
-    panel.get_by_label("filter").fill("example")
+    panel.get_by_placeholder("search names").fill("example")
     row = panel.locator(".covrl-table tbody tr")
     wait_until(page, lambda: row.count() == 1)
     row.click()

@@ -98,7 +98,7 @@ def test_gained_and_lost_are_those_of_the_files(browser, before, after):
     }
     for kind, count in counts.items():
         assert f'data-outcome="{kind}">{count}<' in browser.change.value
-        browser.kind.value = kind
+        browser.show.value = kind
         assert {row["id"] for row in browser.questions.rows} == {i for i, own in expected.items() if own == kind}
         for row in browser.questions.rows[:5]:
             assert row["before"] == found[before][row["id"]]["prediction"]
@@ -106,7 +106,7 @@ def test_gained_and_lost_are_those_of_the_files(browser, before, after):
     change = 100 * (counts["gained"] - counts["lost"]) / len(expected)
     assert f"<b>{change:+.1f}</b>".replace("-", "−") in browser.change.value
     assert f">{mcnemar(counts['gained'], counts['lost']):.2g}<" in browser.change.value
-    browser.before.value, browser.after.value, browser.kind.value = 0, 30, "all"
+    browser.before.value, browser.after.value, browser.show.value = 0, 30, "all questions"
 
 
 def test_the_heat_map_holds_every_score_and_answer(browser):
@@ -159,17 +159,21 @@ def test_a_growing_run_is_read_again_and_steps_without_evaluations_are_refused(t
     later = last.rename(tmp_path / "later.parquet")
     growing = EvaluationBrowser(run)
     growing.questions.picked = chosen = growing.questions.rows[9]["id"]
-    assert growing.after.value == 20 and growing.before.options == (0, 10, 20)
+    assert growing.after.value == 20 and [value for _, value in growing.before.options] == [0, 10, 20]
     frame = pd.read_parquet(later)
     frame.iloc[1:].to_parquet(last)  # a question that is no longer asked
     missing = frame["example_id"][0]
-    growing.again.click()
+    growing.refresh()
     growing.after.value = 30
     listed = growing.listed.set_index("id")
     assert listed["outcome"].isna().sum() == 1 and listed.loc[missing, "after"] == ""
     assert "199 questions" in growing.change.value
     growing.after.value = 20
-    assert growing.after.value == 20 and growing.before.options == STEPS and growing.questions.picked == chosen
+    assert (
+        growing.after.value == 20
+        and dict(growing.before.options) == {f"step {s}": s for s in STEPS}
+        and growing.questions.picked == chosen
+    )
     assert 'data-step="30"' in growing.question.value
     with pytest.raises(ConfigError, match="no evaluation of step 7"):
         EvaluationBrowser(run, 7)

@@ -14,6 +14,7 @@ from helpers import EXAMPLE_RUN, TINY_RUN, hostile_run, made_up_run
 from hostile import HOSTILE
 
 from covrl_lab import MixingRatio, RunConfig, TraceExplorer, load_run
+from covrl_lab.runs import folder
 from covrl_lab.runs.folder import Run, step_file, write_parquet
 from covrl_lab.types import ConfigError
 from covrl_lab.views.explorer import trace_index
@@ -97,6 +98,28 @@ def test_one_step_is_read_at_a_time(example, monkeypatch):
     explorer.step.value = 15
     explorer.questions.picked = explorer.questions.rows[0]["id"]
     assert read == [(30,), (15,)]
+
+
+def test_of_many_files_the_first_view_reads_one(tmp_path, monkeypatch):
+    run = made_up_run(tmp_path / "run", steps=6)
+    whole, read, original = TraceExplorer(run, 4), [], folder.read_table
+    monkeypatch.setattr("covrl_lab.views.explorer.CACHE_FROM", 5)
+    monkeypatch.setattr(folder, "read_table", lambda file, *rest: read.append(file.stem) or original(file, *rest))
+    explorer = TraceExplorer(run, 4)
+    assert set(read) == {"step_00004"} and explorer.found.value == "6 steps, 16 in the list"
+    for panel in (explorer, whole):
+        panel.questions.sort = ["prior", True]
+        panel.questions.picked = panel.questions.rows[2]["id"]
+    assert set(read) == {"step_00004"} and explorer.questions.rows == whole.questions.rows
+    assert [*map(repr, explorer.static())] and explorer.pair().equals(whole.pair())
+    explorer.refresh()
+    for panel in (explorer, whole):
+        panel.step.value = 0
+    assert len(set(read)) == 6 and explorer.found.value == whole.found.value == "6 steps, 96 traces"
+    assert explorer.questions.rows == whole.questions.rows and explorer.pair().equals(whole.pair())
+
+    step_file(run.path / "traces", 6).write_bytes(b"no table")  # the step to start with: the others are shown
+    assert set(TraceExplorer(run).index["step"]) == {1, 2, 3, 4, 5}
 
 
 def test_a_growing_run_is_read_again_and_what_is_chosen_stays(tmp_path):
@@ -202,6 +225,9 @@ def test_verdicts_show_wherever_they_are_stored(tmp_path, example):
         assert line["right"] == frame["right"][line["rollout"]] and line["prediction"] == "<b>13</b>"
     explorer.rollouts.picked = "1"
     assert [(t["right"], t["prediction"]) for t in explorer.view.traces] == [(False, "<b>13</b>"), (True, "<b>13</b>")]
+    for at, mark in enumerate(("✗ wrong", "✓ right")):
+        explorer.view.selected = [at, 0]
+        assert explorer.lines().layout.title.text.endswith(mark)
     assert "prior 0 of 2 right · posterior 1 of 2 right" in explorer.heading.value
     page = explorer.static()[0].data
     # Four rollouts and two shown traces, in words for screen readers; the answer is text.
@@ -229,8 +255,8 @@ def test_show_leaves_the_traces_it_names(tmp_path):
         "right": frame["right"],
         "wrong": ~frame["right"],
         "prior wrong, posterior right": frame["example_id"] == "q0",
-        "ended": frame["finished"],
-        "not ended": ~frame["finished"],
+        "finished": frame["finished"],
+        "unfinished": ~frame["finished"],
         "starred": frame["step"] < 0,
         "reward > 0": frame["reward"] > 0,
         "reward < 0": frame["reward"] < 0,

@@ -122,6 +122,26 @@ def test_answer_logprobs_are_sums_over_answer_tokens():
     ]
 
 
+def test_a_verdict_stands_at_every_single_trace():
+    """Right, wrong and not known: a wrong one is a cross, and the hover text says what the model answered."""
+    known = [True, False, None, True, False, None, True, False]
+    frame = trace_rows().assign(right=known, prediction=[f"<b>{i}" for i in range(8)])
+    figure, found = plot_answer_logprobs(frame), {}
+    for points in (t for t in figure.data if t.name in ("prior", "posterior")):
+        for x, symbol, (_, _, said) in zip(points.x, points.marker.symbol, points.customdata, strict=True):
+            found[round(x, 6)] = symbol, said
+    for i, total in enumerate([-1.0, -1.1, -1.2, -1.3, -2.0, -2.1, -2.2, -2.3]):
+        symbol, said = found[total]
+        assert symbol.startswith("x" if known[i] is False else "circle"), i
+        assert symbol.endswith("-open") == ("unfinished" in said) == (not frame["finished"][i])
+        mark = {True: "✓ right", False: "✗ wrong", None: ""}[known[i]]
+        assert said.startswith(f"<br>{mark}: it answered &lt;b&gt;{i}" if mark else ("<br>unfinished", "")), said
+        title = plot_token_comparison(frame.iloc[i]).layout.title.text
+        assert title.endswith(f"nats {mark}")
+    assert "cross: wrong" in figure.layout.title.text
+    assert "cross" not in plot_answer_logprobs(trace_rows()).layout.title.text
+
+
 def test_answer_logprobs_shows_the_first_questions_and_takes_one_source():
     figure = plot_answer_logprobs(trace_rows(questions=6), questions=3)
     assert len(figure.layout.yaxis.ticktext) == 3

@@ -10,6 +10,7 @@ from helpers import EXAMPLE_RUN, made_up_run, random_frame
 from covrl_lab import MixingRatio, RunConfig, load_run, reweight
 from covrl_lab.runs.folder import write_parquet
 from covrl_lab.views.token_figures import plot_mixing
+from covrl_lab.views.widgets import Plot
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +112,17 @@ def test_a_group_bound_run_offers_alpha_alone_and_keeps_its_whole_traces(tmp_pat
     assert not json.loads(mixing.sides[0].plot.figure)["layout"].get("shapes")
 
 
-def test_where_alpha_adapts_it_is_that_of_the_step(tmp_path):
+def test_where_alpha_adapts_it_is_that_of_the_step(tmp_path, monkeypatch):
     run = made_up_run(tmp_path / "run", posterior_advantage=0.25)
     settings = RunConfig(method="covrl", model="tiny", alpha_rate=0.3).to_dict()
     (run.path / "config.json").write_text(json.dumps(settings))
     frame = run.traces(2)
     frame["source"] = ["prior"] * (len(frame) - 1) + ["posterior"]
     write_parquet(frame, run.path / "traces" / "step_00002.parquet")
-    assert MixingRatio(run, 2).sides[0].settings.alpha == round(1 - 1 / len(frame), 2)
+    drawn, draw = [], Plot.draw
+    monkeypatch.setattr(Plot, "draw", lambda plot, figure: (drawn.append(figure), draw(plot, figure)))
+    mixing = MixingRatio(run, 2)
+    assert mixing.sides[0].settings.alpha == round(1 - 1 / len(frame), 2) and len(drawn) == 2, "each side once"
+    mixing.step.value = 1
+    assert mixing.sides[0].settings.alpha == 0.5 and len(drawn) == 4
+    assert f"α {mixing.sides[0].alpha.value:g}" in mixing.html()

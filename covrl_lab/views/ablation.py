@@ -29,7 +29,7 @@ from .comparison import plot_against_alpha
 from .explorer import TraceExplorer
 from .figures import plot_evaluation_curve
 from .sweep_cost import describe_cost, step_time_settings
-from .widgets import Panel, Plot, Table, aside, field, row, table_column
+from .widgets import Panel, Plot, Table, aside, button, field, row, table_column
 
 SIGNS = {"queued": "◦", "running": "▸", "done": "✓", "cancelled": "⊘", "failed": "✗"}
 REFRESH_SECONDS = 1.0
@@ -72,7 +72,7 @@ _COLUMNS = [
     table_column("method", "method", "text"),
     table_column("alpha", "α", "number", "", 2),
     table_column("seed", "seed", "number"),
-    table_column("state", "status", "text"),
+    table_column("state", "state", "text"),
     table_column("accuracy", "accuracy, %", "number", "latest held-out accuracy", 1),
     table_column("seconds", "seconds", "number", "spent on training steps", 1),
 ]
@@ -196,18 +196,13 @@ class Ablation(Panel):
         for name, value in self._chosen[str(self.folder)][1].items():
             self.fields[name].value = value
         self.cost = widgets.HTML()
-        self.launch_button = widgets.Button(description="Launch", button_style="primary", icon="play")
-        self.stop_button = widgets.Button(description="Stop all", icon="stop", disabled=True)
+        self.launch_button = button("Launch", self.launch, "play", button_style="primary")
+        self.stop_button = button("Stop all", lambda: aside(self.stop), "stop", disabled=True)
         about = "from the settings and a short measurement of this machine"
-        self.estimate_button = widgets.Button(description="Estimate", tooltip=about)
-        self.launch_button.on_click(lambda _: self.launch())
-        self.stop_button.on_click(lambda _: aside(self.stop))
-        self.estimate_button.on_click(lambda _: aside(self.estimate))
+        self.estimate_button = button("Estimate", lambda: aside(self.estimate), about=about)
         self.table = Table(label="runs of the grid", columns=_COLUMNS)
-        self.act_button = widgets.Button(description="Cancel", layout={"width": "auto"})
-        self.traces_button = widgets.Button(description="Traces", layout={"width": "auto"})
-        self.act_button.on_click(lambda _: self._act())
-        self.traces_button.on_click(lambda _: self.show_traces(self.table.picked))
+        self.act_button = button("Cancel", self._act)
+        self.traces_button = button("Traces", lambda: self.show_traces(self.table.picked))
         self.table.observe(lambda _: self._offer(), names="picked")
         self.table.observe(lambda _: self.refresh(), names="sort")
         self.picked, self.traces, choices = widgets.HTML(), widgets.VBox(), list(self.fields.values())

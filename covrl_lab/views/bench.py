@@ -18,12 +18,12 @@ from ..files import read_object, readable
 from ..runs.folder import SHARED, step_file, steps_in
 from ..runs.reweight import answer_logprob
 from ..types import ConfigError
-from .html import html_source, html_table, html_text, visible
+from .html import html_number, html_source, html_table, html_text, visible
 from .run_browser import run_folders
 from .style import GREY, POSTERIOR, SOURCE_COLOURS
 from .token_figures import plot_coherence
-from .token_view import TokenView, colours, token_html
-from .widgets import Panel, Plot, aside, field, offer, row
+from .token_view import TokenView, token_html
+from .widgets import Panel, Plot, aside, button, field, offer, row
 
 if TYPE_CHECKING:
     from ..train.policy import Policy
@@ -81,10 +81,10 @@ def summary_html(frames: dict[str, pd.DataFrame]) -> str:
     for name, frame in frames.items():
         for source, own in frame.groupby("source", sort=False):
             total, weights = answer_logprob(own), html.escape(name)
-            mean = f'<span data-cell="{weights}/{source}">{total.mean():.2f}</span>'
+            mean = f'<span data-cell="{weights}/{source}">{html_number(total.mean(), ".2f")}</span>'
             finished, length = f"{own['finished'].mean():.0%}", f"{own['tokens'].map(len).mean():.1f}"
-            rows.append([weights, html_source(source), mean, f"{total.max():.2f}", finished, length])
-    header = ["weights", "drawn from", "mean log p(y|x,z), nats", "best, nats", "finished", "length, tokens"]
+            rows.append([weights, html_source(source), mean, html_number(total.max(), ".2f"), finished, length])
+    header = ["weights", "source", "mean log p(y|x,z), nats", "best, nats", "finished", "tokens"]
     return html_table(header, rows)
 
 
@@ -102,9 +102,8 @@ class BenchResults(Panel):
         self.summary, self.curve = widgets.HTML(), Plot(layout={"min_height": "460px"})
         self.weights = widgets.ToggleButtons()
         self.traces = {source: _field(widgets.Dropdown, f"{source} trace", None) for source in SOURCE_COLOURS}
-        self.colour = _field(widgets.Dropdown, "colour by", "log_gap", options=colours())
         self.tokens = TokenView()
-        widgets.dlink((self.colour, "value"), (self.tokens, "colour"))
+        self.colour = self.tokens.chooser()
         parts = [self.summary, self.weights, *self.traces.values(), self.curve, self.colour, self.tokens]
         self.results = widgets.VBox(parts, layout={"display": "none"})
         self.weights.observe(self._list_traces, names="value")
@@ -206,8 +205,8 @@ class PromptBench(BenchResults):
         self.temperature = _field(real, "temperature", temperature, _NARROW, min=0.01, max=10, step=0.1)
         self.max_tokens = _field(whole, "tokens at most", max_tokens, _NARROW, min=1, max=100_000)
         self.seed = _field(whole, "seed", seed, _NARROW, max=2**31 - 1)
-        self.generate = widgets.Button(description="Generate", icon="play", button_style="primary")
-        self.cancel = widgets.Button(description="Cancel", icon="stop", disabled=True)
+        self.generate = button("Generate", self.start, "play", button_style="primary")
+        self.cancel = button("Cancel", self._cancel.set, "stop", disabled=True)
         self.bar = widgets.IntProgress(max=100, layout={"width": "260px"})
         self.message = widgets.HTML()
         where, sampling = row(self.source, self.step), row(self.k, self.temperature, self.max_tokens, self.seed)
@@ -216,8 +215,6 @@ class PromptBench(BenchResults):
         self.widget.add_class("covrl-bench")
         self._list_steps()
         self.source.observe(self._list_steps, names="value")
-        self.generate.on_click(lambda button: self.start())
-        self.cancel.on_click(lambda button: self._cancel.set())
 
     # --- model
 

@@ -14,17 +14,18 @@ from ..runs.folder import Run, load_run
 from ..runs.questions import OUTCOMES, between, by_learning, history
 from ..runs.stats import mcnemar, paired_interval
 from ..types import ConfigError
-from .html import alarms_html, figure_text, html_number, html_passage, html_table, html_text
+from .html import alarms_html, figure_text, html_number, html_passage, html_table, html_text, verdict
 from .style import BOTH, GREY, POSTERIOR, TEMPLATE
-from .widgets import Panel, Plot, Table, field, offer, row, table_column
+from .widgets import Panel, Plot, Table, field, named, offer, row, step_choices, table_column
 
 _COLUMNS = [
     table_column("question", "question", "text"),
-    table_column("answer", "y", "text", "reference answer y"),
+    table_column("answer", "answer", "text", "reference answer y"),
     table_column("before", "said before", "text", "the model's own answer at the first of the two steps"),
     table_column("after", "said after", "text", "the model's own answer at the second of the two steps"),
     table_column("learned", "learned", "text", "from when on every answer was right"),
 ]
+_ALL = "all questions"
 _MOST_ROWS = 500  # of the list; the heat map holds all
 _LISTED = 20  # questions of each list where nothing can be scrolled
 
@@ -36,7 +37,7 @@ def plot_questions(rows: pd.DataFrame) -> go.Figure:
     """
     order = by_learning(rows)
     said = [
-        f"{figure_text(r.question, 60, 3)}<br>it said {figure_text(r.prediction, 40, 2)}, "
+        f"{figure_text(r.question, 60, 3)}<br>{verdict(r.right)}: it said {figure_text(r.prediction, 40, 2)}, "
         f"reference answer {figure_text(r.answer, 40, 2)}{'' if r.finished else '<br>trace unfinished'}"
         for r in rows.itertuples()
     ]
@@ -79,13 +80,14 @@ def question_html(rows: pd.DataFrame) -> str:
     """One question's answers side by side; ``rows`` are those of the question in ``questions.history``."""
     cards = []
     for r in rows.to_dict("records"):
-        colour, verdict = (BOTH, "✓ right") if r["right"] else (POSTERIOR, "✗ wrong")
+        colour = BOTH if r["right"] else POSTERIOR
+        said = f'<span style="color: {colour}">{verdict(r["right"])}</span>'
         score = "" if r["score"] in (0, 1) else f", score {r['score']:.2g}"
         nats, ended = r.get("answer_logp"), "" if r["finished"] else ", unfinished"
         likely = "" if nats is None or nats != nats else f", log p(y|x,z) {html_number(nats, '.1f')} nats"
         cards.append(
             f'<div data-step="{r["step"]}" style="flex: 1 1 140px; max-width: 420px; border-top: 3px solid {colour}; '
-            f'overflow-wrap: anywhere"><b>step {r["step"]}</b> <span style="color: {colour}">{verdict}</span>{score}'
+            f'overflow-wrap: anywhere"><b>step {r["step"]}</b> {said}{score}'
             f'<br>it said <b class="covrl-said">{html_text(r["prediction"])}</b>{likely}'
             f'<div style="color: {GREY}">trace, {r["trace_tokens"]} tokens{ended}</div>'
             f'<div class="covrl-trace-text">{html_passage(r["trace"])}</div></div>'
@@ -112,21 +114,21 @@ class EvaluationBrowser(Panel):
         before, after = steps[0] if before is None else before, steps[-1] if after is None else after
         if missing := {before, after} - set(steps):
             raise ConfigError(f"{self.run.path} has no evaluation of step {min(missing)}; it has {steps}")
-        self.before = field(widgets.Dropdown, "from step", before, "150px", "70px", options=steps)
-        self.after = field(widgets.Dropdown, "to step", after, "150px", "70px", options=steps)
-        self.kind = field(widgets.Dropdown, "list", "all", "190px", "40px", options=["all", *OUTCOMES.values()])
-        self.again = widgets.Button(description="Refresh", icon="refresh", layout={"width": "auto"})
+        offered, kinds = step_choices(steps)[1:], [_ALL, *OUTCOMES.values()]
+        self.before = field(widgets.Dropdown, "from", before, "150px", "40px", options=offered)
+        self.after = field(widgets.Dropdown, "to", after, "130px", "20px", options=offered)
+        self.show = field(widgets.Dropdown, "show", _ALL, "230px", "40px", options=kinds)
         self.change, self.question = widgets.HTML(), widgets.HTML()
         self.questions = Table(label="held-out questions", columns=_COLUMNS)
         half = {"flex": "1 1 420px", "min_width": "0"}
         self.plot = Plot(lambda at: self.questions.set_trait("picked", self.listed["id"][at["y"]]), layout=half)
-        for control in (self.before, self.after, self.kind):
+        for control in (self.before, self.after, self.show):
             control.observe(self._list, names="value")
         self.questions.observe(self._list, names="sort")
         self.questions.observe(self._open, names="picked")
-        self.again.on_click(lambda button: self.refresh())
         beside = row(self.plot, widgets.VBox([self.questions, self.question], layout=half))
-        self.widget = widgets.VBox([row(self.before, self.after, self.kind, self.again), self.change, beside])
+        filters = row(named(self.run), self.before, self.after, self.show, self.refresh_button())
+        self.widget = widgets.VBox([filters, self.change, beside])
         self.widget.add_class("covrl-evaluations")
         self._list()
         self.questions.picked = self.listed["id"].iloc[0]
@@ -136,14 +138,14 @@ class EvaluationBrowser(Panel):
         self.history = history(self.run)
         self.heat_map = plot_questions(self.history)
         for choice in (self.before, self.after):
-            offer(choice, self.history["step"].unique().tolist(), choice.value, self._list)
+            offer(choice, step_choices(self.history["step"].unique().tolist())[1:], choice.value, self._list)
         self._list()
         self._open()
 
     def _list(self, change: Any = None) -> None:
         pair = self.before.value, self.after.value
         self.listed = listed = between(self.history, *pair).rename(columns={"example_id": "id"})
-        kept = listed if self.kind.value == "all" else listed[listed["outcome"] == self.kind.value]
+        kept = listed if self.show.value == _ALL else listed[listed["outcome"] == self.show.value]
         self.questions.fill(kept, _MOST_ROWS, [self.questions.picked])
         self.change.value = alarms_html(self.run.damage or {}) + change_html(listed, *pair)
 

@@ -14,14 +14,14 @@ import plotly.graph_objects as go
 from IPython.display import HTML
 
 from ..config import RunConfig
-from ..runs.folder import INDEX_COLUMNS, Run
+from ..runs.folder import CACHE_FROM, INDEX_COLUMNS, Run
 from ..runs.notes import keep, noted, read_notes
 from ..runs.reweight import Settings, Traces, answer_logprob, quantities
 from ..types import ConfigError, Example, did_you_mean
-from .html import alarms_html, html_passage, html_text
+from .html import alarms_html, html_passage, html_text, verdict
 from .token_figures import plot_token_lines
-from .token_view import SCALES, TokenView, colours, spelled, token_html
-from .widgets import HIDDEN, Panel, Plot, Table, Take, field, offer, open_run, row, step_choices, table_column
+from .token_view import SCALES, TokenView, spelled, token_html
+from .widgets import HIDDEN, Panel, Plot, Table, Take, field, named, offer, open_run, row, step_choices, table_column
 
 _ALL = "mean log p(y|x,z) of all its {} traces, nats, whatever the filters leave"
 _QUESTION_COLUMNS = [
@@ -43,27 +43,29 @@ _ROLLOUT_COLUMNS = [
     table_column("advantage", "A", "number", "advantage: reward against its group's", 2),
     table_column("answer_weight", "c_y", "number", "factor of the answer's log-likelihood in the loss", -3),
     table_column("length", "tokens", "number", "trace length"),
-    table_column("finished", "ended", "flag", "whether the trace ended in time and in form"),
+    table_column("finished", "finished", "flag", "whether the trace ended in time and in form"),
     table_column("trace", "trace", "text"),
 ]
 _MOST_QUESTIONS = 200  # rows of the list of questions; more would be slow to draw and nobody reads them
 _GROUP = ["step", "example_id"]
 _STORED = INDEX_COLUMNS[:-1]
 # What "show" offers -> which traces those are; the first two where verdicts are stored.
-_SHOWS = {"right": "right == 1", "wrong": "right == 0", "ended": "finished == 1", "not ended": "finished == 0"}
+_SHOWS = {"right": "right == 1", "wrong": "right == 0", "finished": "finished == 1", "unfinished": "finished == 0"}
 _SHOWS |= {name: name for name in ("starred", "reward > 0", "reward < 0", "advantage > 0", "advantage < 0")}
 _SHOWS |= {"longest tenth": "length >= length.quantile(0.9)", "shortest tenth": "length <= length.quantile(0.1)"}
 _GAINED, _CLIPPED = "prior wrong, posterior right", "with clipped tokens"
 
 
-def trace_index(run: Run) -> pd.DataFrame:
-    """One row a rollout of all steps, without the columns of one number a token.
+def trace_index(run: Run, *steps: int) -> pd.DataFrame:
+    """One row a rollout of the given steps (all without arguments), without the columns of one number a token.
 
     Columns: step, rollout, example_id, question, answer, source, trace, finished, reward, advantage, right (1, 0 or
     NaN: not known), prediction (None: not known), length (tokens), and total, log p(y|x,z) in nats.
     """
-    frame = run.trace_columns()
+    frame = run.trace_columns(only=steps)
     if frame.empty and run.damage:
+        if steps:
+            return trace_index(run)
         raise ConfigError(next(iter(run.damage.values())))
     frame = _with_right(frame.assign(total=answer_logprob(frame)), run.config)
     return frame.reindex(columns=[*_STORED, "total"]).astype({"right": float})
@@ -146,7 +148,7 @@ class TraceExplorer(Panel):
         run, step = open_run(run, step)
         self.run, self._frame, self._shown, self._unwritten = run, pd.DataFrame(), {}, {}
         self.settings, self.found = Settings.of(self.run.config), widgets.HTML()
-        self._read()
+        self._read(*[step] * (len(run.steps) >= CACHE_FROM))  # the first view needs no other; a filter reads all
 
         sources = [("all sources", ""), ("prior", "prior"), ("posterior", "posterior")]
         shown = step if step in set(self.index["step"]) else 0  # all
@@ -156,14 +158,14 @@ class TraceExplorer(Panel):
         judged = self.index["source"][self.index["right"].notna()].nunique()  # of how many sources verdicts are known
         shows = ["all traces", *list(_SHOWS)[0 if judged else 2 :], *[_GAINED] * (judged > 1), _CLIPPED]
         self.show = field(widgets.Dropdown, "show", shows[0], "230px", "40px", options=shows)
-        about = "Read the run folder again; filters, order and question stay"
-        self.again = widgets.Button(description="Refresh", icon="refresh", tooltip=about, layout={"width": "auto"})
-        self.questions = Table(label="questions", columns=_QUESTION_COLUMNS[: None if judged else -1])
-        self.rollouts = Table(label="rollouts of the question", sort=["total", True])
+        self.again = self.refresh_button()
+        narrow, wide = {"flex": "2 1 330px", "min_width": "0"}, {"flex": "3 1 480px", "min_width": "0"}
+        self.questions = Table(label="questions", columns=_QUESTION_COLUMNS[: None if judged else -1], layout=narrow)
+        self.rollouts = Table(label="rollouts of the question", sort=["total", True], layout=wide)
         self.heading, self.seen = widgets.HTML(), widgets.HTML()
         colour = colour or ("log_gap" if "posterior" in set(self.index["source"]) else "logp")
         self.view = TokenView(colour=colour)
-        self.colour = field(widgets.Dropdown, "colour", colour, "290px", "50px", options=colours())
+        self.colour = self.view.chooser()
         self.fitted = field(widgets.Checkbox, "fitted range", False, "110px", indent=False)
         self.fitted.tooltip = "Colours span what the two traces hold, not a fixed range"
         self.prompts = widgets.ToggleButton(description="Show prompts", layout={"width": "auto"})
@@ -173,20 +175,16 @@ class TraceExplorer(Panel):
 
         for control in (self.step, self.search, self.source, self.show):
             control.observe(self._list_questions, names="value")
-        self.again.on_click(lambda button: self.refresh())
         self.questions.observe(self._list_questions, names="sort")
         self.questions.observe(lambda change: self.choose(change.new), names="picked")
         self.rollouts.observe(self._list_rollouts, names="sort")
         self.rollouts.observe(lambda change: self._pick(int(change.new)), names="picked")
-        widgets.dlink((self.colour, "value"), (self.view, "colour"))
         widgets.dlink((self.fitted, "value"), (self.view, "fitted"))
         self.view.observe(self._draw_lines, names=["selected", "colour"])
         self.view.observe(self._keep_notes, names="notes")
         self.prompts.observe(self._show_prompts, names="value")
 
-        filters = row(self.step, self.search, self.source, self.show, self.again, self.found)
-        self.questions.layout = {"flex": "2 1 330px", "min_width": "0"}
-        self.rollouts.layout = {"flex": "3 1 480px", "min_width": "0"}
+        filters = row(named(run), self.step, self.search, self.source, self.show, self.again, self.found)
         tables, looks = row(self.questions, self.rollouts), row(self.colour, self.fitted, self.prompts, self.take)
         self.widget = widgets.VBox([filters, tables, self.heading, looks, self.view, self.seen, self.plot])
         self.widget.add_class("covrl-explorer")
@@ -195,21 +193,21 @@ class TraceExplorer(Panel):
 
     # --- what is there
 
-    def _read(self) -> None:
-        self.run = self.run.forgiving()
+    def _read(self, *only: int) -> None:
+        self.run, self._only = self.run.forgiving(), only
         self.notes = read_notes(self.run) | self._unwritten
-        self.index = noted(trace_index(self.run), self.notes)
+        self.index = noted(trace_index(self.run, *only), self.notes)
         text = (self.index[name].astype(str) for name in ("question", "answer", "trace"))
         self._haystack = next(text).str.cat(list(text), sep="\n").str.lower()
         means = self.index.pivot_table("total", _GROUP, "source", "mean", sort=False, observed=True)
         means["right"] = self.index.groupby(_GROUP)["right"].mean()
         self._means = means.reindex(columns=["prior", "posterior", "right"]).reset_index()
-        self._offered = step_choices(self.index["step"].unique().tolist())
+        self._offered = step_choices(self.run.steps if only else self.index["step"].unique().tolist())
         self._step, self._held = 0, {}  # whose traces are in memory; step -> rollouts with clipped tokens
 
     def refresh(self) -> None:
         """Read the run folder again; filters, order and what is chosen stay as they are."""
-        self._read()
+        self._read(*self._only)
         _prompter.cache_clear()
         kept = self.step.value
         offer(self.step, self._offered, kept if kept in dict(self._offered).values() else 0, self._list_questions)
@@ -234,10 +232,13 @@ class TraceExplorer(Panel):
         return _clipped(self.run, self.settings, frame, self._held) if show == _CLIPPED else frame
 
     def _list_questions(self, change: Any = None) -> None:
+        if self._only and change is not None and change["name"] == "value":
+            self.found.value = "reading all steps …"
+            self._read()
         frame = self._left = self.filtered()
-        total, steps = len(self.index), self.index["step"].nunique()
-        left = "" if len(frame) == total else f", {len(frame):,} in the list"
-        self.found.value = f"{steps:,} step{'s' * (steps != 1)}, {total:,} traces{left}"
+        steps, total = len(self._offered) - 1, "" if self._only else f", {len(self.index):,} traces"
+        left = f", {len(frame):,} in the list" if self._only or len(frame) < len(self.index) else ""
+        self.found.value = f"{steps:,} step{'s' * (steps != 1)}{total}{left}"
         listed = frame.drop_duplicates(_GROUP)[[*_GROUP, "question", "answer"]].merge(self._means, on=_GROUP)
         listed["id"] = listed["step"].astype(str) + "/" + listed["example_id"].astype(str)
         self.questions.fill(listed, _MOST_QUESTIONS, [self.questions.picked])
@@ -350,7 +351,8 @@ def _lines(view: TokenView) -> go.Figure:
     trace, name = view.traces[side], view.colour
     figure = plot_token_lines(trace["tokens"], trace["values"], name, SCALES[name]["title"], at)
     prompts = "both prompts" if "logq" in trace["values"] else "the prior prompt"
-    return figure.update_layout(title_text=f"The {trace['title']} under {prompts}", margin={"t": 60})
+    title = f"The {trace['title']} under {prompts} {verdict(trace['right'])}"
+    return figure.update_layout(title_text=title.strip(), margin={"t": 60})
 
 
 def _json(explorer: TraceExplorer) -> tuple[str, str]:

@@ -8,6 +8,7 @@ mid-grey, so that figures fit light and dark themes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,27 +16,36 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..runs.reweight import answer_logprob
-from .html import figure_text
+from .html import figure_text, verdict
 from .style import BOTH, PALETTE, PRIOR, SOURCE_COLOURS, TEMPLATE, add_line, error_bars
 
 
 def plot_answer_logprobs(frame: pd.DataFrame, questions: int = 8) -> go.Figure:
     """log p(y|x,z) in nats of prior against posterior traces, one row for each of the first questions.
 
-    A point is a trace (hollow: unfinished), a bar the mean of a question's traces from one source.
+    A point is a trace (hollow: unfinished, cross: the model's own answer after it is wrong), a bar the mean of a
+    question's traces from one source.
     """
     row = frame.groupby("example_id", sort=False).ngroup()
     frame = frame.assign(total=answer_logprob(frame), row=row)[row < questions]
+    crossed = frame.get("right", pd.Series(None, frame.index, object)).eq(False)
+    frame = frame.assign(crossed=crossed)
     figure = go.Figure(layout={"template": TEMPLATE})
+
+    def said(trace: Any) -> str:
+        found = verdict(getattr(trace, "right", None))
+        return found and f"<br>{found}: it answered {figure_text(getattr(trace, 'prediction', None) or '', 40, 2)}"
+
     for source, colour in SOURCE_COLOURS.items():
         own = frame[frame["source"] == source]
         if own.empty:
             continue
         offset, same = (-0.17 if source == "prior" else 0.17), own.groupby("row")["total"]
         stagger = 0.2 * (same.cumcount() + 1) / (same.transform("size") + 1) - 0.1  # equal traces stay apart
-        # Finished first: the legend shows the first point's symbol.
-        shown = own.assign(place=own["row"] + offset + stagger).sort_values("finished", ascending=False, kind="stable")
-        symbols = np.where(shown["finished"], "circle", "circle-open")
+        shown = own.assign(place=own["row"] + offset + stagger)
+        # Circles first: the legend shows the first point's symbol.
+        shown = shown.sort_values(["crossed", "finished"], ascending=[True, False], kind="stable")
+        symbols = shown["crossed"].map({True: "x", False: "circle"}) + np.where(shown["finished"], "", "-open")
         figure.add_scatter(
             x=shown["total"],
             y=shown["place"],
@@ -44,8 +54,8 @@ def plot_answer_logprobs(frame: pd.DataFrame, questions: int = 8) -> go.Figure:
             legendgroup=source,
             marker={"color": colour, "size": 9, "opacity": 0.8, "symbol": symbols},
             customdata=[
-                [figure_text(trace), np.exp(total), "" if done else "<br>unfinished"]
-                for trace, total, done in zip(shown["trace"], shown["total"], shown["finished"], strict=True)
+                [figure_text(t.trace), np.exp(t.total), said(t) + "<br>unfinished" * (not t.finished)]
+                for t in shown.itertuples()
             ],
             hovertemplate="%{customdata[0]}<br>log p(y|x,z) = %{x:.2f} nats, p = %{customdata[1]:.2g}"
             f"%{{customdata[2]}}<extra>{source}</extra>",
@@ -67,7 +77,7 @@ def plot_answer_logprobs(frame: pd.DataFrame, questions: int = 8) -> go.Figure:
     ]
     figure.update_xaxes(title_text="log p(y | x, z), nats (right: the reference answer is more probable)")
     figure.update_yaxes(tickvals=first["row"], ticktext=labels, range=[len(first) - 0.5, -0.5], zeroline=False)
-    title = "A point is a trace (hollow: unfinished), a bar the mean"
+    title = f"A point is a trace (hollow: unfinished{', cross: wrong' * bool(crossed.any())}), a bar the mean"
     return figure.update_layout(title_text=title, height=150 + 80 * max(1, len(first)))
 
 

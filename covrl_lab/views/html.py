@@ -88,11 +88,16 @@ def html_passage(text: str) -> str:
     return f"<details><summary>{start} … ({len(text):,} characters)</summary>{whole}</details>"
 
 
+def verdict(right: Any) -> str:
+    """``✓ right`` or ``✗ wrong``, of the model's own answer after a trace; nothing where it is not known."""
+    return "" if right is None or right != right else "✓ right" if right else "✗ wrong"
+
+
 def html_mark(right: Any, prediction: Any = None) -> str:
     """✓ or ✗ with its meaning for screen readers, and what the model answered; nothing where it is not known."""
-    if right is None or right != right:
+    if not verdict(right):
         return ""
-    sign, said = ("✓", "right") if right else ("✗", "wrong")
+    sign, said = verdict(right).split()
     answer = "" if prediction is None else f" <code><bdi>{html_text(prediction)}</bdi></code>"
     return f'<span role="img" aria-label="{said}" title="the model\'s own answer is {said}">{sign}</span>{answer}'
 
@@ -145,10 +150,10 @@ def trace_table(frame: pd.DataFrame) -> str:
         question, answer = html_passage(group["question"].iloc[0]), html_text(group["answer"].iloc[0])
         rows.append(f'<div style="font-weight: normal">{question}reference answer <b><code>{answer}</code></b></div>')
         for row in group.itertuples():
-            ended = "yes" if row.finished else "no"
-            cells = [html_source(row.source), html_passage(row.trace), f"{row.total:.2f}", ended]
+            cells = [html_number(row.total, ".2f"), html_number(bool(row.finished), "")]
+            cells = [html_source(row.source), html_passage(row.trace), *cells]
             rows.append([*cells, html_mark(row.right, row.prediction)] if judged else cells)
-    return html_table(["drawn from", "trace z", "log p(y|x,z), nats", "finished", *["its answer"] * judged], rows)
+    return html_table(["source", "trace", "log p(y|x,z), nats", "finished", *["its answer"] * judged], rows)
 
 
 def accuracy_table(evaluations: pd.DataFrame) -> str:

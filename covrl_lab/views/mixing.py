@@ -15,7 +15,7 @@ from ..runs import reweight
 from ..runs.folder import Run
 from .html import summary_table
 from .token_figures import plot_mixing
-from .widgets import HIDDEN, Panel, Plot, field, open_run, row
+from .widgets import HIDDEN, Panel, Plot, field, named, open_run, row, step_choices
 
 
 class _Side:
@@ -65,8 +65,8 @@ class MixingRatio(Panel):
         own = reweight.Settings.of(self.run.config)
         other = replace(own, alpha=0.25 if own.alpha >= 0.5 else 0.75)
         self.sides = [_Side("A", own), _Side("B", other)]
-        steps = [(f"step {s}", s) for s in self.run.steps]
-        self.step = field(widgets.Dropdown, "step", step, "120px", HIDDEN, options=steps)
+        steps = step_choices(self.run.steps)[1:]
+        self.step = field(widgets.Dropdown, "step", step, "110px", HIDDEN, options=steps)
         self.table, self.note = widgets.HTML(), widgets.HTML()
         self.summary: dict[str, dict[str, float]] = {}
         self._parts: dict[str, tuple] = {}
@@ -76,23 +76,25 @@ class MixingRatio(Panel):
                 control.observe(lambda change, side=side: self._update([side]), names="value")
         chosen, plots = row(*(side.chosen for side in self.sides)), row(*(side.plot for side in self.sides))
         self.mixed = widgets.VBox([chosen, self.table, plots])
-        self.widget = widgets.VBox([row(self.step, self.note), self.mixed])
+        self.widget = widgets.VBox([row(named(self.run), self.step, self.note), self.mixed])
         self._load()
 
     def _load(self, change: Any = None) -> None:
-        frame = self.run.traces(self.step.value)
+        frame, self.traces = self.run.traces(self.step.value), None
+        share = frame["source"].eq("prior").mean()
+        if self.run.config.get("alpha_rate"):
+            self.sides[0].alpha.value = round(float(share), 2)  # what it was in this step
         self.traces = reweight.Traces.of(frame)
-        share = self.traces.from_prior.mean()
         drawn = f"{len(frame)} traces, {self.traces.mask.sum():,} tokens, {share:.0%} drawn from the prior"
         if self.traces.logq is None:
             drawn += "; <b>not scored under the posterior prompt, so there is nothing to mix</b>"
         self.mixed.layout.display = "none" if self.traces.logq is None else ""
         self.note.value = drawn
         self._update(self.sides)
-        if self.run.config.get("alpha_rate"):
-            self.sides[0].alpha.value = round(float(share), 2)  # what it was in this step
 
     def _update(self, sides: Sequence[_Side]) -> None:
+        if self.traces is None:  # another step's are being loaded, which draws both sides
+            return
         for side in sides:
             settings = side.settings
             values = reweight.quantities(self.traces, settings)

@@ -20,13 +20,12 @@ import plotly.graph_objects as go
 from IPython.display import HTML
 
 from ..files import Owner, refuse_links
-from ..runs.alarms import alarms
 from ..runs.folder import Run, step_file, steps_in
 from ..types import ConfigError
 from .figures import plot_training_curves
 from .html import alarms_html, helped, html_number, html_table, html_text, reward_unit, trace_table
 from .style import BOTH, GREY, POSTERIOR, PRIOR
-from .widgets import Panel, Plot, aside, row
+from .widgets import Panel, Plot, aside, button, named, row
 
 _SIGNS = {
     "waiting": ("○", GREY),
@@ -86,8 +85,7 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
         return Snapshot(run, "waiting", f"waiting for a run in {str(run.path.absolute())!r}")
     if run.foreign:
         return Snapshot(run, "waiting", run.foreign)
-    config, lines = run.config, [run.lines(name) for name in ("metrics.jsonl", "evaluations.jsonl")]
-    metrics, evaluations = map(pd.DataFrame, lines)
+    config, metrics, evaluations = run.config, run.metrics, run.evaluations
     step, steps, left, median = 0, int(config["steps"]), None, 0.0
     # Nothing is written while an evaluation runs, and before the first step a model is loaded as well.
     evaluation, patience = _evaluation_seconds(run), 600.0
@@ -128,8 +126,7 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
     else:
         status = "running"
         message = f"running: {step} of {steps} steps" if step else "running: before its first step"
-    found = run.damage | alarms(*lines, config["method"])
-    return Snapshot(run, status, message, step, steps, metrics, evaluations, left, evaluation, found)
+    return Snapshot(run, status, message, step, steps, metrics, evaluations, left, evaluation, run.alarms)
 
 
 def _evaluation_seconds(run: Run) -> float | None:
@@ -239,12 +236,11 @@ class RunMonitor(Panel):
         self.run_dir, self.every = Path(run_dir), every
         self.status, self.numbers, self.traces = (widgets.HTML() for _ in range(3))
         self.bar = widgets.IntProgress(layout={"width": "260px"})
-        self.button = widgets.Button(layout={"width": "auto"})
-        self.button.on_click(self._toggle_stop)
+        self.button = button("", self._toggle_stop)
         self.curves = Plot(layout={"min_height": "600px"})
         self.traces.layout.flex = "1 1 420px"
-        tables, control = row(self.numbers, self.traces), widgets.HBox([self.bar, self.button])
-        self.widget = widgets.VBox([self.status, control, tables, self.curves])
+        tables, control = row(self.numbers, self.traces), row(named(self.run_dir), self.bar, self.button)
+        self.widget = widgets.VBox([control, self.status, tables, self.curves])
         self.widget.add_class("covrl-monitor")
         self._drawn: tuple[int, int] | None = None
         self._refused: dict[str, str] = {}  # why the button did nothing
@@ -296,7 +292,7 @@ class RunMonitor(Panel):
             except (OSError, ValueError, KeyError) as error:  # a file was replaced under our hands: read again
                 self.status.value = f"<i>{html_text(f'reading again: {error}')}</i>"
 
-    def _toggle_stop(self, button: widgets.Button) -> None:
+    def _toggle_stop(self) -> None:
         stop, self._refused = self.run_dir / "STOP", {}
         try:
             if stop.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from .html import html_text
 from .mixing import MixingRatio
 from .monitor import RunMonitor, snapshot
 from .side_by_side import TraceComparison
-from .widgets import Panel, Table, field, row, table_column
+from .widgets import Panel, Table, button, row, table_column
 
 # Where commands (here) and notebooks (in their own folder) write runs.
 FOLDERS = ("runs", "../runs", "notebooks/runs")
@@ -88,18 +89,15 @@ class RunBrowser(Panel):
     def __init__(self, *folders: str | Path) -> None:
         self.folders = folders or FOLDERS
         self.table = Table(label="runs", columns=_COLUMNS)
-        self.sought = field(widgets.Text, "filter", "", "300px", "40px", placeholder="name, method, task or state")
-        self.again = widgets.Button(description="Refresh", icon="refresh", layout={"width": "auto"})
-        self.buttons = [widgets.Button(description=name, layout={"width": "auto"}) for name in _OPEN]
+        about = "search names, methods, tasks, states"
+        self.search = widgets.Text(placeholder=about, layout={"flex": "0 1 400px"})
+        self.buttons = [button(name, partial(self.open, name)) for name in _OPEN]
         self.chosen, self.below = widgets.HTML(), widgets.VBox()
         self.panel: Panel | None = None
-        self.again.on_click(lambda _: self.refresh())
-        for button in self.buttons:
-            button.on_click(lambda button: self.open(button.description))
-        self.sought.observe(self._list, names="value")
+        self.search.observe(self._list, names="value")
         self.table.observe(self._list, names="sort")
         self.table.observe(self._pick, names="picked")
-        parts = [row(self.sought, self.again), self.table, row(self.chosen, *self.buttons), self.below]
+        parts = [row(self.search, self.refresh_button()), self.table, row(self.chosen, *self.buttons), self.below]
         self.widget = widgets.VBox(parts)
         self.widget.add_class("covrl-runs")
         self._pick()
@@ -118,19 +116,19 @@ class RunBrowser(Panel):
             self.table.picked = self.runs["id"].iloc[0] if len(self.runs) else ""
 
     def _list(self, change: Any = None) -> None:
-        sought, texts = self.sought.value.strip().lower(), self.runs[["name", "method", "task", "state"]].fillna("")
+        sought, texts = self.search.value.strip().lower(), self.runs[["name", "method", "task", "state"]].fillna("")
         fits = [sought in " ".join(line).lower() for line in texts.itertuples(index=False)]
         self.kept = self.runs.loc[pd.Series(fits, self.runs.index, dtype=bool)]
         self.table.fill(self.kept, len(self.kept), [self.picked])
         if self.kept.empty:
             places = ", ".join(str(Path(folder).absolute()) for folder in self.folders)
-            self.table.note = "no run fits the filter" if len(self.runs) else f"no runs in {places}"
+            self.table.note = "no run fits; clear the search" if len(self.runs) else f"no runs in {places}"
 
     def _pick(self, change: Any = None) -> None:
         self.table.marked = [self.picked]
         self.chosen.value = f"open <code>{html_text(self.picked)}</code> in"
-        for button in self.buttons:
-            button.disabled = not self.picked
+        for one in self.buttons:
+            one.disabled = not self.picked
 
     def open(self, name: str) -> None:
         """Show the picked run below, in the panel of the button ``name``."""

@@ -15,8 +15,8 @@ from ..runs.reweight import Settings
 from ..types import ConfigError, did_you_mean
 from .explorer import trace_index
 from .html import html_number, html_passage, html_text
-from .token_view import TokenView, align, colours, payload, traces_html
-from .widgets import HIDDEN, Panel, Table, field, offer, open_run, row, step_choices, table_column
+from .token_view import TokenView, align, payload, traces_html
+from .widgets import HIDDEN, Panel, Table, field, named, offer, open_run, row, step_choices, table_column
 
 _MEAN = "mean log p(y|x,z) of the traces that {} offers, nats"
 _COLUMNS = [
@@ -35,15 +35,13 @@ class _Side:
     def __init__(self, name: str, run: Run, step: int | None, source: str) -> None:
         self.name, self.run, self.settings = name, open_run(run, step)[0], Settings.of(run.config)
         self.index = trace_index(run)
-        sources = ["any source", *sorted(self.index["source"].unique(), reverse=True)]
+        sources = ["all sources", *sorted(self.index["source"].unique(), reverse=True)]
         source = source if source in sources else "prior"
-        self.step = field(
-            widgets.Dropdown, f"{name}'s step", step or 0, "120px", HIDDEN, options=step_choices(run.steps)
-        )
-        self.source = field(widgets.Dropdown, f"{name}'s source", source, "120px", HIDDEN, options=sources)
+        steps = step_choices(run.steps)
+        self.step = field(widgets.Dropdown, f"{name}'s step", step or 0, "110px", HIDDEN, options=steps)
+        self.source = field(widgets.Dropdown, f"{name}'s source", source, "110px", HIDDEN, options=sources)
         self.trace = field(widgets.Dropdown, "trace", None, "330px", "40px", options=[])
-        title = widgets.HTML(f"<b>{name}</b> {html_text(run.path.name)}")
-        self.widget = row(title, self.step, self.source, self.trace)
+        self.widget = row(named(run, f"{name}:"), self.step, self.source, self.trace)
 
     def offered(self) -> pd.DataFrame:
         """The rows of ``trace_index`` that step and source leave."""
@@ -69,9 +67,8 @@ class _Side:
             return []
         step, rollout = self.trace.value
         frame = self.run.traces(step).query("rollout == @rollout")
-        return [
-            trace | {"title": f"{self.name}: {trace['title']}, step {step}"} for trace in payload(frame, self.settings)
-        ]
+        (trace,) = payload(frame, self.settings)
+        return [trace | {"title": f"{self.name}: {trace['title']}, step {step}"}]
 
 
 class TraceComparison(Panel):
@@ -94,39 +91,33 @@ class TraceComparison(Panel):
         colour: str = "difference",
     ) -> None:
         runs = [open_run(run, step)[0] for run, step in ((a, step_a), (a if b is None else b, step_b))]
-        alike = b is None and step_a == step_b
-        self.a, self.b = (
-            _Side("A", runs[0], step_a, "prior"),
-            _Side("B", runs[1], step_b, "posterior" if alike else "prior"),
-        )
+        other = "posterior" if b is None and step_a == step_b else "prior"
+        self.a, self.b = _Side("A", runs[0], step_a, "prior"), _Side("B", runs[1], step_b, other)
         self.agreement: tuple[int, float] = 0, 0.0
         self.questions = Table(label="questions of both sides", columns=_COLUMNS, sort=["gain", True])
         self.heading, self.view = widgets.HTML(), TokenView(colour=colour)
-        self.colour = field(widgets.Dropdown, "colour", colour, "330px", "50px", options=colours())
-        widgets.dlink((self.colour, "value"), (self.view, "colour"))
+        self.colour = self.view.chooser()
         for side in (self.a, self.b):
             for control in (side.step, side.source):
                 control.observe(self._list, names="value")
             side.trace.observe(self._show, names="value")
         self.questions.observe(self._list, names="sort")
         self.questions.observe(self._open, names="picked")
-        parts = [self.a.widget, self.b.widget, self.questions, self.heading, self.colour, self.view]
-        self.widget = widgets.VBox(parts)
+        sides = [self.a.widget, self.b.widget]
+        self.widget = widgets.VBox([*sides, self.questions, self.heading, self.colour, self.view])
         self.widget.add_class("covrl-side-by-side")
         self._list()
         if self.listed.empty:
-            raise ConfigError(
-                f"{runs[0].path} and {runs[1].path} have no question in common; compare runs of one task and seed"
-            )
+            both = " and ".join(str(run.path) for run in runs)
+            raise ConfigError(f"{both} have no question in common; compare runs of one task and seed")
         names = list(self.listed["id"])
         if question and question not in names:
             raise ConfigError(f"both sides have no question {question!r}{did_you_mean(question, names)}")
         self.questions.picked = question or self.questions.picked
 
     def _list(self, change: Any = None) -> None:
-        means = [
-            side.offered().groupby("example_id")["total"].mean().rename(side.name.lower()) for side in (self.a, self.b)
-        ]
+        offered = {side.name.lower(): side.offered() for side in (self.a, self.b)}
+        means = [frame.groupby("example_id")["total"].mean().rename(name) for name, frame in offered.items()]
         texts = self.a.index.drop_duplicates("example_id").set_index("example_id")[["question", "answer"]]
         listed = pd.concat(means, axis=1, join="inner").join(texts)
         listed = listed.assign(gain=listed["b"] - listed["a"]).rename_axis("id").reset_index()

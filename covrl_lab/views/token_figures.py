@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .html import figure_text
+from .html import figure_text, verdict
 from .style import BOTH, GREY, POSTERIOR, PRIOR, SOURCE_COLOURS, TEMPLATE, add_line
 
 SHOWN_BEFORE = 12  # tokens that the hover box shows up to its own
@@ -40,7 +40,8 @@ def plot_token_comparison(row: Any) -> go.Figure:
     figure.update_xaxes(title_text="trace token (· space, ↵ end of line)", **_token_axis(texts))
     figure.update_yaxes(title_text="log-probability, nats a token")
     return figure.update_layout(
-        title_text=f"A {html.escape(row['source'])} trace, log p(y|x,z) = {np.sum(row['answer_logp']):.2f} nats",
+        title_text=f"A {html.escape(row['source'])} trace, log p(y|x,z) = {np.sum(row['answer_logp']):.2f} nats "
+        f"{verdict(row.get('right'))}",
         hovermode="x unified",
         margin={"t": 80},
         height=400,

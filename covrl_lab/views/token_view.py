@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import anywidget
+import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 import traitlets
@@ -24,7 +25,7 @@ from ..runs import reweight
 from ..runs.reweight import answer_logprob
 from ..types import ConfigError, did_you_mean
 from .html import html_mark, html_number, html_source, visible
-from .widgets import static_text
+from .widgets import field, static_text
 
 _PRIOR, _POSTERIOR, _LESS, _MORE = (31, 119, 180), (213, 94, 0), (129, 76, 176), (0, 140, 70)
 _BYTES = re.compile("(⟨[0-9A-F]{2}⟩)+$")  # as ``spelled`` writes them
@@ -56,11 +57,6 @@ SCALES: dict[str, dict[str, Any]] = {
     ),
     "gradient_weight": _scale("gradient weight A·f′(r)·r", 2.0, _LESS, _MORE, "made less likely", "more likely"),
 }
-
-
-def colours() -> dict[str, str]:
-    """Title -> name of everything that tokens can be coloured by."""
-    return {scale["title"]: name for name, scale in SCALES.items()}
 
 
 def fitted(name: str, traces: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -221,6 +217,13 @@ class TokenView(anywidget.AnyWidget):
             self.traces = payload(frame, settings or reweight.Settings(), alternatives)
             rows = frame.itertuples() if "starred" in frame else ()
             self.notes = [{"id": f"{r.step}/{r.rollout}", "starred": r.starred, "note": r.note} for r in rows]
+
+    def chooser(self) -> widgets.Dropdown:
+        """A choice of ``colour`` by its title, which stands above the tokens."""
+        titles = {scale["title"]: name for name, scale in SCALES.items()}
+        chosen = field(widgets.Dropdown, "colour", self.colour, "330px", "50px", options=titles)
+        widgets.link((chosen, "value"), (self, "colour"))
+        return chosen
 
     @traitlets.observe("traces", "colour", "fitted")
     def _fit(self, change: Any) -> None:

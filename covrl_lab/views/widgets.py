@@ -132,6 +132,22 @@ def row(*children: widgets.Widget) -> widgets.HBox:
     return widgets.HBox(children, layout={"flex_flow": "row wrap", "grid_gap": "10px"})
 
 
+def button(
+    label: str, on_click: Callable[[], Any], icon: str = "", about: str = "", **settings: Any
+) -> widgets.Button:
+    """A button as wide as its label."""
+    settings = {"layout": {"width": "auto"}} | settings
+    made = widgets.Button(description=label, icon=icon, tooltip=about or None, **settings)
+    made.on_click(lambda _: on_click())
+    return made
+
+
+def named(run: Run | Path, before: str = "") -> widgets.HTML:
+    """The name of a run, which begins the first row of its panel."""
+    path = run.path if isinstance(run, Run) else run
+    return widgets.HTML(f"<b>{before}</b> {html_text(path.absolute().name)}")
+
+
 def aside(function: Callable[[], None]) -> threading.Thread:
     """Call without making the kernel wait."""
     thread = threading.Thread(target=function, daemon=True)
@@ -173,6 +189,10 @@ class Panel:
     def static(self) -> list[Any]:
         """What the panel shows now, as plain HTML and plotly figures."""
         raise NotImplementedError
+
+    def refresh_button(self) -> widgets.Button:
+        """Calls ``refresh``; it stands at the end of a panel's filters."""
+        return button("Refresh", lambda: self.refresh(), "refresh", "Read the files again; what is chosen stays")
 
     def _bundles(self) -> list[dict[str, Any]]:
         """``static()`` by media type, and room for what is not there yet: a page gets its outputs once."""
