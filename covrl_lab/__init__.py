@@ -22,7 +22,6 @@ _NAMES = {
     "runs.folder": "load_run",
     "runs.stats": "bootstrap_interval",
     "runs.sweep": "Sweep",
-    "runs.trace_use": "guessing_world value_by_use",
     "runs.worker": "limit_cells",
     "theory.views": "EstimatorPanel plot_group_splits",
     "theory.world": "World",

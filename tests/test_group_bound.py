@@ -5,11 +5,12 @@ import itertools
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from covrl_lab import RunConfig
-from covrl_lab.runs.trace_use import guessing_world, value_by_use
+from covrl_lab.runs.reweight import value_by_use
 from covrl_lab.theory.world import World
 from covrl_lab.train.methods import MAX_ALPHA, METHODS, adapt_alpha, covrl_credit
 from covrl_lab.train.objectives import Totals, group_credit, source_weights
@@ -155,8 +156,13 @@ def test_the_published_bound_prefers_not_to_reason_and_the_group_bound_reasons(f
 @pytest.mark.parametrize("floor", [0.0, 0.5])
 def test_value_by_use_is_that_of_the_world(floor):
     """Every group of four traces of which a quarter is right, against the world's own enumeration."""
-    shares = np.array([0.0, 0.3, 1.0])
-    found = value_by_use(guessing_world(right=0.25), shares, floor)
+    shares, logs = np.array([0.0, 0.3, 1.0]), [math.log(0.95), -12.0, -12.0, -12.0]
+    traces = [
+        {"step": 1, "example_id": number, "answer_logp": [log], "reward": math.exp(log), "no_trace_logp": -5.0}
+        for number, group in enumerate(itertools.product(logs, repeat=4))
+        for log in group
+    ]
+    found = value_by_use(pd.DataFrame(traces), shares, floor)
     exact = np.array([guess_or_reason(torch.tensor(s), floor, right=0.25) for s in shares], dtype=float)
     np.testing.assert_allclose(found[["published", "group"]], exact, rtol=1e-9)
 

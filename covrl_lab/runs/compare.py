@@ -1,14 +1,9 @@
 """Runs side by side: settings, curves, final accuracy with intervals, differences. No model, no torch.
 
-A *method* is what runs have in common but for seed, task and evaluation: a label and its run folders. The
-score of a run is its greedy held-out accuracy after its last evaluation. Conventions are those of Agarwal
-et al. 2021 (arXiv 2108.13264): interquartile means over runs and tasks, bootstrap intervals stratified by
-task, and the average probability of improvement. What a resample draws anew is ``Resampling.over``:
-
-- ``"seeds"``: the runs of each task. What another set of seeds could give, on these questions.
-- ``"questions"``: the held-out questions of each task, the same for all its runs. What other questions
-  could give, with these trained models.
-- ``"both"``: both at once, independently. The widest.
+A *method* is what runs have in common but for seed, task and evaluation: a label and its run folders. The score of a
+run is its greedy held-out accuracy after its last evaluation. Conventions are those of Agarwal et al. 2021
+(arXiv 2108.13264): interquartile means over runs and tasks, bootstrap intervals stratified by task, and the average
+probability of improvement.
 
 A bootstrap over n runs cannot know of scores beyond the lowest and the highest: over three seeds a 95%
 interval goes from the one to the other, and holds the median of further runs in 75% of cases only.
@@ -49,10 +44,9 @@ Tables = Mapping[str, pd.DataFrame]
 def find_runs(patterns: str) -> dict[str, list[Run]]:
     """Run folders by the label of their method.
 
-    patterns are folders separated by commas, with the wildcards of a shell, relative to the working folder
-    or to ``notebooks/`` in it. ``NAME: PATTERN`` names a method; without a name, the label is the settings
-    that differ between methods. ConfigError where a pattern finds no run, a name stands for several
-    methods, or a method has two runs of one task and seed.
+    patterns are folders separated by commas, with the wildcards of a shell, relative to the working folder or to
+    ``notebooks/`` in it. ``NAME: PATTERN`` names a method; without a name, the label is the settings that differ
+    between methods. ConfigError where that finds no run, or is ambiguous.
     """
     named: dict[str, dict[Path, Run]] = {}
     for entry in filter(None, map(str.strip, patterns.split(","))):
@@ -94,13 +88,9 @@ def _natural(path: str) -> list[Any]:
     return parts
 
 
-def _config(run: Run) -> RunConfig:
-    return RunConfig.load(run.path / "config.json")
-
-
 def _each(methods: Methods) -> Iterator[tuple[str, Run, RunConfig]]:
     """Every run with the label of its method and its settings."""
-    return ((label, run, _config(run)) for label, runs in methods.items() for run in runs)
+    return ((label, run, RunConfig.load(run.path / "config.json")) for label, runs in methods.items() for run in runs)
 
 
 def _task(config: RunConfig) -> str:
@@ -125,7 +115,7 @@ def _labels(runs: list[Run]) -> list[str]:
     "…" stands for others that differ between the runs and are not the method's own default. "all runs" where
     nothing differs.
     """
-    configs = [_config(run) for run in runs]
+    configs = [config for *_, config in _each({"": runs})]
     varying = [name for name in _varying(configs) if name not in WITHIN]
     settings = [config.to_dict() for config in configs]
     shown: dict[str, list[str]] = {}  # method -> settings that tell its runs apart
@@ -186,17 +176,16 @@ def scores(methods: Methods, step: int | None = None) -> pd.DataFrame:
     frames = []
     for label, run, config in _each(methods):
         steps = steps_in(run.path / "evaluations")
-        last = steps[-1] if step is None and steps else step
-        if step is None and steps and len(told := run.evaluations) and last != told["step"].max():
-            last = int(told["step"].max())  # its generations have been lost
+        told = {line["step"]: line for line in run.lines("evaluations.jsonl")}
+        last = max(told, default=steps[-1]) if step is None and steps else step
         if last not in steps:
             wanted = "any step" if last is None else f"step {last} (step_{last:05d}.parquet)"
             raise ConfigError(f"{run.path} has no evaluation of {wanted}; leave it out or resume it")
         found = run.predictions(last).query("sample < 0")
         task = found.get("set", _task(config))  # each of several sets counts as a task
-        told = next((line for line in run.lines("evaluations.jsonl") if line["step"] == last), {})
+        line = told.get(last, {})
         names = [f"{name}/trace_dependence" for name in found.get("set", [""] * len(found))]
-        used = np.array([told.get(name, told.get("trace_dependence")) for name in names], float)
+        used = np.array([line.get(name, line.get("trace_dependence")) for name in names], float)
         frames.append(found.assign(method=label, task=task, seed=config.seed, step=last, trace_use=used))
     columns = ["method", "task", "seed", "step", "example_id", "score", "trace_use"]
     return pd.concat(frames, ignore_index=True)[columns]
@@ -212,9 +201,13 @@ def _tables(frame: pd.DataFrame) -> dict[str, Tables]:
 
 @dataclass(frozen=True)
 class Resampling:
-    """How bootstrap intervals are made. ConfigError for a setting that cannot work."""
+    """How bootstrap intervals are made. ConfigError for a setting that cannot work.
 
-    over: str = "both"  # what a resample draws anew: "seeds", "questions" or "both"
+    What a resample draws anew is ``over``: "seeds", the runs of each task; "questions", the held-out questions of each
+    task, the same for all its runs; "both" at once, independently, which is the widest.
+    """
+
+    over: str = "both"
     confidence: float = 0.95  # share of the resamples that an interval holds
     resamples: int = 10_000
     seed: int = 0  # of the draws
@@ -290,11 +283,10 @@ def _improvement(x: list[np.ndarray], y: list[np.ndarray]) -> np.ndarray:
 def performance(frame: pd.DataFrame, resampling: Resampling = RESAMPLING) -> pd.DataFrame:
     """Final accuracy: a row a method over all its tasks, then a row each task where there are several.
 
-    frame is that of ``scores``. Columns: method, task, runs, questions (distinct), step (of the evaluation;
-    the last one's range where they differ), iqm, iqm_low, iqm_high, mean, mean_low, mean_high, lowest and
-    highest run, and where it is known trace_use, its mean over runs in nats. The bounds are NaN over the seeds of a
-    single run, and Wilson's over the questions where all answers are right or all wrong, which a bootstrap cannot see
-    beyond.
+    frame is that of ``scores``. Columns: method, task, runs, questions (distinct), step (its range), iqm, iqm_low,
+    iqm_high, mean, mean_low, mean_high, lowest and highest run, and where it is known trace_use, its mean over runs in
+    nats. The bounds are NaN over the seeds of a single run, and Wilson's over the questions where all answers are right
+    or all wrong, which a bootstrap cannot see beyond.
     """
     rows = []
     for label, tables in _tables(frame).items():
@@ -305,8 +297,8 @@ def performance(frame: pd.DataFrame, resampling: Resampling = RESAMPLING) -> pd.
             mine = own[own["task"].isin(list(part))]
             steps, runs = mine["step"], np.concatenate(_observed(part))
             questions = sum(table.shape[1] for table in part.values())
-            row = {"method": label, "task": name, "runs": len(runs), "questions": questions}
-            row["step"] = " to ".join(str(s) for s in sorted({steps.min(), steps.max()}))
+            reached = " to ".join(str(s) for s in sorted({steps.min(), steps.max()}))
+            row = {"method": label, "task": name, "runs": len(runs), "questions": questions, "step": reached}
             for column, statistic in (("iqm", _iqm), ("mean", _mean)):
                 value = float(statistic(_observed(part)))
                 low, high = resampling.interval(statistic, part)

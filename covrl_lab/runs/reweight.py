@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,7 @@ class Settings:
     @property
     def clip_bounds(self) -> tuple[float, float]:
         """The least and largest ratio that "ppo" leaves alone."""
-        high = self.clip_range if self.clip_range_high is None else self.clip_range_high
-        return 1 - self.clip_range, 1 + high
+        return 1 - self.clip_range, 1 + (self.clip_range if self.clip_range_high is None else self.clip_range_high)
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,9 @@ def quantities(traces: Traces, settings: Settings) -> dict[str, np.ndarray]:
         clipped, slope = _clip(ratio, advantage, s)
         total = np.where(log_ratio > LOG_RATIO_CAP, 0.0, advantage * slope * ratio)
         prior, posterior = total * rho, total * (1 - rho)
-    weights = {"clipped": clipped, "gradient_weight": total}
-    weights |= {"gradient_weight_prior": prior, "gradient_weight_posterior": posterior}
-    return found | {name: np.where(np.isnan(logp), np.nan, values) for name, values in weights.items()}
+    names = ("clipped", "gradient_weight", "gradient_weight_prior", "gradient_weight_posterior")
+    weights = zip(names, (clipped, total, prior, posterior), strict=True)
+    return found | {name: np.where(np.isnan(logp), np.nan, values) for name, values in weights}
 
 
 def _clip(ratio: np.ndarray, advantage: np.ndarray, s: Settings) -> tuple[np.ndarray, np.ndarray]:
@@ -198,8 +198,7 @@ def _clip(ratio: np.ndarray, advantage: np.ndarray, s: Settings) -> tuple[np.nda
 def trace_mass(traces: Traces, alpha: float) -> np.ndarray:
     """(N,) weights that sum to 1 and give the traces drawn from the prior the share ``alpha``.
 
-    So stored traces speak for another alpha than the one that drew them. Where only one source is
-    present, or neither, all traces count alike.
+    So stored traces speak for another alpha than the one that drew them. Of one source alone, all count alike.
     """
     prior = traces.from_prior
     if prior.all() or not prior.any():
@@ -272,9 +271,9 @@ def densities(
     "log p", "log q", "log h" in nats; "ratio prior" and "ratio posterior" in log p'/h, by the source that
     drew the trace. Bins are the same for all settings, and what lies outside is counted in the outermost.
     """
-    values = quantities(traces, settings) if values is None else values
     if traces.logq is None:
         return {}
+    values = quantities(traces, settings) if values is None else values
     known, prior = traces.mask & np.isfinite(values["log_gap"]), traces.from_prior[:, None]
     shares = token_shares(traces, settings.alpha)
 
@@ -308,3 +307,21 @@ def gradient_weights(traces: Traces, settings: Settings, values: Values | None =
         for moved, pull in pulls.items()
         for source, rows in (("prior", traces.from_prior), ("posterior", ~traces.from_prior))
     }
+
+
+def value_by_use(traces: pd.DataFrame, shares: np.ndarray, evidence_floor: float = 0.5) -> pd.DataFrame:
+    """Both bounds of CoVRL, in nats, when each trace is kept with probability ``share`` and else exchanged for none.
+
+    traces: rows of ``Run.traces()`` of method ``covrl``, whole groups; their mean over questions is taken. Columns:
+    share; published, E[log p(y|x,z)], one trace in the logarithm; group, E[log(c + mean_i e_i)] over all choices of
+    kept traces, with c = p(y|x, no trace) ^ evidence_floor. A bound that falls with the share prefers not to reason.
+    """
+    published, group = [], []
+    for _, rows in traces.groupby(["step", "example_id"]):
+        log_bare = float(rows["no_trace_logp"].iloc[0])
+        kept = np.array(list(product([False, True], repeat=len(rows))))
+        evidence = np.where(kept, rows["reward"].to_numpy(), np.exp(log_bare)).mean(1)
+        chance = np.where(kept, shares[:, None, None], 1 - shares[:, None, None]).prod(2)
+        group.append(chance @ np.log(np.exp(evidence_floor * log_bare) + evidence))
+        published.append(shares * answer_logprob(rows).mean() + (1 - shares) * log_bare)
+    return pd.DataFrame({"share": shares, "published": np.mean(published, 0), "group": np.mean(group, 0)})

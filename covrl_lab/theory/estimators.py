@@ -27,16 +27,8 @@ CORRECTED = "posterior sample, c = (1−w)/w"
 PUBLISHED = "posterior sample, c = 1"
 KNOBS = ("distance", "composite_weight")
 # The setting in which every method's gradient is exact: nothing traded for lower noise.
-EXACT_SETTINGS = {
-    "clip": "none",
-    "loss_aggregation": "trace_sum",
-    "baseline": "none",
-    "advantage_scale": "none",
-    "advantage_clip": 0.0,
-    "kl_weight": 1.0,
-    "nll_weight": 1.0,
-    "std_filter": 0.0,
-}
+EXACT_SETTINGS = {"clip": "none", "loss_aggregation": "trace_sum", "baseline": "none", "advantage_scale": "none"}
+EXACT_SETTINGS |= {"advantage_clip": 0.0, "kl_weight": 1.0, "nll_weight": 1.0, "std_filter": 0.0}
 
 
 def _draws(values: Tensor, probs: Tensor, samples: int, generator: torch.Generator) -> dict[str, float]:
@@ -44,9 +36,8 @@ def _draws(values: Tensor, probs: Tensor, samples: int, generator: torch.Generat
     if not samples:
         return {}
     drawn = values[torch.multinomial(probs, samples, replacement=True, generator=generator)]
-    deviation = drawn.std().item()
-    standard_error = deviation / math.sqrt(samples)
-    return {"mean": drawn.mean().item(), "sample_deviation": deviation, "standard_error": standard_error}
+    mean, deviation = drawn.mean().item(), drawn.std().item()
+    return {"mean": mean, "sample_deviation": deviation, "standard_error": deviation / math.sqrt(samples)}
 
 
 def _need_one_token(world: World) -> None:
@@ -60,9 +51,8 @@ def _need_one_token(world: World) -> None:
 def kl_estimators(world: World, weight: float, samples: int = 0, seed: int = 0) -> pd.DataFrame:
     """The estimators of KL(p'||p) on a one-token world, a row each; all values in nats.
 
-    estimator; exact: KL(p'||p); expected, deviation: mean and standard deviation of one sample, as sums;
-    lowest: the least value one sample can give; with ``samples`` also mean, sample_deviation and
-    standard_error of as many draws.
+    exact: KL(p'||p); expected, deviation: mean and standard deviation of one sample, as sums; lowest: its least value;
+    with ``samples`` also mean, sample_deviation and standard_error of as many draws.
     """
     _need_one_token(world)
     generator, rows = torch.Generator().manual_seed(seed), []
@@ -159,10 +149,9 @@ def method_gradients(world: World, name: str, config: RunConfig, reference: Tens
 def gradient_quality(world: World, alpha: float, composite_weight: float, clip_range: float) -> pd.DataFrame:
     """Bias and noise of one rollout's gradient, for the KL term alone and for every method's whole loss.
 
-    estimator; part ("KL term" or "whole loss"); bias: norm of the expected gradient minus the exact one;
-    noise: root of the summed variances over all logits; both as multiples of the exact gradient's norm, NaN
-    where that is zero. Group size 1, so no baseline; no clip except in the row that names it. The world must
-    have one-token traces.
+    estimator; part ("KL term" or "whole loss"); bias: norm of the expected gradient minus the exact one; noise: root of
+    the summed variances over all logits; both as multiples of the exact gradient's norm, NaN where that is zero. For
+    one-token worlds; no clip except in the row that names it.
     """
     _need_one_token(world)
     rows = []
@@ -234,19 +223,13 @@ def group_splits(world: World, size: int = 4, floor: float = -2.5) -> pd.DataFra
 
 
 def ratio_range(
-    world: World,
-    alphas: Iterable[float],
-    composite_weight: float,
-    clip_range: float,
-    samples: int = 0,
-    seed: int = 0,
+    world: World, alphas: Iterable[float], composite_weight: float, clip_range: float, samples: int = 0, seed: int = 0
 ) -> pd.DataFrame:
     """The ratios p'/h before any update and the share of tokens the clip touches, a row for each alpha.
 
-    bound_low, bound_high: between w/alpha and (1-w)/(1-alpha), whatever p and q; low, high: the world's own
-    least and largest; touched: probability that a sampled token's ratio is cut for an advantage of either
-    sign; touched_positive, touched_negative: for that sign; with ``samples`` (traces) also the mean of the
-    touched share over as many draws, sample_deviation and standard_error.
+    bound_low, bound_high: w/alpha and (1-w)/(1-alpha), whatever p and q; low, high: the world's own; touched:
+    probability that a sampled token's ratio is cut for an advantage of either sign; touched_positive,
+    touched_negative: for that sign; with ``samples`` (traces) also mean, sample_deviation and standard_error.
     """
     old, generator, rows = world.logprobs().detach(), torch.Generator().manual_seed(seed), []
     for alpha in map(float, alphas):
@@ -255,21 +238,13 @@ def ratio_range(
         positive, negative = (
             clipped_ratio(log_ratio, torch.full((len(probs),), sign), "ppo", clip_range)[1] for sign in (1.0, -1.0)
         )
-        either = (positive | negative).double().mean(1)
-        ends = [
-            composite_weight / alpha if alpha else math.inf,
-            (1 - composite_weight) / (1 - alpha) if alpha < 1 else math.inf,
-        ]
-        row = {
-            "alpha": alpha,
-            "bound_low": min(ends),
-            "bound_high": max(ends),
-            "low": log_ratio.min().exp().item(),
-            "high": log_ratio.max().exp().item(),
-            "touched": (probs @ either).item(),
-            "touched_positive": (probs @ positive.double().mean(1)).item(),
-            "touched_negative": (probs @ negative.double().mean(1)).item(),
-        }
+        w, either = composite_weight, (positive | negative).double().mean(1)
+        ends = [w / alpha if alpha else math.inf, (1 - w) / (1 - alpha) if alpha < 1 else math.inf]
+        row = {"alpha": alpha, "bound_low": min(ends), "bound_high": max(ends)}
+        row |= {"low": log_ratio.min().exp().item(), "high": log_ratio.max().exp().item()}
+        row["touched"] = (probs @ either).item()
+        for name, where in (("touched_positive", positive), ("touched_negative", negative)):
+            row[name] = (probs @ where.double().mean(1)).item()
         rows.append(row | _draws(either, probs, samples, generator))
     return pd.DataFrame(rows).assign(composite_weight=composite_weight, clip_range=clip_range)
 
@@ -284,9 +259,8 @@ def responsibilities(
 ) -> pd.DataFrame:
     """rho = w p / p' of sampled tokens against the distance, rows for "prior" and "posterior" traces.
 
-    rho is the share of a token's policy gradient that reaches the prior. expected: mean over a source's
-    traces, as a sum; lowest, highest: over all tokens; with ``samples`` (traces) also mean, sample_deviation
-    and standard_error of as many draws.
+    expected: mean over a source's traces, as a sum; lowest, highest: over all tokens; with ``samples`` (traces) also
+    mean, sample_deviation and standard_error of as many draws.
     """
     generator, rows = torch.Generator().manual_seed(seed), []
     for distance in map(float, distances):

@@ -83,9 +83,8 @@ def plot_kl_estimators(frame: pd.DataFrame) -> go.Figure:
 def plot_gradient_quality(frame: pd.DataFrame) -> go.Figure:
     """``estimators.gradient_quality``: bias (% of the exact gradient's norm) and noise (multiples of it)."""
     figure = _panels(2, shared_yaxes=True)
-    for (part, own), (colour, _, symbol) in zip(
-        frame.groupby("part", sort=False), (_LOOKS[1], _LOOKS[0]), strict=False
-    ):
+    parts = frame.groupby("part", sort=False)
+    for (part, own), (colour, _, symbol) in zip(parts, (_LOOKS[1], _LOOKS[0]), strict=False):
         for col, (value, factor, unit) in enumerate((("bias", 100, "%"), ("noise", 1, "×")), 1):
             figure.add_scatter(
                 x=factor * own[value],
@@ -237,9 +236,8 @@ class EstimatorPanel(Panel):
             label, low, high, step = _SLIDERS[name]
             ends = {"min": min(low, value), "max": max(high, value), "step": step}
             quick = section != "gradient"  # a gradient takes a quarter of a second
-            self.sliders[name] = field(
-                widgets.FloatSlider, label, value, "300px", "90px", continuous_update=quick, **ends
-            )
+            look = (label, value, "300px", "90px")
+            self.sliders[name] = field(widgets.FloatSlider, *look, continuous_update=quick, **ends)
         choices = [(_SLIDERS[name][0], name) for name in estimators.KNOBS]
         self.over = field(widgets.ToggleButtons, "along", choices[0][1], "auto", options=choices)
         self.over.style.button_width = "auto"

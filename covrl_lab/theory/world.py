@@ -61,12 +61,10 @@ class World:
             raise ValueError(f"temperature must be above 0, not {temperature}")
         moved = World(self.length, self.answer_tokens)
         with torch.no_grad():
-            for theirs, p in zip(moved.prior, self.prior, strict=True):
-                theirs.copy_(p / temperature)
-            for theirs, p, q in zip(moved.posterior, self.prior, self.posterior, strict=True):
-                theirs.copy_((p + distance * (q - p)) / temperature)
-            for theirs, mine in zip(moved.answer, self.answer, strict=True):
-                theirs.copy_(mine)
+            values = [p / temperature for p in self.prior]
+            values += [(p + distance * (q - p)) / temperature for p, q in zip(self.prior, self.posterior, strict=True)]
+            for theirs, value in zip(moved.parameters, values + self.answer, strict=True):
+                theirs.copy_(value)
         return moved
 
     # --- log-probabilities of every trace, (traces, tokens)

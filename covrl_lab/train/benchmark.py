@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig
-from ..files import check_checksums, lock, refuse_links
-from ..runs.folder import load_run, step_file, steps_in, write_parquet
-from ..types import ConfigError
+from ..files import append_line
+from ..runs.folder import load_run, step_file, write_parquet
+from .checkpoints import stored_step
 from .evaluation import evaluate_sets
 from .models import context_length
 from .opening import open_examples, open_policy, open_task
@@ -31,31 +31,18 @@ def evaluate_checkpoint(
     Raises ConfigError, before a model loads where it can.
     """
     run = load_run(fetch(run_dir))
-    if run.foreign:
-        raise ConfigError(run.foreign)
-    refuse_links(run.path.resolve())
-    stored, checkpoints = RunConfig.load(run.path / "config.json"), run.path / "checkpoints"
+    step, stored = stored_step(run, step, untrained=True), RunConfig.load(run.path / "config.json")
     config = RunConfig.from_dict(stored.to_dict() | dict(settings))
-    steps = [0, *steps_in(checkpoints)]
-    step = steps[-1] if step is None else step
-    if step not in steps:
-        raise ConfigError(f"{str(run.path)!r} has no checkpoint of step {step}; it has {steps[1:]}")
     task, prompter = open_task(config)
     _, sets = open_examples(replace(config, bad_rows="skip"), task, prompter, False, context_length(config.model))
     made = fit(config, [prompter(example) for one in sets for example in one.examples], trains=False)
     policy = open_policy(made.config, made=made)
     if step:
-        check_checksums(step_file(checkpoints, step, ""))
-        load_adapter(policy, step_file(checkpoints, step, ""))
+        load_adapter(policy, step_file(run.path / "checkpoints", step, ""))
     results, summary = evaluate_sets(policy, prompter, sets, config, progress)
     changed = {name: new for name, (_, new) in stored.differences(config).items()}
     name = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
     write_parquet(results, step_file(run.path / "benchmarks", step, f"-{name}.parquet"))
     record, path = {"step": step, "settings": changed, **summary}, run.path / "benchmarks.jsonl"
-    with path.open("a+b") as file:
-        if lock(file) is False:  # two evaluations may end together
-            raise ConfigError(f"{str(path)!r} is held by another process; end that, and evaluate again")
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)  # without a last line that a killed process left unfinished
-        file.write(json.dumps(record).encode() + b"\n")
+    append_line(path, record)
     return record, path

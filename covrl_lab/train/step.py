@@ -64,10 +64,9 @@ def add_gradient(
 ) -> tuple[LogProbs, Credit, dict[str, float]]:
     """Add the gradient of the method's loss to the adapter's ``grad``, each rank its questions'; the weights stay.
 
-    ``old`` and ``credit`` are those of the step's first update; without them, those of the current policy are
-    used. Returns both, and the loss with its parts. The result does not depend on how ``max_packed_tokens`` cuts
-    the step. Where a part holds whole groups, and credit needs no more than the group, each part is scored once, with
-    gradients; otherwise all parts are scored before the first one's credit is known.
+    ``old`` and ``credit`` are those of the step's first update, or None. Returns both, and the loss with its parts.
+    Where a part holds whole groups, and credit needs no more than the group, each part is scored once, with gradients;
+    otherwise all parts are scored before the first one's credit is known.
     """
     posterior, temperature = config.needs_posterior, config.temperature
     settings = {"temperature": temperature, "no_trace": "no_trace" in method.needs}
@@ -114,11 +113,6 @@ def _joined(parts: Sequence[Credit]) -> Credit:
     """The credit of all rollouts from that of parts in order."""
     columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Credit)}
     return Credit(**{name: torch.cat(c) if isinstance(c[0], Tensor) else c[0] for name, c in columns.items()})
-
-
-def clip_gradient(policy: Policy, max_norm: float) -> float:
-    """Clip the adapter's gradient; the norm before the clip, which may not be finite."""
-    return float(torch.nn.utils.clip_grad_norm_([p for _, p in policy.trainable()], max_norm))
 
 
 def must_skip(config: RunConfig, loss: float, norm: float, records: Sequence[Mapping[str, float]]) -> bool:

@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from ..config import RunConfig
-from ..files import Owner
+from ..files import Owner, append_line
 from ..runs.alarms import alarms
 from ..runs.folder import CACHE_FROM, Run, step_file, steps_done, write_parquet
 from ..types import ConfigError, Credit, Example, LogProbs, NotFinite, Prompt, TraceBatch
-from .checkpoints import append_line, check_run_dir, resume, save_checkpoint, write_problem
+from .checkpoints import check_run_dir, resume, save_checkpoint, write_problem
 from .evaluation import evaluate_sets
 from .methods import METHODS
 from .models import check_model, context_length
@@ -32,7 +32,7 @@ from .policy import Policy
 from .ranks import Ranks
 from .records import StepRecord, step_record, trace_rows
 from .sampling import draw_sources, sample_traces
-from .step import add_gradient, clip_gradient, must_skip, set_learning_rate, step_generator, verifier_rewards
+from .step import add_gradient, must_skip, set_learning_rate, step_generator, verifier_rewards
 from .tasks import TaskSettings, check_task
 from .tracking import Tracker, announce, bar_values
 
@@ -40,10 +40,9 @@ from .tracking import Tracker, announce, bar_values
 class Trainer:
     """Train one configuration; ``for record in Trainer(config)`` runs it step by step.
 
-    The constructor checks settings, task, model name and run folder without loading a model. Iterating
-    loads the model, resumes from the last checkpoint if there is one, and yields a ``StepRecord`` a step.
-    Leaving the loop saves a checkpoint, and iterating again resumes. A file ``STOP`` in the run folder stops
-    the run after the current step. Started by ``accelerate launch``, processes share each step's work (ranks.py).
+    The constructor checks settings, task, model name and run folder without loading a model. Iterating loads the model,
+    resumes from the last checkpoint if there is one, and yields a ``StepRecord`` a step. Leaving the loop saves a
+    checkpoint. A file ``STOP`` in the run folder stops the run after the current step.
 
     Raises ConfigError: a setting, task or model that cannot work, a prompt longer than the model's context,
     a run folder that holds another configuration or that another process trains, too little memory or disk space.
@@ -165,7 +164,8 @@ class Trainer:
         set_learning_rate(self.optimizer, config, self.step)
         for _ in range(config.updates_per_step):
             old, credit, losses = self.backward(prompts, batch, old, credit)
-            norm = clip_gradient(self.policy, config.max_grad_norm)
+            trained = [p for _, p in self.policy.trainable()]
+            norm = float(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm))
             if skipped := must_skip(config, losses["loss"], norm, self.records):
                 break
             self._unrecorded = True
