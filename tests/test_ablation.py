@@ -59,7 +59,7 @@ def test_the_panel_s_own_grid_can_be_launched(tmp_path):
 
 def test_a_grid_without_steps_takes_the_plots_away(tmp_path):
     panel = ablation.Ablation(tmp_path, alphas="0.5", seeds="0", steps=2, model="tiny")
-    assert panel.results.alpha.figure == ""
+    assert panel.plots[0].figure == ""
     before = panel._bundles()
     (run_id,) = panel.sweep.runs
     path = panel.sweep.path(run_id)
@@ -69,13 +69,17 @@ def test_a_grid_without_steps_takes_the_plots_away(tmp_path):
     (path / "metrics.jsonl").write_text(json.dumps(step) + "\n")
     panel.refresh()
     assert panel.cost.value.startswith("1 run, 1 to do with 1 steps")
-    assert json.loads(panel.results.alpha.figure)["layout"]["yaxis"]["range"] == [0, 1], "no accuracy: not up to 400%"
-    assert json.loads(panel.results.learning.figure)["layout"]["yaxis"]["range"] == [0, 1]
+    assert json.loads(panel.plots[0].figure)["layout"]["yaxis"]["range"] == [0, 1], "no accuracy: not up to 400%"
+    assert json.loads(panel.plots[1].figure)["layout"]["yaxis"]["range"] == [0, 1]
     assert len(panel.static()) == 3 and len(panel._bundles()) == len(before), "a page gets its outputs once"
-    lines = json.loads(panel.results.alpha.figure)["data"]
+    lines = json.loads(panel.plots[0].figure)["data"]
     assert {line.get("name") for line in lines} >= {"covrl, prior traces", "covrl, posterior traces"}
+    before = [plot.figure for plot in panel.plots]
+    for alphas, figures in (("no number", ["", ""]), ("0.5", before)):
+        panel.fields["alphas"].value = alphas
+        assert [plot.figure for plot in panel.plots] == figures, alphas
     panel.fields["alphas"].value = "0.25"
-    assert panel.results.alpha.figure == panel.results.learning.figure == ""
+    assert [plot.figure for plot in panel.plots] == ["", ""]
 
 
 @pytest.mark.parametrize(("name", "wrong"), [("task", "arithmetics"), ("task", "nothing.jsonl"), ("model", "smol")])

@@ -194,6 +194,13 @@ def test_prompts_and_saved_tokens_are_those_of_the_files(lab, traces):
         for name, values in expected.items():
             assert record["values"][name] == pytest.approx(list(values), abs=2e-6), name  # alpha = w = 1/2
 
+    with traces.expect_download() as saved:
+        traces.get_by_role("button", name="Rows as CSV").click()
+    rows, frame = pd.read_csv(saved.value.path()), run.traces(1)
+    assert list(rows["trace"]) == list(frame["trace"]) and list(rows["rollout"]) == list(frame["rollout"])
+    assert rows["total"].to_numpy() == pytest.approx(frame["answer_logp"].map(np.sum).to_numpy())
+    assert list(rows["length"]) == list(frame["tokens"].map(len))
+
     prompter = open_task(RunConfig.load(run.path / "config.json"))[1]
     prompt = prompter(Example(pair[0]["example_id"], pair[0]["question"], pair[0]["answer"]))
     expected = []

@@ -1,4 +1,4 @@
-"""Side by side, the table of runs, stars and notes, and figures saved, in a real JupyterLab, against the files."""
+"""Side by side, the table of runs, stars and notes, figures saved, and hostile text, in a real JupyterLab."""
 
 import difflib
 import json
@@ -11,12 +11,14 @@ import pandas as pd
 import pytest
 from browser import jupyterlab
 from helpers import EXAMPLE_RUN, lines
-from hostile import HOSTILE
+from hostile import BAIT, HOSTILE
+from nbconvert import HTMLExporter
 from screens import TRIALS
 from test_browser import number, wait_until
+from test_hostile import hidden, text_run
 
 from covrl_lab import load_run, report
-from covrl_lab.runs.folder import step_file
+from covrl_lab.runs.folder import step_file, write_parquet
 from covrl_lab.views.html import visible
 
 
@@ -27,6 +29,11 @@ def lab(tmp_path_factory):
         for name in ("double_add-covrl-s0", "shop-grpo-s1"):
             shutil.copytree(TRIALS / name, lab.folder / "trials" / name)
         shutil.copytree(EXAMPLE_RUN, lab.folder / "trials" / "example")  # the trials' evaluations lack texts
+        other = shutil.copytree(EXAMPLE_RUN, lab.folder / "other")
+        frame = load_run(other).traces(1).assign(step=30)  # the questions of step 1, said in another way
+        frame["tokens"] = [[*tokens[:2], "or", *tokens[3:]] for tokens in frame["tokens"]]
+        frame["logp"] = [0.5 * row for row in frame["logp"]]
+        write_parquet(frame, step_file(other / "traces", 30))
         yield lab
 
 
@@ -38,15 +45,25 @@ def shown(lab, name, *cells):
     return lab.page
 
 
-def test_side_by_side_shows_what_difflib_and_the_files_say(lab):
-    page = shown(lab, "side", "from covrl_lab import TraceComparison\nTraceComparison('run')")
-    panel, run = page.locator(".covrl-side-by-side"), load_run(lab.folder / "run")
-    frame = run.traces()
-    frame["total"] = frame["answer_logp"].map(np.sum)
+@pytest.mark.parametrize(
+    ("given", "places"),
+    [
+        ("'run'", [("run", [], "prior"), ("run", [], "posterior")]),
+        ("'run', 'other', step_a=1, step_b=30", [("run", [1], "prior"), ("other", [30], "prior")]),
+    ],
+    ids=["sources", "runs and steps"],
+)
+def test_side_by_side_shows_what_difflib_and_the_files_say(lab, given, places):
+    page = shown(lab, "side", f"from covrl_lab import TraceComparison\nTraceComparison({given})")
+    panel = page.locator(".covrl-side-by-side")
     row = panel.locator(".covrl-table tbody tr").nth(5)
     question = row.get_attribute("data-id")
     row.click()
-    sides = [frame[(frame["example_id"] == question) & (frame["source"] == s)] for s in ("prior", "posterior")]
+    sides = []
+    for run, steps, source in places:
+        frame = load_run(lab.folder / run).traces(*steps)
+        frame["total"] = frame["answer_logp"].map(np.sum)
+        sides.append(frame[(frame["example_id"] == question) & (frame["source"] == source)])
     a, b = (own["total"].mean() for own in sides)
     cells = [number(text) for text in row.locator("td").all_inner_texts()[2:]]
     assert cells == pytest.approx([a, b, b - a], abs=0.051)
@@ -206,3 +223,41 @@ def test_the_tool_bar_of_a_comparison_stands_beside_its_data(lab):
             )
             assert min(room) >= 0, (width, room)
     page.set_viewport_size({"width": 1400, "height": 1000})
+
+
+def test_hostile_text_stays_text_in_panels_reports_and_executed_notebooks(lab):
+    """The run's name, its settings, its traces and its evaluations are hostile, and each page shows them as text."""
+    name = HOSTILE[1].replace("/", "")
+    run = text_run(lab.folder / "hostile" / name, HOSTILE)
+    cells = ["RunMonitor(path)", "EvaluationBrowser(path)", "TraceComparison(path)", "RunBrowser('hostile')"]
+    names = ", ".join(cell.split("(")[0] for cell in cells)
+    start = f"from pathlib import Path\nfrom covrl_lab import {names}\npath = next(Path('hostile').iterdir())\nNone"
+    page = shown(lab, "hostile-views", start, *cells)
+    for panel in ("monitor", "evaluations", "side-by-side", "runs"):
+        page.locator(f".covrl-{panel}").wait_for()
+    plot = page.locator(".covrl-evaluations .covrl-plot.js-plotly-plot")
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    for k in range(1, 10):  # hover boxes of the questions
+        page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + k * box["height"] / 10)
+        page.wait_for_timeout(50)
+    stored = lab.folder / "hostile-views.ipynb"
+    page.keyboard.press("Escape")
+    page.keyboard.press("Control+s")
+    wait_until(page, lambda: stored.read_text(encoding="utf-8").count("covrl") > 4)
+    html = HTMLExporter().from_filename(str(stored))[0]
+    (lab.folder / "hostile.html").write_text(html, encoding="utf-8")
+    assert not lab.errors and not lab.cell_errors()
+    for place in (None, lab.folder / "hostile.html", report(run, lab.folder / "hostile-report.html")):
+        if place:
+            page.goto(place.as_uri())
+            page.wait_for_timeout(500)
+            page.evaluate("document.querySelectorAll('details').forEach(found => { found.open = true; })")
+        page.keyboard.press("Tab")
+        text = page.locator("body" if place else ".jp-Notebook").inner_text()
+        assert name in text and visible(HOSTILE[7]) in text and not hidden(text), (place, hidden(text))
+        assert page.evaluate("window.__pwned === undefined"), place
+        areas = ".jp-OutputArea, body > :not(script)" if place else ".jp-OutputArea"
+        live = ("iframe", "object", "img[src*=bait]", "[onerror]", "[onload]", "[onfocus]", "a[href*=bait]")
+        assert page.locator(areas).locator(", ".join(live)).count() == 0, place
+    assert not lab.dialogs and not [address for address in lab.requests if BAIT in address]

@@ -6,10 +6,10 @@ Frames and figures come from the run folders of a ``Sweep``; the panel adds no n
 from __future__ import annotations
 
 import html
-import json
 import threading
 import time
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -63,6 +63,10 @@ def sweep_curves(sweep: Sweep) -> dict[str, pd.DataFrame]:
         if (path / "evaluations.jsonl").exists():
             methods.setdefault(f"{config.method}, α {config.alpha:g}", []).append(load_run(path).forgiving())
     return next(iter(curves(methods).values()), {})  # a grid has one task
+
+
+def _results(sweep: Sweep) -> list[go.Figure]:
+    return [plot_against_alpha(sweep_results(sweep)), plot_evaluation_curve(sweep_curves(sweep))]
 
 
 # --- the table of runs
@@ -133,32 +137,6 @@ def _check(config: RunConfig) -> None:
         check_model(config.model)
 
 
-class _Results:
-    """The figures of a grid, drawn anew when a run has got further."""
-
-    def __init__(self) -> None:
-        self.alpha, self.learning = Plot(), Plot()
-        self._drawn: Any = None
-
-    def draw(self, sweep: Sweep, runs: pd.DataFrame) -> None:
-        """Draw what the runs hold; ``runs`` is ``table(sweep)``."""
-        state = runs[["id", "step", "accuracy"]].astype(str).to_numpy().tolist()
-        if state != self._drawn:
-            self._drawn = state
-            if not runs["step"].any():
-                return self.clear()
-            self.alpha.draw(plot_against_alpha(sweep_results(sweep)))
-            self.learning.draw(plot_evaluation_curve(sweep_curves(sweep)))
-
-    def clear(self) -> None:
-        """Take the figures away."""
-        self.alpha.figure = self.learning.figure = ""
-
-    def figures(self) -> list[go.Figure]:
-        """The figures as they stand; none before a run has finished a step."""
-        return [go.Figure(json.loads(plot.figure)) for plot in (self.alpha, self.learning) if plot.figure]
-
-
 class Ablation(Panel):
     """Widgets that choose a grid and drive it: cost, Launch, a live table, traces of its picked run, results.
 
@@ -206,12 +184,11 @@ class Ablation(Panel):
         self.table.observe(lambda _: self._offer(), names="picked")
         self.table.observe(lambda _: self.refresh(), names="sort")
         self.picked, self.traces, choices = widgets.HTML(), widgets.VBox(), list(self.fields.values())
-        self.results = _Results()
+        self.plots, self.results, self._drawn = [Plot(), Plot()], [], []
         grid = row(widgets.VBox(choices[:3]), widgets.VBox(choices[3:6]), choices[6])
         buttons = widgets.HBox([self.launch_button, self.stop_button, self.estimate_button])
         about_run = row(self.picked, self.act_button, self.traces_button)
-        results = [self.traces, self.results.alpha, self.results.learning]
-        self.widget = widgets.VBox([grid, self.cost, buttons, self.table, about_run, *results])
+        self.widget = widgets.VBox([grid, self.cost, buttons, self.table, about_run, self.traces, *self.plots])
         self.widget.add_class("covrl-ablation")
         self.sweep: Sweep | None = None
         self._statuses: dict[str, str] = {}  # id -> status, as shown
@@ -237,7 +214,7 @@ class Ablation(Panel):
             self.sweep = None
             self._warn(error)
             self.table.rows = []
-            self.results.clear()
+            self._draw()
         else:
             self.refresh()
             if self.table.picked not in self.sweep.runs:
@@ -340,7 +317,15 @@ class Ablation(Panel):
         self.table.fill(frame, len(frame), [self.table.picked])
         self._enable()
         self._show_cost()
-        self.results.draw(self.sweep, frame)
+        self._draw(frame if frame["step"].any() else None)
+
+    def _draw(self, runs: pd.DataFrame | None = None) -> None:
+        """Draw the results anew where one of ``runs`` has got further."""
+        state = [] if runs is None else runs[["id", "step", "accuracy"]].astype(str).to_numpy().tolist()
+        if state != self._drawn:
+            self._drawn, self.results = state, _results(self.sweep) if state else []
+            for plot, figure in zip_longest(self.plots, self.results):
+                plot.figure = "" if figure is None else figure.to_json()
 
     def show_traces(self, run_id: str) -> None:
         """Open a run's stored traces below the table."""
@@ -351,7 +336,7 @@ class Ablation(Panel):
     def static(self) -> list[Any]:
         """The cost and the table of runs as HTML, the open traces, and the results as figures."""
         traces = self.explorer.static() if self.traces.children else ()
-        return [HTML(f"<p>{self.cost.value}</p>{self.table.html()}"), *traces, *self.results.figures()]
+        return [HTML(f"<p>{self.cost.value}</p>{self.table.html()}"), *traces, *self.results]
 
 
 def _listed(values: Any) -> str:

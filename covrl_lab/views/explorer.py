@@ -71,6 +71,17 @@ def trace_index(run: Run, *steps: int) -> pd.DataFrame:
     return frame.reindex(columns=[*_STORED, "total"]).astype({"right": float})
 
 
+def source_field(label: str, value: str) -> widgets.Dropdown:
+    """A choice of the prompt that drew the traces; "" stands for both."""
+    sources = [("all sources", ""), ("prior", "prior"), ("posterior", "posterior")]
+    return field(widgets.Dropdown, label, value, "110px", HIDDEN, options=sources)
+
+
+def offered(index: pd.DataFrame, step: int, source: str) -> pd.Series:
+    """Which rows are of this step (0: all) and this source (empty: both)."""
+    return index["step"].eq(step or index["step"]) & index["source"].eq(source or index["source"])
+
+
 def _with_right(frame: pd.DataFrame, config: dict[str, Any]) -> pd.DataFrame:
     """The rows with ``right`` where it is known, also of a run of grpo that did not store it: its reward says it."""
     if "right" in frame and frame["right"].notna().any():
@@ -150,11 +161,10 @@ class TraceExplorer(Panel):
         self.settings, self.found = Settings.of(self.run.config), widgets.HTML()
         self._read(*[step] * (len(run.steps) >= CACHE_FROM))  # the first view needs no other; a filter reads all
 
-        sources = [("all sources", ""), ("prior", "prior"), ("posterior", "posterior")]
         shown = step if step in set(self.index["step"]) else 0  # all
         self.step = field(widgets.Dropdown, "step", shown, "110px", HIDDEN, options=self._offered)
         self.search = widgets.Text(placeholder="search questions, answers, traces", layout={"flex": "1 1 150px"})
-        self.source = field(widgets.Dropdown, "source", "", "110px", HIDDEN, options=sources)
+        self.source = source_field("source", "")
         judged = self.index["source"][self.index["right"].notna()].nunique()  # of how many sources verdicts are known
         shows = ["all traces", *list(_SHOWS)[0 if judged else 2 :], *[_GAINED] * (judged > 1), _CLIPPED]
         self.show = field(widgets.Dropdown, "show", shows[0], "230px", "40px", options=shows)
@@ -217,11 +227,7 @@ class TraceExplorer(Panel):
 
     def filtered(self) -> pd.DataFrame:
         """The rows of ``index`` that the filters and the search leave."""
-        keep, show = pd.Series(True, self.index.index), self.show.value
-        if self.step.value:
-            keep &= self.index["step"] == self.step.value
-        if self.source.value:
-            keep &= self.index["source"] == self.source.value
+        keep, show = offered(self.index, self.step.value, self.source.value), self.show.value
         if sought := self.search.value.strip().lower():
             keep &= self._haystack.str.contains(sought, regex=False)
         if show in _SHOWS:

@@ -27,9 +27,8 @@ def plot_answer_logprobs(frame: pd.DataFrame, questions: int = 8) -> go.Figure:
     question's traces from one source.
     """
     row = frame.groupby("example_id", sort=False).ngroup()
-    frame = frame.assign(total=answer_logprob(frame), row=row)[row < questions]
     crossed = frame.get("right", pd.Series(None, frame.index, object)).eq(False)
-    frame = frame.assign(crossed=crossed)
+    frame = frame.assign(total=answer_logprob(frame), row=row, crossed=crossed)[row < questions]
     figure = go.Figure(layout={"template": TEMPLATE})
 
     def said(trace: Any) -> str:
@@ -77,7 +76,7 @@ def plot_answer_logprobs(frame: pd.DataFrame, questions: int = 8) -> go.Figure:
     ]
     figure.update_xaxes(title_text="log p(y | x, z), nats (right: the reference answer is more probable)")
     figure.update_yaxes(tickvals=first["row"], ticktext=labels, range=[len(first) - 0.5, -0.5], zeroline=False)
-    title = f"A point is a trace (hollow: unfinished{', cross: wrong' * bool(crossed.any())}), a bar the mean"
+    title = f"A point is a trace (hollow: unfinished{', cross: wrong' * bool(frame['crossed'].any())}), a bar the mean"
     return figure.update_layout(title_text=title, height=150 + 80 * max(1, len(first)))
 
 

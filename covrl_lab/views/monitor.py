@@ -99,33 +99,24 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
         to_evaluate = 1 + ((steps - 1) // every - step // every if every else 0)
         left = median * (steps - step) + (evaluation or 0.0) * to_evaluate
     names = ("config.json", "metrics.jsonl", "evaluations.jsonl", "traces", "checkpoints")
-    newest = max(_written(run.path / name) for name in names)
-    silent = Owner.gone(run.path) or now - newest > patience
+    newest, gone = max(_written(run.path / name) for name in names), Owner.gone(run.path)
+    silent, done = gone or now - newest > patience, f"step {step} of {steps}"
     if step >= steps and (step or len(evaluations)):
         status, message = "finished", f"finished: {step} of {steps} steps"
     elif (run.path / "STOP").exists():
         # What a run writes last: the checkpoint of its last step, or before any step an evaluation.
         last = step in steps_in(run.path / "checkpoints") if step else len(evaluations) > 0
-        heard = newest >= _written(run.path / "STOP") and last
-        if heard or silent:
-            status = "stopped"
-            message = f"stopped after step {step} of {steps}; allow it to resume, then start it again as before"
-        else:
-            status = "stopping"
-            message = f"asked to stop: it ends and saves a checkpoint after step {step + 1}"
-    elif Owner.gone(run.path):
-        status = "stopped"
-        message = f"its process has ended, after step {step} of {steps}; start it again as before, and it resumes"
+        status, message = "stopping", f"asked to stop: it ends and saves a checkpoint after step {step + 1}"
+        if silent or (last and newest >= _written(run.path / "STOP")):
+            status, message = "stopped", f"stopped after {done}; allow it to resume, then start it again as before"
+    elif gone:
+        status, message = "stopped", f"its process has ended, after {done}; start it again as before, and it resumes"
     elif silent:
-        status = "stalled"
-        message = (
-            f"nothing written since {time.strftime('%H:%M:%S', time.localtime(newest))} "
-            f"({_duration(now - newest)}): it takes long, or its process has ended; "
-            "start it again and it resumes from its last checkpoint"
-        )
+        since = f"{time.strftime('%H:%M:%S', time.localtime(newest))} ({_duration(now - newest)})"
+        message = f"nothing written since {since}: it takes long, or its process has ended; "
+        status, message = "stalled", message + "start it again and it resumes from its last checkpoint"
     else:
-        status = "running"
-        message = f"running: {step} of {steps} steps" if step else "running: before its first step"
+        status, message = "running", f"running: {step} of {steps} steps" if step else "running: before its first step"
     return Snapshot(run, status, message, step, steps, metrics, evaluations, left, evaluation, run.alarms)
 
 

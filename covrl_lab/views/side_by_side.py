@@ -13,7 +13,7 @@ from IPython.display import HTML
 from ..runs.folder import Run
 from ..runs.reweight import Settings
 from ..types import ConfigError, did_you_mean
-from .explorer import trace_index
+from .explorer import offered, source_field, trace_index
 from .html import html_number, html_passage, html_text
 from .token_view import TokenView, align, payload, traces_html
 from .widgets import HIDDEN, Panel, Table, field, named, offer, open_run, row, step_choices, table_column
@@ -35,22 +35,16 @@ class _Side:
     def __init__(self, name: str, run: Run, step: int | None, source: str) -> None:
         self.name, self.run, self.settings = name, open_run(run, step)[0], Settings.of(run.config)
         self.index = trace_index(run)
-        sources = ["all sources", *sorted(self.index["source"].unique(), reverse=True)]
-        source = source if source in sources else "prior"
         steps = step_choices(run.steps)
         self.step = field(widgets.Dropdown, f"{name}'s step", step or 0, "110px", HIDDEN, options=steps)
-        self.source = field(widgets.Dropdown, f"{name}'s source", source, "110px", HIDDEN, options=sources)
+        known = source in set(self.index["source"])
+        self.source = source_field(f"{name}'s source", source if known else "prior")
         self.trace = field(widgets.Dropdown, "trace", None, "330px", "40px", options=[])
-        self.widget = row(named(run, f"{name}:"), self.step, self.source, self.trace)
+        self.widget = row(named(run, f"{name}: "), self.step, self.source, self.trace)
 
     def offered(self) -> pd.DataFrame:
         """The rows of ``trace_index`` that step and source leave."""
-        keep = pd.Series(True, self.index.index)
-        if self.step.value:
-            keep &= self.index["step"] == self.step.value
-        if self.source.value in ("prior", "posterior"):
-            keep &= self.index["source"] == self.source.value
-        return self.index[keep]
+        return self.index[offered(self.index, self.step.value, self.source.value)]
 
     def choices(self, question: str) -> list[tuple[str, tuple[int, int]]]:
         """(description, (step, rollout)) of the question's traces, the likeliest answer first."""
@@ -116,8 +110,8 @@ class TraceComparison(Panel):
         self.questions.picked = question or self.questions.picked
 
     def _list(self, change: Any = None) -> None:
-        offered = {side.name.lower(): side.offered() for side in (self.a, self.b)}
-        means = [frame.groupby("example_id")["total"].mean().rename(name) for name, frame in offered.items()]
+        sides = {side.name.lower(): side.offered() for side in (self.a, self.b)}
+        means = [frame.groupby("example_id")["total"].mean().rename(name) for name, frame in sides.items()]
         texts = self.a.index.drop_duplicates("example_id").set_index("example_id")[["question", "answer"]]
         listed = pd.concat(means, axis=1, join="inner").join(texts)
         listed = listed.assign(gain=listed["b"] - listed["a"]).rename_axis("id").reset_index()

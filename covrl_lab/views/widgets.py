@@ -145,7 +145,7 @@ def button(
 def named(run: Run | Path, before: str = "") -> widgets.HTML:
     """The name of a run, which begins the first row of its panel."""
     path = run.path if isinstance(run, Run) else run
-    return widgets.HTML(f"<b>{before}</b> {html_text(path.absolute().name)}")
+    return widgets.HTML(f"<b>{before}{html_text(path.absolute().name)}</b>")
 
 
 def aside(function: Callable[[], None]) -> threading.Thread:

@@ -31,17 +31,19 @@ async function render({ model, el }) {
   el.style.width = "100%";
   el.append(plot);
   const plotly = await load(model);
+  // A panel may go away while its plot is drawn: then nobody misses the rest.
+  const drawn = (work) => work?.catch((error) => { if (plot._fullLayout) throw error; });
   const draw = () => {
     if (!model.get("figure")) return plotly.purge(plot);
     const { data, layout } = JSON.parse(model.get("figure"));
-    plotly.react(plot, data, { ...layout, autosize: true }, saving(plotly));
+    drawn(plotly.react(plot, data, { ...layout, autosize: true }, saving(plotly)));
     plot.removeAllListeners("plotly_click");
     plot.on("plotly_click", ({ points: [{ x, y, curveNumber }] }) => model.send({ clicked: { x, y, curve: curveNumber } }));
   };
   model.on("change:figure", draw);
   draw();
   // Its first width is a guess: widgets are drawn before they stand in the page.
-  const fit = new ResizeObserver(() => plot.offsetWidth && plot.layout && plotly.Plots.resize(plot));
+  const fit = new ResizeObserver(() => plot.offsetWidth && plot.layout && drawn(plotly.Plots.resize(plot)));
   fit.observe(el);
   return () => {
     fit.disconnect();
