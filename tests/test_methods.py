@@ -486,7 +486,7 @@ def trainer(name, folder, **changes) -> Trainer:
     settings |= dict(demonstrations=1, eval_every=0, eval_questions=2, max_answer_tokens=4, dtype="float32")
     settings |= TINY | SETTINGS[name] | dict(run_dir=str(folder), lora_rank=4, learning_rate=1e-2)
     made = Trainer(RunConfig(**(settings | changes)), progress=False).setup()
-    made.task = dataclasses.replace(made.task, _score=shade)
+    made.task = dataclasses.replace(made.task, score=shade)
     made.method = Spy(made.method)
     return made
 
