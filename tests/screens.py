@@ -1,7 +1,7 @@
 """Every panel in JupyterLab as a picture, at two widths and in both themes.
 
     python tests/screens.py            # all, to notebooks/results/screens
-    python tests/screens.py runs bench # some
+    python tests/screens.py runs bench # some; "report" is the beginning of a run's report
 
 Needs Chromium and the tests extra, as the browser tests do; ``GALLERY`` is also what they check for accessibility.
 """
@@ -14,6 +14,8 @@ from pathlib import Path
 
 from browser import jupyterlab
 from helpers import EXAMPLE_RUN, ROOT
+
+from covrl_lab import report
 
 WIDTHS = (800, 1600)
 TRIALS = ROOT / "notebooks" / "results" / "trials"
@@ -55,7 +57,13 @@ def show(lab, name, theme, width):
 def main(names):
     target = ROOT / "notebooks" / "results" / "screens"
     with tempfile.TemporaryDirectory() as folder, jupyterlab(Path(folder)) as lab:
-        for name in names or GALLERY:
+        for name in names or [*GALLERY, "report"]:
+            if name == "report":
+                lab.page.set_viewport_size({"width": 1150, "height": 1990})
+                lab.page.goto(report(EXAMPLE_RUN, Path(folder) / "report.html").absolute().as_uri())
+                lab.page.wait_for_timeout(3000)
+                lab.page.screenshot(path=target / "report-light.png")
+                continue
             write_gallery(lab, name, GALLERY[name])
             for theme, width in product(("light", "dark"), WIDTHS):
                 path = target / f"{name}-{theme}{'-800' * (width == 800)}.png"

@@ -17,6 +17,7 @@ from covrl_lab.train.probe import open_source, probe_question
 from covrl_lab.train.prompts import Prompter
 from covrl_lab.types import ConfigError
 from covrl_lab.views.bench import PromptBench, find_source, summary_html
+from covrl_lab.views.html import html_number
 
 SMALL = {"quantization": "none", "dtype": "float32", "demonstrations": 1}
 
@@ -93,14 +94,14 @@ def test_the_bench_asks_before_and_after_training(trained):
     # The panel shows those numbers, the best trace of each source first.
     shown = dict(re.findall(r'<span data-cell="([^"]*)">([^<]*)</span>', bench.summary.value))
     mean = after.loc[after["source"] == "prior", "reward"].mean()
-    assert shown["after training/prior"] == f"{mean:.2f}" and len(shown) == 4
+    assert shown["after training/prior"] == html_number(mean, ".2f") and len(shown) == 4
     assert bench.weights.value == "after training"
     for source, choice in bench.traces.items():
         own = after[after["source"] == source]
         assert choice.value == own["reward"].idxmax() and len(choice.options) == 2
     bench.weights.value = "before training"
     rewards = before.loc[before["source"] == "posterior", "reward"]
-    assert bench.traces["posterior"].options[0][0].startswith(f"{rewards.max():.2f} nats")
+    assert bench.traces["posterior"].options[0][0].startswith(f"{html_number(rewards.max(), '.2f')} nats")
 
     # Another choice shows another trace, with its alternatives; a selected token is marked in the curve.
     label = bench.traces["prior"].options[1][1]

@@ -7,6 +7,7 @@ from helpers import TINY_RUN, start_training, until
 from covrl_lab import load_run
 from covrl_lab.train.probe import open_source, probe_question
 from covrl_lab.views.bench import find_source
+from covrl_lab.views.html import html_number
 
 # A step takes about a second: a page that draws a figure for every one of hundreds a minute gets no rest.
 SMALL = TINY_RUN | {
@@ -111,7 +112,7 @@ def test_the_bench_samples_and_shows_what_the_files_and_the_model_give(lab, runn
     frame = probe_question(policy, prompter, question, answer, 2, max_tokens=6)
     for source, own in frame.groupby("source"):
         cell = page.locator(f'.covrl-bench [data-cell="after training/{source}"]')
-        assert cell.inner_text() == f"{own['reward'].mean():.2f}"
+        assert cell.inner_text() == html_number(own["reward"].mean(), ".2f")
     shown = page.locator(".covrl-bench [role=listbox]")
     assert shown.count() == 2
     best = [frame.loc[own["reward"].idxmax()] for _, own in frame.groupby("source", sort=False)]
@@ -129,7 +130,7 @@ def test_the_bench_samples_and_shows_what_the_files_and_the_model_give(lab, runn
     with policy.base():
         before = probe_question(policy, prompter, question, answer, 2, max_tokens=6)
     cell = page.locator('.covrl-bench [data-cell="before training/prior"]').inner_text()
-    assert cell == f"{before.loc[before['source'] == 'prior', 'reward'].mean():.2f}"
+    assert cell == html_number(before.loc[before["source"] == "prior", "reward"].mean(), ".2f")
     page.get_by_role("button", name="before training").click()  # other traces: none is selected
     page.wait_for_function("!document.querySelector('.covrl-detail').innerText.includes('first choices')")
     page.locator(".covrl-bench textarea").fill(" ")

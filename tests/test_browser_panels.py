@@ -47,4 +47,6 @@ def test_panels_are_accessible_and_fit(lab, theme):
                 .map(e => e.outerHTML.slice(0, 160))"""
         )
         assert cut == [], width
+        sliders = page.locator(f"{PANELS} .slider-container").evaluate_all("found => found.map(e => e.offsetWidth)")
+        assert sliders and min(sliders) > 60, (width, sliders)
     assert lab.errors == []

@@ -19,7 +19,7 @@ from . import estimators
 from .world import World
 
 _KNOB_TITLES = {
-    "distance": "distance between p and q (1: the world's own posterior)",
+    "distance": "distance between p and q<br>(1: the world's own posterior)",
     "composite_weight": "composite weight w",
 }
 _LOOKS = [  # colour, dash of lines, symbol of points: one for each of several curves

@@ -23,7 +23,7 @@ from .run_browser import run_folders
 from .style import GREY, POSTERIOR, SOURCE_COLOURS
 from .token_figures import plot_coherence
 from .token_view import TokenView, token_html
-from .widgets import Panel, Plot, aside, button, field, offer, row
+from .widgets import Panel, Plot, aside, button, field, offer, row, step_choices
 
 if TYPE_CHECKING:
     from ..train.policy import Policy
@@ -125,8 +125,9 @@ class BenchResults(Panel):
         frame = self.frames[self.weights.value]
         for source, choice in self.traces.items():
             own = frame[frame["source"] == source].sort_values("reward", ascending=False, kind="stable")
-            listed = [(f"{r.reward:.2f} nats   {visible(r.trace)[:90]}", r.Index) for r in own.itertuples()]
-            offer(choice, listed, own.index[0], self._show_traces)
+            nats = (html_number(reward, ".2f") for reward in own["reward"])
+            texts = [f"{number} nats   {visible(text)[:90]}" for number, text in zip(nats, own["trace"], strict=True)]
+            offer(choice, list(zip(texts, own.index, strict=True)), own.index[0], self._show_traces)
         self._show_traces()
 
     def _chosen(self) -> list[Any]:
@@ -197,7 +198,7 @@ class PromptBench(BenchResults):
         name = "this policy" if policy else str(checkpoint or model)
         known = ["smollm2-135m", "tiny", *_with_checkpoints()]
         self.source = _field(widgets.Combobox, "model or run", name, options=known, disabled=self._given)
-        self.step = _field(widgets.Dropdown, "checkpoint", None, _NARROW, options=[("–", None)])
+        self.step = _field(widgets.Dropdown, "checkpoint", None, _NARROW)
         self.question = _field(widgets.Textarea, "question x", question, rows=2)
         self.answer = _field(widgets.Text, "answer y", answer)
         whole, real = widgets.BoundedIntText, widgets.BoundedFloatText
@@ -225,8 +226,8 @@ class PromptBench(BenchResults):
         with contextlib.suppress(ConfigError, OSError):
             unknown = self._given or self.source.value.startswith("hub:")
             steps = [] if unknown else list(find_source(self.source.value, **self._settings).checkpoints)
-        self.step.options = [(f"step {s}", s) for s in steps] or [("–", None)]
-        self.step.value = steps[-1] if steps else None
+        self.step.options = step_choices(steps)[1:] or [("none", 0)]
+        self.step.value = steps[-1] if steps else 0
         self.step.disabled = not steps
 
     def _open(self) -> None:

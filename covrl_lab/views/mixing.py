@@ -35,7 +35,8 @@ class _Side:
         self.clip = field(widgets.Dropdown, "clip", own.clip, "150px", HIDDEN, options=clips)
         self.controls = [self.alpha, self.composite_weight, self.clip_range, self.clip]
         self.plot = Plot(layout={"min_height": "570px", "flex": "1 1 380px", "min_width": "0"})
-        clip = widgets.HBox([self.clip_range, self.clip], layout={"width": "95%"})
+        clip = row(self.clip_range, self.clip)  # below each other where the page is narrow
+        clip.layout.width = "95%"
         read = [] if own.whole_traces else [self.composite_weight, clip]  # the group bound reads alpha alone
         parts = [widgets.HTML(f"<b>setting {name}</b>"), self.alpha, *read]
         self.chosen = widgets.VBox(parts, layout={"flex": "1 1 300px", "min_width": "0"})
