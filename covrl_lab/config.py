@@ -132,7 +132,7 @@ class RunConfig(metaclass=_Checked):
     loss_aggregation: Literal["token_mean", "trace_sum"] | None = None  # trace_sum: sum per trace, mean over traces
     unfinished_penalty: NotNegative = 1.0  # an unfinished trace earns its group's worst reward minus this
     evidence_floor: NotNegative | None = None  # c = p(y|x without a trace) ^ this; 0: c = 1
-    posterior_weight: NotNegative | None = None  # factor of the term that draws q towards p(z|x,y)
+    posterior_weight: NotNegative | None = None  # factor of a term that draws q towards p(z|x,y); 0: none
     alpha_rate: Share | None = None  # 0: alpha stays; else how fast it follows the evidence upwards, a step
     # --- sampling
     steps: CountOrZero = 40

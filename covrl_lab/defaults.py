@@ -35,9 +35,8 @@ _GRPO = _CLIPPED | {"baseline": "mean", "advantage_scale": "std", "loss_aggregat
 _WIDE = {"clip_range": 0.3, "clip_range_high": 0.3}
 
 _OWN: dict[str, dict[str, Any]] = {
-    # CoVRL with the group bound (METHODS.md): the prior is trained, prompts are mixed by alpha.
-    "covrl": _CLIPPED
-    | {"alpha": 0.5, "evidence_floor": 0.5, "posterior_weight": 1.0, "reward": "probability", "baseline": "none"},
+    # CoVRL with the group bound (METHODS.md): the posterior's prompt proposes traces, the prior alone is trained.
+    "covrl": _CLIPPED | {"alpha": 0.5, "evidence_floor": 0.5, "reward": "probability", "baseline": "none"},
     # arXiv 2512.12576. kl_weight and nll_weight are not stated there; METHODS.md says how ours were found.
     "covrl_published": _GRPO
     | _WIDE

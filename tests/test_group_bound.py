@@ -259,7 +259,7 @@ def test_credit_of_both_prompts_by_hand():
     old = LogProbs(prior, posterior, likelihood, mask, no_trace=torch.full((4, 1), 2 * math.log(0.1)).double())
     from_prior = torch.tensor([True, True, False, False])
     batch = TraceBatch(mask.long(), mask, from_prior, torch.ones(4, dtype=torch.bool), 4)
-    credit = covrl_credit(batch, old, RunConfig(method="covrl", evidence_floor=0.5), {})
+    credit = covrl_credit(batch, old, RunConfig(method="covrl", posterior_weight=1.0), {})
 
     h = 0.5 * p + 0.5 * q  # 0.3 everywhere: P/H = 5/3 or 1/3, Q/H the other way round
     evidence = answer * p / h

@@ -39,7 +39,7 @@ def covrl_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: Sta
         E[log(c + (1/G) sum_i e_i)]  ->  log(c + p(y|x))        c = p(y|x without a trace) ^ evidence_floor
 
     A_i = s_i - b_i P/H and c_y = s_i, with s and the baseline b of ``group_credit``. The posterior is drawn towards
-    the true posterior p(z|x,y): B_i = posterior_weight (s_i - b_i Q/H).
+    the true posterior p(z|x,y): B_i = posterior_weight (s_i - b_i Q/H), with no weight by default.
     """
     size = batch.group_size
     answer = whole_trace(old.answer, old.answer_mask).exp() * batch.finished

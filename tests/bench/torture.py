@@ -76,7 +76,11 @@ def compared(run: Path, whole: Path) -> str:
 
 def kill_runs(folder: Path, count: int) -> list[tuple[str, str]]:
     """Rows: half of the kills at random moments, half at writes, each followed by a resume to the end."""
-    chance, whole = random.Random(0), make_trainer(folder / "whole", RUN).run().run_dir
+    chance, whole, started = random.Random(0), folder / "whole", time.monotonic()
+    train, quiet = [sys.executable, "-m", "covrl_lab", "train"], {"stdout": subprocess.DEVNULL}
+    quiet |= {"stderr": subprocess.DEVNULL, "env": checkout_environment()}
+    subprocess.run([*train, *flags(RUN | {"run_dir": str(whole)})], check=True, **quiet)
+    took = time.monotonic() - started
     counts, bad = {"at random": 0, "at a write": 0}, []
     rounds = 0
     while sum(counts.values()) < count:
@@ -88,12 +92,11 @@ def kill_runs(folder: Path, count: int) -> list[tuple[str, str]]:
             injected = kind == "at a write" and sum(counts.values()) < count
             command = [sys.executable, "-c", code, str(chance.randrange(1, 150))]
             if not injected:
-                command = [sys.executable, "-m", "covrl_lab", "train", *flags(settings)]
-            quiet = subprocess.DEVNULL
-            process = subprocess.Popen(command, env=checkout_environment(), stdout=quiet, stderr=quiet)
+                command = [*train, *flags(settings)]
+            process = subprocess.Popen(command, **quiet)
             if kind == "at random" and sum(counts.values()) < count:
                 try:
-                    process.wait(chance.uniform(5, 25))
+                    process.wait(chance.uniform(0.3 * took, took))  # most of the rest is spent on imports
                 except subprocess.TimeoutExpired:
                     process.kill()
             if process.wait() == -signal.SIGKILL:

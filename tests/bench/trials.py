@@ -24,6 +24,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[2]
 RUNS, KEPT = Path("runs/trials"), Path("notebooks/results/trials")  # below ROOT
 SHARED = {"steps": 30, "eval_questions": 112, "eval_every": 0, "max_trace_tokens": 40}
+TRAINED_POSTERIOR = {"method": "covrl", "posterior_weight": 1.0}  # the default until it had been tried without
 METHODS = {
     "covrl": {"method": "covrl"},
     "published": {"method": "covrl_published"},
@@ -31,17 +32,19 @@ METHODS = {
     "rlpr": {"method": "rlpr"},
     "jlb": {"method": "jlb"},
     "grpo": {"method": "grpo"},
-    # One part of the default removed at a time, other floors c, other mixtures.
-    "posterior_untrained": {"method": "covrl", "posterior_weight": 0.0},
+    # One part of the default removed at a time.
     "no_answer_term": {"method": "covrl", "nll_weight": 0.0},
     "prior_only": {"method": "covrl", "alpha": 1.0},
-    "no_logarithm": {"method": "covrl", "evidence_floor": 0.0},
-    "quarter_floor": {"method": "covrl", "evidence_floor": 0.25},
-    "no_norm_clip": {"method": "covrl", "max_grad_norm": 1000.0},
-    "floor_of_a_guess": {"method": "covrl", "evidence_floor": 1.0},
-    "alpha_adapts": {"method": "covrl", "alpha_rate": 0.3},
-    "alpha_quarter": {"method": "covrl", "alpha": 0.25},
-    "alpha_three_quarters": {"method": "covrl", "alpha": 0.75},
+    "c_is_1": {"method": "covrl", "evidence_floor": 0.0},
+    # With a posterior that is trained, too: other floors c, other mixtures.
+    "posterior_trained": TRAINED_POSTERIOR,
+    "no_logarithm": TRAINED_POSTERIOR | {"evidence_floor": 0.0},
+    "quarter_floor": TRAINED_POSTERIOR | {"evidence_floor": 0.25},
+    "no_norm_clip": TRAINED_POSTERIOR | {"max_grad_norm": 1000.0},
+    "floor_of_a_guess": TRAINED_POSTERIOR | {"evidence_floor": 1.0},
+    "alpha_adapts": TRAINED_POSTERIOR | {"alpha_rate": 0.3},
+    "alpha_quarter": TRAINED_POSTERIOR | {"alpha": 0.25},
+    "alpha_three_quarters": TRAINED_POSTERIOR | {"alpha": 0.75},
 }
 THINGS = "pen cup hat map toy bag box key pie fan".split()
 
