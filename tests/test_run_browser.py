@@ -41,10 +41,10 @@ def test_the_table_says_what_the_files_say(runs):
     assert {line["name"] for line in browser.table.rows} == set(found.index)
     page = browser.static()[0].data
     assert "&lt;b&gt;shop&lt;/b&gt;" in page and "<b>shop" not in page and "12.5" in page
-    browser.sought.value = "JLB"
+    browser.search.value = "JLB"
     assert [line["name"] for line in browser.table.rows] == ["first"]
-    browser.sought.value = "nothing like it"
-    assert browser.table.note == "no run fits the filter"
+    browser.search.value = "nothing like it"
+    assert browser.table.note == "no run fits; clear the search"
 
 
 def test_the_picked_run_opens_in_every_panel():
