@@ -25,8 +25,7 @@ from covrl_lab.train.records import StepRecord
 from covrl_lab.train.scoring import micro_batches, trace_logprobs
 from covrl_lab.train.step import set_learning_rate
 from covrl_lab.train.tasks import is_held_out, load_task
-from covrl_lab.train.tracking import bar_values
-from covrl_lab.train.trainer import Trainer
+from covrl_lab.train.trainer import Trainer, bar_values
 from covrl_lab.types import ConfigError, TraceBatch
 
 
@@ -96,7 +95,7 @@ def test_metrics_are_the_step_records(reference):
     assert [m["step"] for m in metrics] == list(range(1, 9))
     assert all(list(m) == fields for m in metrics)
     assert metrics == reference.records
-    optional = {f.name for f in dataclasses.fields(StepRecord) if "None" in f.type}
+    optional = {f.name for f in dataclasses.fields(StepRecord) if "None" in str(f.type)}
     for m in metrics:
         assert all(math.isfinite(v) for k, v in m.items() if v is not None)
         assert all(m[k] is not None for k in fields if k not in optional)
