@@ -484,10 +484,10 @@ def test_tensorboard_gets_every_step(tmp_path):
     assert events and all(p.stat().st_size > 0 for p in events)
 
 
-def test_judging_traces_marks_them_and_changes_nothing_else(reference, tmp_path, monkeypatch):
+def test_judging_traces_marks_them_and_changes_nothing_else(reference, tmp_path):
     """A shade of the answer's text as score, so that some are right: what is stored is the score of what is stored."""
     trainer = make_trainer(tmp_path / "judged", TRAINED | {"judge_traces": True}).setup()
-    monkeypatch.setattr(type(trainer.task), "score", lambda task, answer, example: float(len(answer) % 2))
+    trainer.task = dataclasses.replace(trainer.task, score=lambda answer, example: float(len(answer) % 2))
     trainer.run()
     assert reference.config.differences(trainer.config) == {}  # a run begun without may resume with it
     plain, judged = (lines(run / "metrics.jsonl") for run in (reference.run_dir, trainer.run_dir))
