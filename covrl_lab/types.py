@@ -98,8 +98,6 @@ class Prompt:
     answer_core: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.answer:
-            raise ConfigError("a prompt has no answer tokens; every question needs a non-empty answer")
         if not self.answer_core:
             object.__setattr__(self, "answer_core", (True,) * len(self.answer))
 
@@ -208,7 +206,6 @@ class Credit(_Rows):
     reward         (N,) the method's reward R (nats or probability, see the method)
     advantage      (N,) factor of the trace's policy-gradient term: of log p' where a composite is trained, else log p
     answer_weight  (N,) factor c_y of the answer's log-likelihood term
-    kl_mask        (N,) bool, rollouts that enter the KL term
     method_state   numbers a method carries from step to step (RLPR's running deviation); checkpointed
     posterior_advantage  (N,) factor of log q of the trace, where the posterior is trained on its own; or None
     """
@@ -216,10 +213,9 @@ class Credit(_Rows):
     reward: Tensor
     advantage: Tensor
     answer_weight: Tensor
-    kl_mask: Tensor
     method_state: dict[str, float] = field(default_factory=dict)
     posterior_advantage: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = (len(self.reward),)
-        self._check(reward=n, advantage=n, answer_weight=n, kl_mask=n, posterior_advantage=n)
+        self._check(reward=n, advantage=n, answer_weight=n, posterior_advantage=n)

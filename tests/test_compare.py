@@ -79,11 +79,6 @@ def test_share_interval_is_wilsons(right, count, low, high):
         assert abs(right / count - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / count), rel=1e-5)
 
 
-def test_share_interval_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="no answers"):
-        share_interval(0, 0)
-
-
 def test_over_seeds_is_the_enumeration_of_all_resamples():
     """Two tasks of three runs: 27 * 27 equally likely resamples, of which the quantiles are known."""
     arrays = {"one": RNG.random((3, 5)), "two": RNG.random((3, 4))}
@@ -214,9 +209,8 @@ def test_pairs_are_all_or_those_with_the_reference():
 def test_settings_that_cannot_resample_are_refused():
     with pytest.raises(ConfigError, match="unknown over 'seed'; did you mean 'seeds'"):
         Resampling("seed")
-    for wrong in ({"confidence": 95}, {"confidence": 1.0}, {"resamples": 0}):
-        with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be"):
-            Resampling(**wrong)
+    with pytest.raises(ConfigError, match="resamples must be"):
+        Resampling(resamples=0)
 
 
 # --- run folders

@@ -46,7 +46,7 @@ def enumerate_groups(world: World, n_prior: int, n_posterior: int, config: RunCo
         probability = torch.where(from_prior, log_p[index], log_q[index]).sum().exp().detach()
         new, old, batch = group(world, index, from_prior)
         credit = covrl_credit(batch, old, config, {})
-        totals = Totals.of(batch, credit, old.answer_mask)
+        totals = Totals.of(batch, old.answer_mask)
         loss = loss + probability * method.loss(new, old, batch, credit, totals, config)[0]
         # By hand: the hybrid's probability of each trace is a constant of the sampler.
         p, q = log_p[index].exp(), log_q[index].exp()
@@ -182,7 +182,7 @@ def alpha_after(worth, p, q, **state) -> float:
     prior, posterior = (torch.tensor(v).log().double()[:, None] for v in (p, q))
     old = LogProbs(prior, posterior, prior, mask)
     batch = TraceBatch(mask.long(), mask, mask[:, 0], mask[:, 0], len(p))
-    credit = Credit(prior[:, 0], prior[:, 0], torch.tensor(worth).double(), mask[:, 0], state)
+    credit = Credit(prior[:, 0], prior[:, 0], torch.tensor(worth).double(), state)
     return adapt_alpha(batch, old, credit, RunConfig(method="covrl", alpha_rate=0.5))["alpha"]
 
 
@@ -234,7 +234,7 @@ def published_policy_gradient(world: World, baseline: str, from_prior: torch.Ten
         # "joint" hides the sources from the baseline, as a plain mean of the others does.
         seen = dataclasses.replace(batch, from_prior=torch.ones_like(from_prior)) if joint else batch
         credit = METHODS["covrl_published"].credit(seen, old, config, {})
-        totals = Totals.of(batch, credit, old.answer_mask)
+        totals = Totals.of(batch, old.answer_mask)
         loss = loss + probability * METHODS["covrl_published"].loss(new, old, batch, credit, totals, config)[0]
     return world.gradient(loss)
 

@@ -38,7 +38,7 @@ SETTINGS = {name: dict(method=name) for name in METHODS} | {"jepo": dict(method=
 TINY = dict(model="tiny", quantization="none")
 EXACT = TINY | dict(clip="none", loss_aggregation="trace_sum", baseline="none", advantage_scale="none")
 EXACT |= dict(advantage_clip=0, kl_weight=1, nll_weight=1, std_filter=0)
-CREDIT = ("reward", "advantage", "answer_weight", "kl_mask")
+CREDIT = ("reward", "advantage", "answer_weight")
 FIELDS = ("prior", "posterior", "answer", "ref_prior", "bare_answer", "no_trace")
 TOLERANCE = 1e-10
 BETA = 0.3  # LaTRO's weight of the KL to the reference
@@ -75,7 +75,7 @@ def expected_gradient(world: World, config: RunConfig, group: int = 1, bare=None
         index = list(members)
         part, part_old = select(batch, index, group_size=group), select(old, index)
         credit = method.credit(part, part_old, config, {})
-        totals = Totals.of(part, credit, part_old.answer_mask)
+        totals = Totals.of(part, part_old.answer_mask)
         loss, _ = method.loss(select(new, index), part_old, part, credit, totals, config)
         total = total + law[index].prod() * loss
     return -world.gradient(total)
@@ -289,7 +289,7 @@ def live(rows: LogProbs):
 def step_gradient(new, old, batch, config):
     method, (new, leaves) = METHODS[config.method], live(new)
     credit = method.credit(batch, old, config, {})
-    totals = Totals.of(batch, credit, new.answer_mask)
+    totals = Totals.of(batch, new.answer_mask)
     loss, _ = method.loss(new, old, batch, credit, totals, config)
     return credit, loss, torch.autograd.grad(loss, leaves, allow_unused=True)
 
@@ -321,7 +321,7 @@ def test_padding_never_matters(name, value):
 def test_micro_batches_add_up_to_the_step(name):
     new, old, batch, config = full_step(name)
     credit, loss, grads = step_gradient(new, old, batch, config)
-    totals, method = Totals.of(batch, credit, new.answer_mask), METHODS[name.replace("jepo", "jlb")]
+    totals, method = Totals.of(batch, new.answer_mask), METHODS[name.replace("jepo", "jlb")]
     for pieces in (1, 2, 4, 8):
         mine, leaves = live(new)
         total = 0.0
@@ -375,7 +375,6 @@ def test_never_stopping_never_pays(name, baseline, scale):
     assert (credit.advantage[~batch.finished] < 0).all()
     assert (credit.advantage[batch.finished] > 0).any()
     assert not credit.answer_weight[~batch.finished].any()
-    assert torch.equal(credit.kl_mask, batch.finished)
 
 
 def test_never_stopping_does_not_pay_beside_a_repetitive_trace_either():

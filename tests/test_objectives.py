@@ -35,7 +35,7 @@ torch.set_num_threads(1)
 
 EXACT = dict(model="tiny", quantization="none", clip="none", loss_aggregation="trace_sum", nll_gate="none")
 EXACT |= dict(baseline="none", advantage_scale="none", advantage_clip=0, kl_weight=1, nll_weight=1)
-CREDIT = ("reward", "advantage", "answer_weight", "kl_mask")
+CREDIT = ("reward", "advantage", "answer_weight")
 ALPHAS, WEIGHTS = (0.2, 0.5, 0.9), (0.3, 0.5, 0.8)
 TOLERANCE = 1e-12  # float64 sums over at most a thousand terms agree to 1e-14
 
@@ -58,7 +58,7 @@ def expected_loss(
         index = list(members)
         part, part_old = select(batch, index, group_size=group), select(before, index)
         earned = select(credit, index) if credit else likelihood_credit(part, part_old, config)
-        totals = Totals.of(part, earned, part_old.answer_mask)
+        totals = Totals.of(part, part_old.answer_mask)
         loss, _ = coupled_loss(select(new, index), part_old, part, earned, totals, config)
         total = total + law[index].prod() * loss
     return total
@@ -121,7 +121,7 @@ def credited_step(**settings):
 
 def loss_and_gradient(new, old, batch, credit, config):
     new, leaves = live(new)
-    totals = Totals.of(batch, credit, new.answer_mask)
+    totals = Totals.of(batch, new.answer_mask)
     loss, parts = coupled_loss(new, old, batch, credit, totals, config)
     return loss, parts, torch.autograd.grad(loss, leaves)
 
@@ -256,7 +256,7 @@ def test_one_token_loss_after_an_update(alpha, w):
     reward = answer.detach().repeat(2)
     hybrid = alpha * old.prior_probs() + (1 - alpha) * old.posterior_probs()
     weight = (world.composite_probs(w) / hybrid).detach().repeat(2)
-    fresh = Credit(reward, reward, weight, torch.ones(6, dtype=torch.bool))
+    fresh = Credit(reward, reward, weight)
     mean = world.gradient(expected_loss(world, config, old, credit=fresh))
     assert worst(mean, -world.gradient(world.elbo(w))) < TOLERANCE
 
@@ -333,7 +333,7 @@ def test_covrl_without_posterior_is_jlb_to_the_bit():
         mine, (prior, q, answer) = live(new)
         mine = dataclasses.replace(mine, posterior=q if posterior else None)
         credit = likelihood_credit(batch, theirs, config)
-        totals = Totals.of(batch, credit, mine.answer_mask)
+        totals = Totals.of(batch, mine.answer_mask)
         loss, _ = coupled_loss(mine, theirs, batch, credit, totals, config)
         results.append((loss, *torch.autograd.grad(loss, (prior, answer))))
     assert results[0][1].any() and all(map(torch.equal, *results))
@@ -508,7 +508,7 @@ def test_padding_earns_no_credit(gate, reward):
 def test_micro_batches_add_up_to_the_step(settings, pieces):
     """Loss, gradient and every reported part, whatever the cut."""
     new, old, batch, credit, config = credited_step(**settings)
-    totals = Totals.of(batch, credit, new.answer_mask)
+    totals = Totals.of(batch, new.answer_mask)
     loss, parts, grads = loss_and_gradient(new, old, batch, credit, config)
     mine, leaves = live(new)
     cut = []
@@ -531,8 +531,8 @@ def test_what_the_sums_are_divided_by():
     yes = torch.ones(2, dtype=torch.bool)
     batch = TraceBatch(keep.long(), keep, yes, torch.tensor([True, False]), group_size=2)
     weight = torch.tensor([0.5, 0.0])
-    credit = Credit(weight, torch.tensor([2.0, 6.0]), weight, batch.finished)
-    assert Totals.of(batch, credit, answer_mask) == Totals(2, 4, 1, 3)
+    credit = Credit(weight, torch.tensor([2.0, 6.0]), weight)
+    assert Totals.of(batch, answer_mask) == Totals(2, 4, 1, 3)
     u = (1 + math.exp(-1)) / 2
     kl = u * math.log(u) - u + 1
     for how, *parts in (
@@ -574,7 +574,7 @@ def test_never_stopping_never_pays(baseline, scale, kind):
     assert (mixed.advantage[2:] < 0).all() and (mixed.advantage[:2] > 0).all()
     none = likelihood_credit(group([0, 0, 0, 0]), logprobs, config)
     assert torch.equal(none.advantage, torch.zeros(4))
-    assert not none.answer_weight.any() and not none.kl_mask.any()
+    assert not none.answer_weight.any()
 
 
 @pytest.mark.parametrize("gate", ["none", "reward", "prior_positive"])
@@ -583,7 +583,6 @@ def test_unfinished_traces_stay_out_of_the_kl_and_the_answer_term(gate):
     settings = dict(alpha=0.5, composite_weight=0.4, nll_gate=gate, reward=reward)
     new, old, batch, credit, config = credited_step(**settings)
     _, parts, _ = loss_and_gradient(new, old, batch, credit, config)
-    assert torch.equal(credit.kl_mask, batch.finished)
     done = batch.finished[:, None]
     moved = (torch.where(done, x, x - 1) for x in (new.prior, new.posterior, new.answer))
     moved = LogProbs(*moved, new.answer_mask)

@@ -3,8 +3,6 @@
 A rising reward is no proof of reasoning. The first evaluation is what later ones are compared with.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,8 +23,8 @@ def alarms(
 ) -> dict[str, str]:
     """What a reader should know about a run now, by kind; empty where nothing is wrong.
 
-    metrics: lines of ``metrics.jsonl``; evaluations: lines of ``evaluations.jsonl``; method: the run's, which
-    decides the advice. Lines written by older versions lack some values; the rules that need them are left out.
+    metrics and evaluations are lines of these files; those of older versions lack some values, and the rules that need
+    them are left out. The run's method decides the advice.
     """
     remedy = "use method='covrl' or 'verifree', or lower nll_weight"
     if method in ("covrl", "verifree", "grpo"):  # then it is the task: too few traces lead to the answer

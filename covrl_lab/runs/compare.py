@@ -9,8 +9,6 @@ A bootstrap over n runs cannot know of scores beyond the lowest and the highest:
 interval goes from the one to the other, and holds the median of further runs in 75% of cases only.
 """
 
-from __future__ import annotations
-
 import glob
 import itertools
 import os
@@ -26,7 +24,7 @@ import pandas as pd
 from ..config import RunConfig
 from ..types import ConfigError, did_you_mean
 from .folder import Run, load_run, steps_in
-from .stats import interquartile_mean, share_interval
+from .stats import TAILS, interquartile_mean, share_interval
 
 OVER = ("seeds", "questions", "both")
 TASK_SETTINGS = "task difficulty question_column answer_column trace_column dataset_config dataset_split".split()
@@ -201,22 +199,18 @@ def _tables(frame: pd.DataFrame) -> dict[str, Tables]:
 
 @dataclass(frozen=True)
 class Resampling:
-    """How bootstrap intervals are made. ConfigError for a setting that cannot work.
+    """How 95% bootstrap intervals are made. ConfigError for a setting that cannot work.
 
     What a resample draws anew is ``over``: "seeds", the runs of each task; "questions", the held-out questions of each
     task, the same for all its runs; "both" at once, independently, which is the widest.
     """
 
     over: str = "both"
-    confidence: float = 0.95  # share of the resamples that an interval holds
     resamples: int = 10_000
-    seed: int = 0  # of the draws
 
     def __post_init__(self) -> None:
         if self.over not in OVER:
             raise ConfigError(f"unknown over {self.over!r}{did_you_mean(self.over, OVER)}")
-        if not 0 < self.confidence < 1:
-            raise ConfigError(f"confidence must be between 0 and 1, not {self.confidence!r}")
         if self.resamples < 1:
             raise ConfigError(f"resamples must be 1 or more, not {self.resamples!r}")
 
@@ -225,7 +219,7 @@ class Resampling:
         if self.over == "seeds" and all(len(table) == 1 for part in methods for table in part.values()):
             return float("nan"), float("nan")
         values = statistic(*(self._draws(tables, stream) for stream, tables in enumerate(methods)))
-        low, high = np.quantile(values, [(1 - self.confidence) / 2, (1 + self.confidence) / 2])
+        low, high = np.quantile(values, TAILS)
         return float(low), float(high)
 
     def _draws(self, tables: Tables, stream: int) -> list[np.ndarray]:
@@ -240,16 +234,14 @@ class Resampling:
             if self.over == "seeds":
                 means = np.tile(table.mean(axis=1).to_numpy(), (self.resamples, 1))
             elif table.isna().any(axis=None):
-                raise ConfigError(
-                    f"the runs on {task} were asked different held-out questions, which cannot be drawn "
-                    "together; use over='seeds'"
-                )
+                problem = f"the runs on {task} were asked different held-out questions"
+                raise ConfigError(f"{problem}, which cannot be drawn together; use over='seeds'")
             else:
-                random = np.random.default_rng([self.seed, k, 0])
+                random = np.random.default_rng([0, k, 0])
                 counts = random.multinomial(questions, np.full(questions, 1 / questions), self.resamples)
                 means = counts @ table.to_numpy().T / questions
             if self.over != "questions":
-                random = np.random.default_rng([self.seed, k, 1, stream])
+                random = np.random.default_rng([0, k, 1, stream])
                 chosen = random.integers(runs, size=(self.resamples, runs))
                 means = np.take_along_axis(means, chosen, axis=1)
             drawn.append(means)
@@ -303,7 +295,7 @@ def performance(frame: pd.DataFrame, resampling: Resampling = RESAMPLING) -> pd.
                 value = float(statistic(_observed(part)))
                 low, high = resampling.interval(statistic, part)
                 if resampling.over != "seeds" and runs.mean() in (0, 1):
-                    _, low, high = share_interval(value * questions, questions, resampling.confidence)
+                    _, low, high = share_interval(value * questions, questions)
                 row |= {column: value, f"{column}_low": low, f"{column}_high": high}
             row |= {"lowest": float(runs.min()), "highest": float(runs.max())}
             if "trace_use" in frame and frame["trace_use"].notna().any():
@@ -340,10 +332,8 @@ def paired_differences(frame: pd.DataFrame, reference: str = "", resampling: Res
         gain = {}
         for task, table in mine.items():
             if set(table.columns) != set(other[task].columns):
-                raise ConfigError(
-                    f"{x!r} and {y!r} were asked different held-out questions of {task}; pairs need the same "
-                    "task settings and eval_questions"
-                )
+                problem = f"{x!r} and {y!r} were asked different held-out questions of {task}"
+                raise ConfigError(f"{problem}; pairs need the same task settings and eval_questions")
             shared = table.index.intersection(other[task].index)
             if not len(shared):
                 seeds = [", ".join(map(str, t.index)) for t in (table, other[task])]
@@ -352,7 +342,7 @@ def paired_differences(frame: pd.DataFrame, reference: str = "", resampling: Res
         questions = sum(table.shape[1] for table in gain.values())
         low, high = resampling.interval(_mean, gain)
         if resampling.over != "seeds" and not any(table.to_numpy().any() for table in gain.values()):
-            high = share_interval(0, questions, resampling.confidence)[2]
+            high = share_interval(0, questions)[2]
             low = -high
         by_seed = pd.concat([table.mean(axis=1) for table in gain.values()], axis=1).mean(axis=1)
         mean = float(_mean(_observed(gain)))
@@ -376,13 +366,12 @@ def probability_of_improvement(
     return pd.DataFrame(rows, columns=["method", "against", "probability", "low", "high"])
 
 
-def over_seeds(frame: pd.DataFrame, value: str, confidence: float = 0.95) -> pd.DataFrame:
-    """Mean of ``value`` by method and alpha, with its bootstrap interval over seeds.
+def over_seeds(frame: pd.DataFrame, value: str) -> pd.DataFrame:
+    """Mean of ``value`` by method and alpha, with its 95% bootstrap interval over seeds; one run gives a point.
 
-    Columns: method, alpha, runs, mean, low, high. One run gives a point. At 95%, two or three runs give an
-    interval from the lowest to the highest.
+    Columns: method, alpha, runs, mean, low, high. Two or three runs give an interval from the lowest to the highest.
     """
-    resampling, rows = Resampling("seeds", confidence), []
+    resampling, rows = Resampling("seeds"), []
     for (method, alpha), group in frame.dropna(subset=[value]).groupby(["method", "alpha"], sort=True):
         scores = group[[value]].astype(float)
         mean = float(scores[value].mean())

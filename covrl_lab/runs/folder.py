@@ -1,7 +1,5 @@
 """Run folders read into data frames; no torch, no model. CONTRIBUTING.md lists the files of a run folder."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Sequence
@@ -10,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pandas as pd
 import pyarrow as pa
@@ -21,10 +19,31 @@ from ..files import read_object, readable, write_whole
 from ..types import ConfigError
 from .alarms import alarms
 
-TRACE_COLUMNS = """
-step rollout example_id question answer source finished trace tokens token_ids logp logq answer_logp log_ratio
-reward advantage answer_weight posterior_advantage no_trace_logp prediction right answer_tokens
-""".split()
+# Of ``Run.traces``; the last are of later versions.
+TRACE_COLUMNS = {
+    "step": "training step, from 1",
+    "rollout": "number of the trace within its step, from 0",
+    "example_id": "of the question",
+    "question": "question x",
+    "answer": "reference answer y",
+    "source": "prompt that drew the trace: prior (shows x) or posterior (shows x and y)",
+    "finished": "whether the trace ended within the limit",
+    "trace": "reasoning trace z",
+    "tokens": "text of each token of the trace",
+    "token_ids": "id of each token of the trace",
+    "logp": "log-probability of each token after the prior prompt, nats",
+    "logq": "log-probability of each token after the posterior prompt, nats; null where it was not needed",
+    "answer_logp": "log-probability of each token of y after x and z, nats",
+    "log_ratio": "log p'/h of each token, trained composite over sampling mixture, before the update, nats",
+    "reward": "the method's reward, in nats or a probability",
+    "advantage": "factor of the trace's policy-gradient term",
+    "answer_weight": "factor of the answer's log-likelihood term",
+    "posterior_advantage": "factor of the trace's log q term; NaN where the method has none",
+    "no_trace_logp": "log-probability of y without a trace, nats; NaN where the method has none",
+    "prediction": "the model's own greedy answer after the trace; null without a verifier",
+    "right": "whether that answer earned full marks; null without a verifier",
+    "answer_tokens": "text of each token of y, as in answer_logp",
+}
 CACHE = "traces_cache.parquet"  # beside traces/, whose time says when the run last wrote; safe to delete
 SHARED = "covrl_lab.json"  # of an adapter that ``covrl-lab share`` wrote: its step, settings and versions
 CACHE_FROM = 500  # files; a run of fewer is read soon enough without
@@ -34,7 +53,7 @@ step rollout example_id question answer source trace finished reward advantage r
 """.split()
 # What no line may lack, and no table that a view draws: older versions lack other columns.
 _IN_LINES = {"metrics": ["step", "seconds"], "evaluations": "step accuracy accuracy_low accuracy_high".split()}
-_IN_TABLES = {"traces": TRACE_COLUMNS[:17]}
+_IN_TABLES = {"traces": list(TRACE_COLUMNS)[:17]}
 _IN_TABLES["evaluations"] = "example_id sample question answer prediction score finished trace trace_tokens".split()
 
 
@@ -150,7 +169,7 @@ class Run:
     # What is wrong with files that were read, a sentence by file, of ``forgiving``; None: it raises a ConfigError.
     damage: dict[str, str] | None = field(default=None, compare=False)
 
-    def forgiving(self) -> Run:
+    def forgiving(self) -> Self:
         """The same run for a view: what is damaged is left out, and stands in ``damage`` and ``alarms``."""
         return replace(self, damage={})
 
@@ -270,21 +289,14 @@ class Run:
             return pa.concat_tables(tables, promote_options="permissive")
 
     def traces(self, *steps: int) -> pd.DataFrame:
-        """One row a rollout of the given steps (all without arguments), with per-token lists.
-
-        Columns: step, rollout, example_id, question, answer, source, finished, trace, tokens (text),
-        token_ids, logp, logq (nats a token), log_ratio (log p'/h a token), answer_logp (nats a token),
-        reward, advantage, answer_weight, and, NaN where the method has none, posterior_advantage and
-        no_trace_logp (log p(y|x) without a trace, nats), and, None without a verifier, prediction (the model's own
-        greedy answer after the trace) and right (whether it earned full marks); answer_tokens (text, as answer_logp).
-        """
+        """One row a rollout of the given steps (all without arguments); ``TRACE_COLUMNS`` says what is in it."""
         chosen = steps or self.steps
         files = [step_file(self.path / "traces", step) for step in chosen]
         missing = [step for step, file in zip(chosen, files, strict=True) if not file.exists()]
         if missing:
             raise ConfigError(f"{self.path} has no traces of step {missing[0]}; it has {self.steps}")
         tables = self._tables("traces", chosen)
-        return self._joined(tables).to_pandas() if tables else pd.DataFrame(columns=TRACE_COLUMNS)
+        return self._joined(tables).to_pandas() if tables else pd.DataFrame(columns=list(TRACE_COLUMNS))
 
     def trace_columns(self, columns: Sequence[str] = INDEX_COLUMNS, only: Sequence[int] = ()) -> pd.DataFrame:
         """Some columns of ``traces()``, of all steps or ``only`` these; empty where a step's file lacks one.

@@ -1,7 +1,5 @@
 """Stars and notes that readers give traces, kept beside the run in ``notes.json``."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Held-out questions through a run's evaluations: which were learned, gained and lost. Greedy answers only."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 

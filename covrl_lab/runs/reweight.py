@@ -4,12 +4,10 @@ The definitions are those of ``objectives``, in whose symbols everything here is
 of the longest; padding and what is not known are NaN.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import product
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -58,7 +56,7 @@ class Settings:
             raise ConfigError(f"clip_range is {self.clip_range}; it must be above 0")
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Settings:
+    def of(cls, config: Mapping[str, Any]) -> Self:
         """Those of a run (``Run.config``); the defaults where it does not say."""
         given = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
         return cls(**given, whole_traces=config.get("method") == "covrl" and "evidence_floor" in config)
@@ -83,7 +81,7 @@ class Traces:
     posterior_advantage: np.ndarray | None = None  # (N,) the factor of log q; None where the method has none
 
     @classmethod
-    def of(cls, frame: pd.DataFrame) -> Traces:
+    def of(cls, frame: pd.DataFrame) -> Self:
         """From rows of ``Run.traces`` or ``trace_frame``."""
         lengths = np.array([len(row) for row in frame["logp"]], dtype=int)
         earned = {name: frame[name] for name in ("advantage", "reward", "posterior_advantage") if name in frame}

@@ -7,10 +7,8 @@ folder/
     lock               held by the process that executes the run; says where that is
     done.json, failed.json, cancelled.json   how it ended; absent while it waits or runs
 
-Every process that sees the folder sees the same table. An interrupted run resumes from its checkpoint.
+Every process that sees the folder sees the same table.
 """
-
-from __future__ import annotations
 
 import itertools
 import math
@@ -21,17 +19,17 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Future
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 
 from ..config import RunConfig
-from ..files import refuse_links
+from ..files import fcntl, refuse_links
 from ..types import ConfigError
 from .folder import read_lines, steps_done
-from .worker import ENDS, POLL_SECONDS, check_platform, first_line, status, supervise, write_end
+from .worker import ENDS, POLL_SECONDS, first_line, status, supervise, write_end
 
 # In a checkout the notebooks lie beside the package; an installed wheel holds this one inside it.
 _PLACES = [Path(__file__).resolve().parents[up] / "notebooks" / "03_train.ipynb" for up in (2, 1)]
@@ -58,9 +56,8 @@ class LocalExecutor:
 class Sweep:
     """Every combination of ``grid``'s values over the settings ``base``, one run folder each.
 
-    folder: holds the run folders. Without a grid, the sweep is what the folder holds already.
-    base, grid: fields of ``RunConfig``; a point given twice, also by two spellings of the same configuration,
-    is one run. ``run_dir`` is the sweep's own.
+    folder: holds the run folders. Without base and grid, the sweep is what the folder holds already.
+    base, grid: fields of ``RunConfig`` but ``run_dir``; a configuration given twice is one run.
     notebook: the papermill target, ``03_train.ipynb`` unless given.
     threads: of each run's numerical libraries; None: this machine's cores shared by the runs of the default
     executor, and with another executor what its workers' environment says.
@@ -79,8 +76,7 @@ class Sweep:
         threads: int | None = None,
         timeout_minutes: float | None = None,
     ) -> None:
-        self.folder, self.notebook = Path(folder), Path(notebook or NOTEBOOK)
-        self.base = dict(base or {})
+        self.folder, self.notebook, self.base = Path(folder), Path(notebook or NOTEBOOK), dict(base or {})
         self.threads, self.timeout_minutes = threads, timeout_minutes
         for name, value in (("threads", threads), ("timeout_minutes", timeout_minutes)):
             if value is not None and not 0 < value < math.inf:
@@ -89,10 +85,8 @@ class Sweep:
             raise ConfigError(f"there is no notebook {str(self.notebook)!r}; give notebook= its path")
         self.runs: dict[str, RunConfig] = {}  # id -> configuration
         if base is None and grid is None:
-            for path in sorted(self.folder.glob("*/config.json")):
-                config = RunConfig.load(path)
-                if config.run_id() == path.parent.name:
-                    self.runs[path.parent.name] = config
+            stored = {path.parent.name: RunConfig.load(path) for path in sorted(self.folder.glob("*/config.json"))}
+            self.runs = {name: config for name, config in stored.items() if config.run_id() == name}
             if not self.runs:
                 raise ConfigError(f"{str(self.folder)!r} holds no runs of a sweep; give base and grid")
         else:
@@ -116,8 +110,7 @@ class Sweep:
     def varied(self) -> list[str]:
         """The settings in which the runs differ, in the order of ``RunConfig``."""
         values = [config.to_dict() for config in self.runs.values()]
-        names = [field.name for field in fields(RunConfig) if field.name != "run_dir"]
-        return [name for name in names if len({v[name] for v in values}) > 1]
+        return [name for name in values[0] if name != "run_dir" and len({v[name] for v in values}) > 1]
 
     def table(self) -> pd.DataFrame:
         """One row a run, from the files as they are now.
@@ -131,12 +124,11 @@ class Sweep:
             path = self.path(run_id)
             how, reason = status(path)
             metrics, evaluations = (read_lines(path / name) for name in ("metrics.jsonl", "evaluations.jsonl"))
-            reason = reason or metrics.fault or evaluations.fault
-            metrics, evaluations = metrics.records, evaluations.records
             row = {"id": run_id} | {name: getattr(config, name) for name in varied}
-            row |= {"status": how, "reason": reason, "step": len(metrics), "steps": config.steps}
-            row["accuracy"] = evaluations[-1]["accuracy"] if evaluations else None
-            row["seconds"] = round(sum(record["seconds"] for record in metrics), 1)
+            row |= {"status": how, "reason": reason or metrics.fault or evaluations.fault}
+            row |= {"step": len(metrics.records), "steps": config.steps}
+            row["accuracy"] = evaluations.records[-1]["accuracy"] if evaluations.records else None
+            row["seconds"] = round(sum(record["seconds"] for record in metrics.records), 1)
             rows.append(row)
         return pd.DataFrame(rows)
 
@@ -157,8 +149,8 @@ class Sweep:
         """Why the driver takes no more runs, if it does not."""
         return self._driver.error if self._driver is not None else None
 
-    def submit(self, executor: Any = None, workers: int | None = None) -> Sweep:
-        """Start driving in the background; returns at once. A sweep that is driven already is left as it is.
+    def submit(self, executor: Any = None, workers: int | None = None) -> Self:
+        """Start driving in the background, if it is not driven already; returns at once.
 
         executor: anything with ``submit(function, *args)`` whose futures have ``done()`` and ``result()``
         and whose workers see ``folder``; None: processes on this machine, each with one of its GPUs. workers:
@@ -166,7 +158,8 @@ class Sweep:
         """
         if self.driven:
             return self
-        check_platform()
+        if fcntl is None:
+            raise ConfigError("a sweep needs Linux or macOS; train one run at a time here, or use WSL")
         if workers is not None and workers < 1:
             raise ConfigError(f"workers must be 1 or more, not {workers!r}")
         for run_id, config in self.runs.items():
@@ -182,17 +175,16 @@ class Sweep:
         self._driver.start()
         return self
 
-    def wait(self, timeout_seconds: float | None = None) -> Sweep:
+    def wait(self, timeout_seconds: float | None = None) -> Self:
         """Wait until the driver has nothing left to do, or for ``timeout_seconds``."""
         if self._driver is not None:
             self._driver.join(timeout_seconds)
         return self
 
     def run(self, executor: Any = None, workers: int | None = None, progress: bool = True) -> pd.DataFrame:
-        """Drive to the end and return the table. Ctrl-C ends the runs on this machine; they resume next time.
+        """Drive to the end and return the table; ``progress`` prints a line when a run starts or ends.
 
-        progress: print a line when a run starts or ends. RuntimeError where the executor broke; the runs it
-        had not finished stay queued.
+        Ctrl-C ends the runs on this machine; they resume next time. RuntimeError where the executor broke.
         """
         self.submit(executor, workers)
         seen = dict.fromkeys(self.runs, "queued")
@@ -232,10 +224,7 @@ class Sweep:
                 write_end(path, "cancelled", f"after step {steps_done(path)}")
 
     def retry(self, *run_ids: str) -> list[str]:
-        """Queue failed or cancelled runs again (without arguments all that failed); returns their ids.
-
-        They resume from their last checkpoint as soon as the sweep is driven.
-        """
+        """Queue failed or cancelled runs again (without arguments all that failed); returns their ids."""
         chosen = self._known(run_ids) or [i for i, how in self.statuses.items() if how == "failed"]
         chosen = [i for i in chosen if status(self.path(i))[0] in ("failed", "cancelled")]
         for run_id in chosen:
@@ -257,10 +246,10 @@ class _Driver(threading.Thread):
         super().__init__(daemon=True)
         self.sweep, self.local = sweep, executor is None
         self.executor = executor or LocalExecutor()
-        self.workers = workers or (1 if self.local else len(sweep.runs))
-        self.threads = sweep.threads
+        self.workers, self.threads = workers or (1 if self.local else len(sweep.runs)), sweep.threads
         if self.threads is None and self.local:
-            self.threads = max(1, _cores() // self.workers)
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            self.threads = max(1, cores // self.workers)
         self.error: str | None = None  # why it takes no more runs, if it does not
         self.stopped = threading.Event()
         self.submitted: dict[str, tuple[Any, str | None]] = {}  # id -> future, and the run's GPU on this machine
@@ -321,11 +310,6 @@ def gpus() -> list[str]:
     except OSError:
         return []
     return re.findall(r"^GPU (\d+):", found, re.MULTILINE)
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def listed(text: str) -> list[str]:

@@ -3,11 +3,7 @@
 A run is executed by a process of its own, ``python -m covrl_lab.runs.worker``. That process, its kernel and
 whoever watches it share the operating system's lock on ``lock``, which is free when the last of them is gone.
 So a crash leaves nothing locked, and two sweeps on one folder never execute a run at the same time.
-
-Executing runs needs Linux or macOS. Looking at run folders works everywhere.
 """
-
-from __future__ import annotations
 
 import ctypes
 import json
@@ -25,7 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..config import RunConfig
-from ..files import fcntl, lock, locked, read_object, write_whole
+from ..files import lock, locked, read_object, write_whole
 from ..types import ConfigError
 from .folder import steps_done
 
@@ -34,15 +30,6 @@ POLL_SECONDS = 0.3
 STOP_SECONDS = 60.0  # that a stopped run has to finish its step and save a checkpoint
 STOPPED = "its sweep was stopped"  # what a sweep writes into a run's file STOP: such a run stays queued
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
-
-
-def check_platform() -> None:
-    """ConfigError where this system cannot execute the runs of a sweep."""
-    if fcntl is None:
-        raise ConfigError("a sweep needs Linux or macOS; train one run at a time here, or use WSL")
-
-
-# --- one run folder
 
 
 def first_line(text: str) -> str:
@@ -80,8 +67,7 @@ def _die_with_parent() -> None:
 def execute(folder: Path, notebook: Path, lock: int, sockets: str) -> None:
     """Execute a run in this process, and write down how it ended; raises what the notebook raised.
 
-    lock: file descriptor of the run's lock, which the kernel inherits. The kernel dies with this process.
-    sockets: folder for the kernel's sockets, which whoever watches this process removes.
+    lock: file descriptor of the run's lock, which the kernel inherits. sockets: folder for the kernel's sockets.
     """
     import papermill
     from jupyter_client.manager import AsyncKernelManager
@@ -145,12 +131,10 @@ def supervise(
 ) -> str:
     """Execute one run in a process of its own and watch it; returns the run's status.
 
-    Does nothing for a run that has ended or is at work elsewhere. threads: of the run's numerical libraries;
-    None leaves the environment's. gpu: the only one that the run sees; None: all. The process is killed when
-    the run is cancelled, or after ``timeout_minutes``. When ``stop`` is set, the run ends after its step, or is killed
-    after STOP_SECONDS, and stays queued.
+    Does nothing for a run that has ended or is at work elsewhere. threads: of its numerical libraries; None: as the
+    environment says. gpu: the only one that the run sees; None: all. The process is killed when the run is cancelled,
+    or after ``timeout_minutes``. After ``stop`` the run ends its step, within STOP_SECONDS, and stays queued.
     """
-    check_platform()
     path = Path(folder)
     with open(path / "lock", "a", encoding="utf-8") as held:
         ours = lock(held) is not False and status(path)[0] not in ENDS
@@ -227,9 +211,8 @@ def _watch(
 
 
 def limit_cells(minutes: float) -> None:
-    """From the next cell on, a cell of this notebook that runs for longer fails; 0: no limit.
+    """From the next cell on, a cell of this notebook that runs for longer fails, also by hand; 0: no limit.
 
-    The limit is the kernel's own, so that it holds by hand and under papermill alike.
     ConfigError on Windows, which has no such alarm, unless ``minutes`` is 0.
     """
     if not hasattr(signal, "SIGALRM"):

@@ -5,8 +5,6 @@ Everything goes through the library's own functions (``objectives``, ``methods``
 and the temperature (``World.between``). Nothing here plots.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math
@@ -139,7 +137,7 @@ def method_gradients(world: World, name: str, config: RunConfig, reference: Tens
     for i in drawn.tolist():
         part, part_old = batch.rows([i]), old.rows([i])
         credit = method.credit(part, part_old, config, {})
-        totals = Totals.of(part, credit, part_old.answer_mask)
+        totals = Totals.of(part, part_old.answer_mask)
         loss, _ = method.loss(new.rows([i]), part_old, part, credit, totals, config)
         gradients.append(-world.gradient(loss))
     truth = world.gradient(_objective(world, name, config.composite_weight, reference))
@@ -208,7 +206,7 @@ def group_splits(world: World, size: int = 4, floor: float = -2.5) -> pd.DataFra
         for group in map(list, itertools.product(*sources)):
             part, part_old = dataclasses.replace(world.batch().rows(group), group_size=size), old.rows(group)
             credit = method.credit(part, part_old, config, {})
-            totals = Totals.of(part, credit, part_old.answer_mask)
+            totals = Totals.of(part, part_old.answer_mask)
             gradients.append(-world.gradient(method.loss(new.rows(group), part_old, part, credit, totals, config)[0]))
             probs.append(chances[group].prod())
             bound += (probs[-1] * (math.exp(floor) + credit.reward.mean()).log()).item()

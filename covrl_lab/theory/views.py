@@ -1,7 +1,5 @@
 """Figures and the panel of the estimators: exact sums as lines, means of random draws as points."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import ipywidgets as widgets

@@ -4,9 +4,8 @@ Whatever a formula claims about an expectation is computed here as a plain sum i
 library's losses, which see one rollout at a time, can be held against it to rounding error.
 """
 
-from __future__ import annotations
-
 from itertools import product
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ class World:
         self.answer = [table(len(self.traces)) for _ in range(answer_tokens)]
 
     @classmethod
-    def of_reasoning(cls, right: float, posterior: float = 1.0) -> World:
+    def of_reasoning(cls, right: float, posterior: float = 1.0) -> Self:
         """One-token traces of which one leads to the answer; the prior writes it with probability ``right``.
 
         The answer has probability 0.99 after it and 0.002 after the others. q is proportional to
@@ -51,7 +50,7 @@ class World:
     def parameters(self) -> list[Tensor]:
         return [*self.prior, *self.posterior, *self.answer]
 
-    def between(self, distance: float, temperature: float = 1.0) -> World:
+    def between(self, distance: float, temperature: float = 1.0) -> Self:
         """A copy with posterior logits at prior + ``distance`` (posterior - prior), and a temperature.
 
         Distance 0 makes q = p, 1 keeps q as it is. The logits of traces, not those of answers, are divided by

@@ -1,9 +1,4 @@
-"""Cards of shared runs: what a model and a data set of traces are, read from the run folder.
-
-Settings and names come from whoever made the run. YAML is written by a library; in the text they are code, or literals.
-"""
-
-from __future__ import annotations
+"""Cards of shared runs. Names and settings are somebody's: in the text they are code, in YAML a library writes them."""
 
 import json
 import os
@@ -20,7 +15,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 from .. import __version__
 from ..config import RunConfig
 from ..defaults import settings_read
-from ..runs.folder import SHARED, Run, by_set
+from ..runs.folder import SHARED, TRACE_COLUMNS, Run, by_set
 from .embedded import EMBEDDED
 from .models import ALIASES
 
@@ -30,32 +25,6 @@ PAPERS = {"covrl": "2512.12576", "covrl_published": "2512.12576", "jlb": "2503.1
 PAPERS |= {"latro": "2411.04282", "rlpr": "2506.18254", "ravr_like": "2510.25206", "grpo": "2402.03300"}
 NO_SETTINGS = ("run_dir", "tracker", "memory_gib")  # of one machine
 _PLAIN = re.compile(r"[\w ./,:@*+=()\"'-]+", re.ASCII)
-COLUMNS = {
-    "step": "training step, from 1",
-    "rollout": "number of the trace within its step, from 0",
-    "example_id": "of the question",
-    "question": "question x",
-    "answer": "reference answer y",
-    "source": "prompt that drew the trace: prior (shows x) or posterior (shows x and y)",
-    "finished": "whether the trace ended within the limit",
-    "trace": "reasoning trace z",
-    "tokens": "text of each token of the trace",
-    "token_ids": "id of each token of the trace",
-    "logp": "log-probability of each token after the prior prompt, nats",
-    "logq": "log-probability of each token after the posterior prompt, nats; null where it was not needed",
-    "answer_logp": "log-probability of each token of y after x and z, nats",
-    "log_ratio": "log p'/h of each token, trained composite over sampling mixture, before the update, nats",
-    "reward": "the method's reward, in nats or a probability",
-    "advantage": "factor of the trace's policy-gradient term",
-    "answer_weight": "factor of the answer's log-likelihood term",
-    "posterior_advantage": "factor of the trace's log q term; NaN where the method has none",
-    "no_trace_logp": "log-probability of y without a trace, nats; NaN where the method has none",
-    "prediction": "the model's own greedy answer after the trace; null without a verifier",
-    "right": "whether that answer earned full marks; null without a verifier",
-    "answer_tokens": "text of each token of y, as in answer_logp",
-}
-
-
 FILES = {
     "adapter_model.safetensors": "the adapter, with `adapter_config.json` in PEFT's layout",
     SHARED: "step, every setting, versions; with it the folder is a checkpoint for covrl_lab",
@@ -176,7 +145,7 @@ def trace_card(config: RunConfig, name: str, rows: int) -> DatasetCard:
         f"{rows:,} reasoning traces that {code(config.model)} wrote for {code(config.task)} while it was trained with "
         f"`{config.method}`, with their log-probabilities before each step's update. Temperature {config.temperature}.",
         "Licence: not stated; questions and answers are those of the task.",
-        table(["column", "what it is"], [[f"`{k}`", text] for k, text in COLUMNS.items()]),
+        table(["column", "what it is"], [[f"`{k}`", text] for k, text in TRACE_COLUMNS.items()]),
     ]
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 

@@ -4,8 +4,6 @@ METHODS.md has them in a table, with what differs from their papers and public c
 c_y the factor of log p(y|x,z); sums over traces of a group are written with j.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -56,7 +54,6 @@ def covrl_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: Sta
         reward=evidence.to(old.prior),
         advantage=(credit - baseline * prior_weight).to(old.prior),
         answer_weight=credit.to(old.prior),
-        kl_mask=batch.finished,
         method_state=dict(state),
         posterior_advantage=None if posterior_advantage is None else posterior_advantage.to(old.prior),
     )
@@ -70,9 +67,8 @@ def adapt_alpha(batch: TraceBatch, old: LogProbs, credit: Credit, config: RunCon
     """The state after a step, with alpha moved by ``alpha_rate`` towards the best mixture of the two prompts.
 
     Traces in proportion to their credit are draws of the true posterior p(z|x,y). The best mixture is the nearest to it
-    in KL: it maximises the mean of log(alpha P(z) + (1 - alpha) Q(z)) over them (population Monte Carlo, Douc et al.
-    2007). A tenth of log alpha is added: where the prompts write alike any mixture would do, and the prior will.
-    alpha stays between its setting and ``MAX_ALPHA``.
+    in KL (population Monte Carlo, Douc et al. 2007). A tenth of log alpha is added: where the prompts write alike any
+    mixture would do, and the prior will. alpha stays between its setting and ``MAX_ALPHA``.
     """
     state, worth = credit.method_state, credit.answer_weight.double()
     if not config.alpha_rate or config.alpha >= MAX_ALPHA or float(worth.mean()) < MIN_CREDIT:
@@ -105,7 +101,7 @@ def jlb_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: State
         n * improvement.flatten(), batch.group_size, "none", config.advantage_scale, config.advantage_clip
     )
     answer_weight = (n * (sets - total).exp()).flatten() * batch.finished
-    return Credit(reward, advantage, answer_weight, batch.finished)
+    return Credit(reward, advantage, answer_weight)
 
 
 def latro_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: State) -> Credit:
@@ -118,7 +114,7 @@ def latro_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: Sta
     reward = answer_reward(old, config.reward) - config.reference_kl_weight * log_ratio
     reward = floor_unfinished(reward, batch, config.reward, config.unfinished_penalty)
     advantage = advantages(reward, batch.group_size, config.baseline, config.advantage_scale, config.advantage_clip)
-    return Credit(reward, advantage, batch.finished.to(reward), batch.finished)
+    return Credit(reward, advantage, batch.finished.to(reward))
 
 
 RLPR_WARMUP, RLPR_DECAY = 10, 0.99  # steps before the filter acts; decay of its running mean
@@ -147,7 +143,7 @@ def rlpr_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: Stat
         advantage = torch.where(keep, advantage, 0.0)
     average = RLPR_DECAY * average + (1 - RLPR_DECAY) * float(deviation.mean())
     after = {"rlpr_steps": seen + 1, "rlpr_std": average}
-    return Credit(reward, advantage, torch.zeros_like(reward), batch.finished, after)
+    return Credit(reward, advantage, torch.zeros_like(reward), after)
 
 
 def repeats(batch: TraceBatch) -> Tensor:
@@ -167,14 +163,14 @@ def grpo_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: Stat
     """
     reward = batch.verifier_reward.to(old.prior.dtype) * batch.finished
     advantage = advantages(reward, batch.group_size, config.baseline, config.advantage_scale, config.advantage_clip)
-    return Credit(reward, advantage, torch.zeros_like(reward), batch.finished)
+    return Credit(reward, advantage, torch.zeros_like(reward))
 
 
 @dataclass(frozen=True)
 class Method:
     """A method: credit of a step's rollouts, the loss that spends it, and what it needs beyond p, q and y.
 
-    by_group: a group's credit depends on that group alone, and finished traces enter the KL.
+    by_group: a group's credit depends on that group alone.
     needs: any of "ref_prior", "bare_answer" and "no_trace" (``LogProbs``) and "verifier_reward" (``TraceBatch``).
     next_state: the numbers carried to the next step, from the whole step's.
     """

@@ -17,11 +17,10 @@ METHODS.md says where its gradient is exactly that of a bound on log p(y|x). Wit
 hybrid are the prior, and it is REINFORCE or PPO on the traces plus an answer term.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -196,7 +195,7 @@ def likelihood_credit(
     else:
         log_weight = trace_log_weight(old, batch.mask, config.composite_weight, config.alpha)
         answer_weight = (log_weight.clamp_max(LOG_RATIO_CAP).exp() * batch.finished).to(reward)
-    return Credit(reward=reward, advantage=advantage, answer_weight=answer_weight, kl_mask=batch.finished)
+    return Credit(reward, advantage, answer_weight)
 
 
 def trace_log_weight(logprobs: LogProbs, mask: Tensor, weight: float, alpha: float) -> Tensor:
@@ -215,19 +214,14 @@ class Totals:
 
     traces: int
     trace_tokens: int
-    kl_tokens: int
+    kl_tokens: int  # of finished traces
     answer_tokens: int
 
     @classmethod
-    def of(cls, batch: TraceBatch, credit: Credit | None, answer_mask: Tensor) -> Totals:
-        """Count a step; ``answer_mask`` is (N, A). Before the credit is known, finished traces enter the KL."""
-        kl_mask = batch.finished if credit is None else credit.kl_mask
-        return cls(
-            traces=len(batch),
-            trace_tokens=int(batch.mask.sum()),
-            kl_tokens=int((batch.mask & kl_mask[:, None]).sum()),
-            answer_tokens=int(answer_mask.sum()),
-        )
+    def of(cls, batch: TraceBatch, answer_mask: Tensor) -> Self:
+        """Count a step; ``answer_mask`` is (N, A)."""
+        counted = (batch.mask, batch.mask & batch.finished[:, None], answer_mask)
+        return cls(len(batch), *(int(mask.sum()) for mask in counted))
 
 
 def clipped_ratio(
@@ -271,7 +265,7 @@ def coupled_loss(
     loss = parts["policy"] + config.nll_weight * parts["nll"]
     if new.posterior is not None and config.composite_weight < 1:
         kl = kl_estimate(new, old, batch.from_prior, config.composite_weight, config.kl_gradient)
-        parts["kl"] = mean(kl, batch.mask & credit.kl_mask[:, None], totals.kl_tokens)
+        parts["kl"] = mean(kl, batch.mask & batch.finished[:, None], totals.kl_tokens)
         loss = loss + config.kl_weight * parts["kl"]
     parts["clipped_share"] = (clipped & batch.mask).sum() / max(1, totals.trace_tokens)
     return loss, {name: value.detach() for name, value in parts.items()}

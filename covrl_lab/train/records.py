@@ -1,7 +1,5 @@
 """What a step measures: its line of ``metrics.jsonl`` and its rows of ``traces``."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,8 +21,8 @@ from .scoring import packed_tokens
 class StepRecord:
     """What one step measured; a line of ``metrics.jsonl``. A mean over no trace is None.
 
-    Rewards and log-probabilities are in nats (or probabilities, where the method's reward is one), KL in
-    nats a token, seconds are wall-clock. ``*_prior`` and ``*_posterior`` are means over traces by source.
+    Rewards and log-probabilities are in nats (or probabilities, where the method's reward is one), KL in nats a token,
+    seconds are wall-clock. ``*_prior`` and ``*_posterior`` are means over traces by source.
     """
 
     step: int
@@ -77,8 +75,7 @@ def step_record(
 ) -> StepRecord:
     """The record of step ``step`` (from 1). ``old`` are the log-probabilities before its update.
 
-    ``measured`` are the fields that the training loop knows: gradient_norm, learning_rate, skipped, accuracy,
-    seconds_sampling and seconds_update.
+    ``measured`` are the fields that the training loop knows, such as gradient_norm.
     """
 
     def mean(values: Tensor, keep: Tensor | None = None) -> float | None:
@@ -156,9 +153,8 @@ def trace_rows(
     columns["no_trace_logp"] = None if old.no_trace is None else old.no_trace.sum(1)
     for name, values in columns.items():
         frame[name] = float("nan") if values is None else values.tolist()
-    judged = batch.verifier_reward is not None
-    frame["prediction"] = batch.predictions if judged else None
-    frame["right"] = (batch.verifier_reward >= 1).tolist() if judged else None
+    frame["prediction"] = batch.predictions
+    frame["right"] = None if batch.verifier_reward is None else (batch.verifier_reward >= 1).tolist()
     frame["answer_tokens"] = frame.pop("answer_tokens")  # last, as files of earlier versions lack it
     return frame
 

@@ -1,7 +1,5 @@
 """The parts of a training step: verify traces, score them, add the loss's gradient, set the learning rate."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -88,7 +86,7 @@ def add_gradient(
     if credit is None and not once:
         credit = method.credit(batch, old, config, method_state)
     answers = pad_rows([torch.ones(len(p.answer), dtype=torch.bool) for p in own_prompts(prompts, batch)])
-    totals = Totals.of(batch, credit, answers)
+    totals = Totals.of(batch, answers)
     scored, earned, measured = [], [], []
     for part in parts:
         new = score(part)

@@ -4,14 +4,14 @@ Every random draw of step s comes from (seed, s), and questions are a pure funct
 checkpoint is the adapter, the optimiser and a step number, and a killed run resumes to the same numbers.
 """
 
-from __future__ import annotations
-
 import dataclasses
+import logging
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -34,7 +34,8 @@ from .records import StepRecord, step_record, trace_rows
 from .sampling import draw_sources, sample_traces
 from .step import add_gradient, must_skip, set_learning_rate, step_generator, verifier_rewards
 from .tasks import TaskSettings, check_task
-from .tracking import Tracker, announce, bar_values
+
+LOG = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -62,12 +63,12 @@ class Trainer:
         self.method = METHODS[config.method]
         self._judges = config.judge_traces or "verifier_reward" in self.method.needs
         self.policy: Policy | None = None
-        self._tracker: Tracker | None = None
+        self._trackers: list[Any] = []
         self._unrecorded = False  # whether the weights have been updated since the last whole record
         self._alarms: set[str] = set()  # kinds that have been said
         self._owner = nullcontext() if self.ranks.rank else Owner(self.run_dir)  # rank 0 writes
 
-    def setup(self) -> Trainer:
+    def setup(self) -> Self:
         """Load task, tokenizer and model, check prompt lengths, and resume; iterating does it, too."""
         if self.policy is None:
             device = self.ranks.start(self.config.device)
@@ -92,7 +93,7 @@ class Trainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with self.ranks.first(), self._owner:
             self.step, self.method_state, self.records, self._evaluations = resume(config, policy, self.optimizer)
-        self._tracker = Tracker("none" if self.ranks.rank else config.tracker, config, policy.device.type)
+        self._trackers = [] if self.ranks.rank else open_trackers(config, policy.device.type)
         self.policy, self.saved_step, self._unrecorded = policy, self.step, False
 
     # --- the loop
@@ -112,7 +113,8 @@ class Trainer:
                 elif self.saved_step != self.step:
                     self.save_checkpoint()
                 if self.step == self.config.steps:
-                    self._tracker.end()
+                    for tracker in self._trackers:  # Accelerate's own end would end the process group, too
+                        tracker.finish()
 
     def _steps(self) -> Iterator[StepRecord]:
         config = self.config
@@ -129,7 +131,8 @@ class Trainer:
                     self.ranks.on_first(Run(self.run_dir).forgiving().trace_columns)
                 if self.step % config.checkpoint_every == 0 or self.step == config.steps:
                     self.save_checkpoint()
-                self._tracker.log(record)
+                for tracker in self._trackers:
+                    tracker.log({k: v for k, v in self.records[-1].items() if v is not None}, step=record.step)
                 bar.update(1)
                 bar.set_postfix(bar_values(record, self._evaluations))
                 announce(alarms(self.records, self._evaluations, config.method), self._alarms, self.step, bar)
@@ -145,7 +148,7 @@ class Trainer:
         finally:
             bar.close()
 
-    def run(self) -> Trainer:
+    def run(self) -> Self:
         """Run to the end."""
         for _ in self:
             pass
@@ -237,3 +240,38 @@ class Trainer:
         self.ranks.on_first(append_line, self.run_dir / "evaluations.jsonl", summary)
         self._evaluations.append(summary)
         return summary
+
+
+# --- live progress: a tracker's and the bar's
+
+
+def open_trackers(config: RunConfig, device: str) -> list[Any]:
+    """Accelerate's tracker of a run, to which every record goes; none with "none"."""
+    if config.tracker == "none":
+        return []
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(log_with=config.tracker, project_dir=config.run_dir, cpu=device == "cpu")
+    settings = {k: v for k, v in config.to_dict().items() if v is not None}
+    accelerator.init_trackers("covrl_lab", config=settings)
+    return accelerator.trackers
+
+
+def bar_values(record: StepRecord, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What the progress bar shows: the record's numbers, and the latest of ``evaluations``."""
+    last = evaluations[-1] if evaluations else {}
+    shown = {"prior": record.reward_prior, "posterior": record.reward_posterior, "kl": record.kl}
+    shown |= {"finished": record.finished_share, "accuracy": last.get("accuracy")}
+    # In nats; where answers have no scorer, the first says more than the accuracy does.
+    shown |= {"answer": last.get("bound_k", last.get("answer_logprob")), "trace use": last.get("trace_dependence")}
+    return {name: f"{value:.2f}" for name, value in shown.items() if value is not None}
+
+
+def announce(alarms: Mapping[str, str], said: set[str], step: int, bar: tqdm) -> None:
+    """Say each kind of alarm once, in the log and above the progress bar; ``said`` holds those that were."""
+    for kind, alarm in alarms.items():
+        if kind not in said:
+            said.add(kind)
+            LOG.warning("step %d: %s", step, alarm)
+            if not bar.disable:
+                bar.write(f"step {step}: {alarm}", file=sys.stderr)
