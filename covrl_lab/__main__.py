@@ -5,8 +5,6 @@ more of them from a YAML file, or from one in ``covrl_lab/configs`` by its name;
 Imports stand inside the commands, so that help and reports start without torch.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal
@@ -22,8 +20,6 @@ from .types import ConfigError, did_you_mean
 _WORDS = {"None": None, "True": True, "False": False}
 _EVALUATED = ("max_answer_tokens", "device")  # what evaluate may change, besides eval_*
 _TOKENS = ("prompt_tokens", "question_tokens", "answer_tokens", "trace_tokens")  # of plan: counts it would estimate
-
-
 _SHARED = {  # flags of share
     "merged": "also the merged model, for plain transformers",
     "gguf": "also the adapter for llama.cpp",

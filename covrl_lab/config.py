@@ -48,10 +48,7 @@ _KINDS[str] = "text of at most 1,000 characters without NUL"
 
 
 class FieldType(NamedTuple):
-    """What a field of ``RunConfig`` takes: its plain type, whether None is allowed, choices, range.
-
-    A field of another type than text may have choices besides: "auto".
-    """
+    """What a field of ``RunConfig`` takes; a number or a truth value may have a choice besides: "auto"."""
 
     kind: type
     optional: bool
@@ -215,10 +212,7 @@ class RunConfig(metaclass=_Checked):
 
     @classmethod
     def from_namespace(cls, names: dict[str, Any], also: Iterable[str] = ()) -> Self:
-        """Build from a notebook's variables, ``globals()``, after ``check_parameters``.
-
-        ``also`` names the notebook's own parameters.
-        """
+        """Build from a notebook's variables, ``globals()``; ``also`` names its own parameters. Checked as below."""
         valid = [f.name for f in fields(cls)]
         check_parameters(names, [*valid, *also])
         plain = {name: names[name] for name in valid if name in names}
@@ -295,10 +289,8 @@ def _refuse_unread(config: RunConfig) -> None:
     read = METHOD_SETTINGS[config.method]
     for name, default in {**METHOD_DEFAULTS[config.method], **UNREAD}.items():
         if name not in read and (value := getattr(config, name)) != default:
-            raise ConfigError(
-                f"method={config.method!r} does not use {name}, so {name}={value!r} would have no effect; "
-                f"leave it out (it uses: {', '.join(sorted(read))})"
-            )
+            problem = f"method={config.method!r} does not use {name}, so {name}={value!r} would have no effect"
+            raise ConfigError(f"{problem}; leave it out (it uses: {', '.join(sorted(read))})")
 
 
 def _refuse_combinations(config: RunConfig) -> None:
@@ -314,11 +306,8 @@ def _refuse_combinations(config: RunConfig) -> None:
     if config.n_sample > 1:
         need(config.method == "jlb", "n_sample", "1 unless method='jlb'")
         need(config.reward == "sum_logprob", "reward", "'sum_logprob' when n_sample is above 1")
-        need(
-            config.rollouts_per_question % config.n_sample == 0,
-            "n_sample",
-            "a divisor of rollouts_per_question",
-        )
+        divides = config.rollouts_per_question % config.n_sample == 0
+        need(divides, "n_sample", "a divisor of rollouts_per_question")
     if config.nll_gate == "reward" and "probability" not in config.reward:
         raise ConfigError("nll_gate='reward' needs reward='probability' or 'mean_probability': weights >= 0")
     if (config.reward == "verdict") != (config.method == "grpo"):
@@ -340,10 +329,8 @@ def _refuse_combinations(config: RunConfig) -> None:
 def check_parameters(names: dict[str, Any], valid: Iterable[str]) -> None:
     """ConfigError for a plain value in a notebook's variables, ``globals()``, that is none of its parameters.
 
-    So a misspelt parameter is an error whether papermill injected it or a person typed it. Call it in the
-    first cell after the parameters. Not looked at: names with an underscore, IPython's own, and values that
-    are no literals (modules, functions, objects). Later calls check nothing: by then the notebook's own
-    variables stand beside its parameters.
+    So a misspelt parameter is an error, whoever set it. Call it in the first cell after the parameters; later calls
+    check nothing, as the notebook's own variables stand beside its parameters by then.
     """
     if names.get("_parameters_checked"):
         return

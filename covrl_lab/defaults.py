@@ -3,8 +3,6 @@
 The credit functions are in ``train/methods.py``, the losses in ``train/objectives.py``.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 # What holds unless a method says otherwise.

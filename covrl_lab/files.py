@@ -1,7 +1,5 @@
 """Files that others read or write at the same time, or that may be damaged: whole or not at all, and one owner."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

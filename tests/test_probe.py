@@ -45,8 +45,8 @@ def test_alternatives_are_the_most_probable_tokens_of_each_prompt(tiny_policy, p
     trace = tiny_policy.tokenizer(" 14 and 9", add_special_tokens=False)["input_ids"]
     found = alternatives(tiny_policy, prompt, trace, temperature=0.5, top=3)
     for name, context in (("prior", prompt.prior), ("posterior", prompt.posterior)):
-        assert len(found[name]) == len(trace)
-        for t, shown in enumerate(found[name]):
+        assert len(found) == len(trace)
+        for t, shown in enumerate(token[name] for token in found):
             with torch.no_grad():
                 row = torch.tensor([[*context, *trace[:t]]])
                 logits = tiny_policy.causal_lm(input_ids=row, use_cache=False).logits[0, -1]

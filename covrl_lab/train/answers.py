@@ -1,7 +1,5 @@
 """How right an answer is: comparison with the reference, or another package's scorer. No torch."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -19,9 +17,8 @@ def match_answer(prediction: str, reference: str) -> float:
     """1.0 for the same text, value or formula, else 0.0.
 
     Where the reference is a number the prediction must be one, too: a decimal, a fraction, a mixed number or a
-    percentage (worth a hundredth), with at most a name before ("x = 5") and a unit behind it. A sum or a product
-    is no answer, even where its value is right, nor is a fraction where a whole number is asked for. Lists keep
-    their order; what stands in braces is a set.
+    percentage, with at most a name before ("x = 5") and a unit behind it. A sum or a product is no answer, even where
+    its value is right, nor is a fraction where a whole number is asked for. Lists keep their order, sets do not.
     """
     prediction, reference = _normalise(prediction), _normalise(reference)
     if not prediction or not reference:
@@ -56,7 +53,7 @@ def _value(text: str) -> Fraction | None:
     text, scale = (percent.group(1), Fraction(1, 100)) if percent else (text, Fraction(1))
     unit = "" if percent else _UNIT
     for pattern, read in (
-        (rf"{_SIGNED}{unit}", lambda s, n: (s, _decimal(n))),
+        (rf"{_SIGNED}{unit}", lambda s, n: (s, Fraction(n.replace(",", "")))),
         (rf"([-+]?)\s*(\d+)\s*/\s*(\d+){unit}", lambda s, n, d: (s, _ratio(n, d))),
         (rf"{_LATEX_FRACTION}{unit}", lambda s, n, d: (s, _ratio(n, d))),
         (rf"([-+]?)\s*(\d+) (\d+)\s*/\s*(\d+){unit}", lambda s, w, n, d: (s, _mixed(w, n, d))),
@@ -65,10 +62,6 @@ def _value(text: str) -> Fraction | None:
             sign, number = read(*found.groups())
             return None if number is None else scale * (-number if sign == "-" else number)
     return None
-
-
-def _decimal(text: str) -> Fraction:
-    return Fraction(text.replace(",", ""))
 
 
 def _ratio(numerator: str, denominator: str) -> Fraction | None:
@@ -87,12 +80,10 @@ def _same_list(prediction: str, reference: str) -> bool:
     if not all(found):
         return False
     values = [[_value(part.strip()) for part in match.group(2).split(",")] for match in found]
-    if any(None in part for part in values):
+    ours, theirs = ("{" in match.group(1) for match in found)
+    if any(None in part for part in values) or ours != theirs:
         return False
-    braces = ["{" in match.group(1) for match in found]
-    if braces[0] != braces[1]:
-        return False
-    return sorted(values[0]) == sorted(values[1]) if braces[0] else values[0] == values[1]
+    return sorted(values[0]) == sorted(values[1]) if ours else values[0] == values[1]
 
 
 def _operations(text: str) -> int:

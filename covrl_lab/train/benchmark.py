@@ -1,7 +1,5 @@
 """Evaluate a stored checkpoint afterwards, without touching the run's own evaluations."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ Each maps (rng, level 1..5, variant >= 0) to question, trace, answer. The varian
 (sign, position, story), so that demonstrations can go through the kinds in turn.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from random import Random
 

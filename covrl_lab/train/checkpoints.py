@@ -1,11 +1,8 @@
 """The files of a run: checks of its folder, checkpoints, and lines of metrics and evaluations.
 
 A checkpoint is the adapter, the optimiser and the method's state, with their checksums. It is written under another
-name and then renamed, so that a checkpoint folder is always whole. What a disk or a hand has damaged since is found
-by its checksum; a run then resumes from an older checkpoint.
+name and then renamed, so that a checkpoint folder is always whole. One damaged since is found by its checksums.
 """
-
-from __future__ import annotations
 
 import errno
 import json
@@ -49,10 +46,8 @@ def check_run_dir(config: RunConfig) -> None:
     if (run_dir / "config.json").exists():
         if different := config.differences(RunConfig.load(run_dir / "config.json")):
             name, (mine, theirs) = next(iter(different.items()))
-            raise ConfigError(
-                f"{str(run_dir)!r} holds a run with another configuration ({name} is {theirs!r} "
-                f"there, {mine!r} here); choose another run_dir"
-            )
+            problem = f"holds a run with another configuration ({name} is {theirs!r} there, {mine!r} here)"
+            raise ConfigError(f"{str(run_dir)!r} {problem}; choose another run_dir")
         find_checkpoint(run_dir)
     elif run_dir.exists() and any((p.suffix or p.name) not in ALLOWED_SUFFIXES for p in run_dir.iterdir()):
         raise ConfigError(f"{str(run_dir)!r} is not empty and not a run folder; choose another run_dir")
@@ -134,8 +129,7 @@ def find_checkpoint(run_dir: Path) -> tuple[int, list[str]]:
 def load_checkpoint(run_dir: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, float]]:
     """Restore the newest checkpoint that will do; its step and the method's state, or 0 and nothing without any.
 
-    What was skipped is said in the log and set aside under another name. Files that an interrupted run left
-    half-written are removed.
+    What was skipped is set aside under another name. Files that an interrupted run left half-written are removed.
     """
     for half in (*run_dir.glob("*/*.tmp"), *run_dir.glob("*.[0-9]*.tmp")):  # NAME.PID.tmp; others there are not ours
         shutil.rmtree(half) if half.is_dir() else half.unlink()
@@ -195,8 +189,7 @@ def keep_lines(path: Path, last_step: int) -> list[dict[str, Any]]:
 def repair(run_dir: str | Path) -> list[str]:
     """Mend damaged metrics and evaluations, so that a run resumes from its newest checkpoint; what was done.
 
-    What can be read stays. A lost line of metrics becomes one that holds its step and ``lost`` alone; a lost line of
-    evaluations is made anew from its stored generations.
+    A lost line of metrics becomes one that says ``lost``; one of evaluations is made anew from its generations.
     """
     run_dir, done = Path(run_dir), []
     saved = max(steps_in(run_dir / "checkpoints"), default=0)

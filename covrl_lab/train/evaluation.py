@@ -1,11 +1,8 @@
 """Prior-only evaluation: the model sees the question, writes a trace, then its own answer.
 
-The trace is decoded until its end marker, the seam ("Answer:", or the opening answer tag) is appended as
-ids, and the answer is decoded until its terminator. A trace that does not end within the limit counts as
-wrong. Per-question results are kept, so that intervals can be computed later over any grouping.
+The trace is decoded until its end marker, the seam ("Answer:", or the opening answer tag) is appended as ids, and the
+answer is decoded until its terminator. A trace that does not end within the limit counts as wrong.
 """
-
-from __future__ import annotations
 
 import math
 from collections import Counter
@@ -32,6 +29,10 @@ from .tasks import Task
 
 ROWS = 32  # generations decoded together
 SWAPS, SWAPPED = 8, 2000  # other questions an answer is scored on, and how many such scores there are about
+# What a summary takes the mean of, over greedy generations.
+MEANS = {"eval_finished_share": "finished", "eval_trace_tokens": "trace_tokens", "answer_logprob": "answer_logp"}
+MEANS |= {"no_trace_logprob": "no_trace_logp", "trace_dependence": "moved", "guess_accuracy": "guess_score"}
+MEANS |= {"posterior_accuracy": "posterior_score"}
 
 
 class EvalSet(NamedTuple):
@@ -63,9 +64,10 @@ def predict(
     limits = [max_trace_tokens, max_answer_tokens]
     draws = (None, None) if uniforms is None else uniforms.split(limits, dim=1)
     settings = {"temperature": temperature, "top_p": top_p, "stop_ids": prompter.stop_ids}
+    end = prompter.style.trace_end
     contexts = [p.posterior if posterior else p.prior for p in prompts]
-    ends = partial(prompter.ends, end=prompter.style.trace_end)
-    traces, ended, _ = generate(policy, contexts, max_tokens=limits[0], ended=ends, uniforms=draws[0], **settings)
+    how = {"ended": lambda ids: prompter.ends(ids, end), "uniforms": draws[0]} | settings
+    traces, ended, _ = generate(policy, contexts, max_tokens=limits[0], **how)
     contexts = [[*p.prior, *z, *p.seam] for p, z in zip(prompts, traces, strict=True)]
     answers = predict_answers(policy, prompter, contexts, limits[1], uniforms=draws[1], **settings)
     return [
@@ -84,9 +86,8 @@ def predict_answers(
     policy: Policy, prompter: Prompter, contexts: Sequence[Sequence[int]], max_tokens: int, **sampling
 ) -> list[str]:
     """Decode the answer after each context (prompt, trace and seam ids); greedy without ``uniforms``."""
-    ends = partial(prompter.ends, end=prompter.style.answer_end)
-    settings = {"max_tokens": max_tokens, "stop_ids": prompter.stop_ids} | sampling
-    ids, _, _ = generate(policy, contexts, ended=ends, **settings)
+    end, settings = prompter.style.answer_end, {"max_tokens": max_tokens, "stop_ids": prompter.stop_ids} | sampling
+    ids, _, _ = generate(policy, contexts, ended=lambda y: prompter.ends(y, end), **settings)
     return [prompter.answer_text(y) for y in ids]
 
 
@@ -250,27 +251,14 @@ def summarise(results: pd.DataFrame) -> dict[str, float]:
         accuracy, low, high = share_interval(scores.sum(), len(scores))
     else:
         accuracy, low, high = bootstrap_interval(scores)
-    summary = {
-        "accuracy": accuracy,
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "eval_questions": len(greedy),
-        "eval_finished_share": float(greedy["finished"].mean()),
-        "eval_trace_tokens": float(greedy["trace_tokens"].mean()),
-    }
+    summary = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "eval_questions": len(greedy)}
+    if "answer_logp" in greedy:
+        greedy = greedy.assign(moved=(greedy["answer_logp"] - greedy["other_trace_logp"]).abs())
+    for name, column in MEANS.items():  # older generations lack some
+        if column in greedy and greedy[column].notna().all():
+            summary[name] = float(greedy[column].mean())
     if "scoring_cut" in results:
         summary["eval_scoring_cut"] = int(results["scoring_cut"].sum())
-    if "answer_logp" in greedy:
-        moved = (greedy["answer_logp"] - greedy["other_trace_logp"]).abs()
-        summary |= {
-            "answer_logprob": float(greedy["answer_logp"].mean()),
-            "no_trace_logprob": float(greedy["no_trace_logp"].mean()),
-            "trace_dependence": float(moved.mean()),
-        }
-    if "guess_score" in greedy and greedy["guess_score"].notna().all():
-        summary["guess_accuracy"] = float(greedy["guess_score"].mean())
-    if "posterior_score" in greedy:
-        summary["posterior_accuracy"] = float(greedy["posterior_score"].mean())
     sampled = results[results["sample"] >= 0]
     if len(sampled):
         table = sampled.pivot(index="example_id", columns="sample", values="score").to_numpy()

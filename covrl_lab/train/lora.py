@@ -1,16 +1,12 @@
 """The linear layer y = W x + s B (A x) of a frozen base with a LoRA adapter, as one differentiable piece.
 
-PEFT's layers keep their parameters, their files and their switch; this replaces how they are computed.
-Plain PEFT moves activations to float32 and back around every adapter product and adds the parts in separate
-passes over memory; here A and B, which are small, move to the activations' dtype instead, and products add
-into the result. In float32 both ways agree to rounding.
+PEFT's layers keep their parameters, their files and their switch; this replaces how they are computed. Plain PEFT moves
+activations to float32 and back around every adapter product; here A and B, which are small, move to the activations'
+dtype instead, and products add into the result. In float32 both ways agree to rounding.
 
-Where there is room, the unpacked weights of a 4-bit base are kept, on a CPU in the layout that its bfloat16
-instructions need. Layers with the same input x (queries, keys and values; gate and up) are computed together then:
-their W and A are stacked, and their B are the blocks of a block-diagonal matrix.
+Where there is room, the unpacked weights of a 4-bit base are kept. Layers with the same input x (queries, keys and
+values; gate and up) are computed together then: their W and A are stacked, and B is block-diagonal.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,25 +21,6 @@ from .limits import has_room
 
 # Layers of one module that get the same input.
 SHARED_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-
-
-class _LoraLinear(torch.autograd.Function):
-    """x (n, in), a (r, in), b (out, r) -> (n, out); gradients for x, a and b, the weight is frozen."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: _Weight, a: Tensor, b: Tensor):
-        inner = x @ a.T
-        y = weight.forward(x).addmm_(inner, b.T)
-        ctx.weight = weight
-        ctx.save_for_backward(x, inner, a, b)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        x, inner, a, b = ctx.saved_tensors
-        dinner = dy @ b
-        dx = ctx.weight.backward(dy).addmm_(dinner, a) if ctx.needs_input_grad[0] else None
-        return dx, None, dinner.T @ x, dy.T @ inner
 
 
 class _Weight:
@@ -77,6 +54,25 @@ def _product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], T
         packed = mkldnn._reorder_linear_weight(weight.contiguous(), 128)
         return lambda x: mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return partial(F.linear, weight=weight, bias=bias)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """x (n, in), a (r, in), b (out, r) -> (n, out); gradients for x, a and b, the weight is frozen."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: _Weight, a: Tensor, b: Tensor):
+        inner = x @ a.T
+        y = weight.forward(x).addmm_(inner, b.T)
+        ctx.weight = weight
+        ctx.save_for_backward(x, inner, a, b)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, inner, a, b = ctx.saved_tensors
+        dinner = dy @ b
+        dx = ctx.weight.backward(dy).addmm_(dinner, a) if ctx.needs_input_grad[0] else None
+        return dx, None, dinner.T @ x, dy.T @ inner
 
 
 class LoraGroup:

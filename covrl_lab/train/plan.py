@@ -6,15 +6,13 @@ c = min(n, max_packed_tokens) of the n nodes of its scoring tree, never less tha
 are decoded at once, the others follow in the places of finished ones.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 from ..config import RunConfig
 from ..types import ConfigError, Prompt, did_you_mean
@@ -91,10 +89,7 @@ def measure_device(seconds: float = 1.0) -> Device:
     """This machine: the best bfloat16 matrix rate and read bandwidth seen in about ``seconds`` each."""
     import torch
 
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-
-    n = 8192 if cuda else 1024
+    device, n = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 1024)
     a = torch.randn(n, n, dtype=torch.bfloat16, device=device)
     numbers = torch.ones(64 * 2**20, device=device)  # 256 MiB, more than any cache
     with torch.no_grad():
@@ -117,19 +112,15 @@ class Tokens:
     longest: int = 0  # context and trace, in evaluations too
 
     @classmethod
-    def of(cls, config: RunConfig, shared: int, question: int, answer: int, length: int | None = None) -> Tokens:
-        """Of a configuration, from the tokens that all prompts share, of one question and of one answer.
-
-        Under each prompt the shared part, the questions and the traces appear once. ``length`` is the mean trace,
-        by default the longest allowed.
-        """
+    def of(cls, config: RunConfig, shared: int, question: int, answer: int, length: int | None = None) -> Self:
+        """From the tokens that all prompts share, of one question and of one answer; ``length`` is the mean trace."""
         questions, both = config.questions_per_step, config.needs_posterior
         prompts = (1 + both) * (shared + questions * question) + both * questions * answer
         return cls._under(config, prompts, shared + question, answer, length)
 
     @classmethod
-    def of_prompts(cls, config: RunConfig, prompts: Sequence[Prompt]) -> Tokens:
-        """Of a configuration and the prompts of a step, if every trace is as long as allowed."""
+    def of_prompts(cls, config: RunConfig, prompts: Sequence[Prompt]) -> Self:
+        """From the prompts of a step, if every trace is as long as allowed."""
         from .tree import count_nodes  # it imports torch
 
         both = [p.prior for p in prompts] + [p.posterior for p in prompts] * config.needs_posterior
@@ -137,7 +128,7 @@ class Tokens:
         return cls._under(config, count_nodes(both), max(map(len, both)), answer, None)
 
     @classmethod
-    def _under(cls, config: RunConfig, prompts: int, context: int, answer: int, length: int | None) -> Tokens:
+    def _under(cls, config: RunConfig, prompts: int, context: int, answer: int, length: int | None) -> Self:
         rows, contexts = config.questions_per_step * config.rollouts_per_question, 1 + config.needs_posterior
         length = length or config.max_trace_tokens
         scored = rows * (contexts * length + answer)
@@ -163,12 +154,8 @@ class Plan:
 
     def bytes_of(self, phase: str = "") -> float:
         """Bytes of a phase, "sampling" or "update"; without one, of what always stays."""
-        parts = {
-            "": ("weights", "adapter", "runtime"),
-            "sampling": ("keys and values", "contexts", "logits"),
-            "update": ("activations", "masks", "head"),
-        }
-        return sum(self.memory[part] for part in parts[phase])
+        parts = {"sampling": ("keys and values", "contexts", "logits"), "update": ("activations", "masks", "head")}
+        return sum(self.memory[part] for part in parts.get(phase, ("weights", "adapter", "runtime")))
 
     @property
     def peak(self) -> float:
@@ -354,10 +341,9 @@ def fit(config: RunConfig, prompts: Sequence[Prompt], processes: int = 1, trains
     device = device if device.unpacks else replace(device, memory=device.memory / processes)
     made = make_plan(config, shape, tokens, device)
     if trains and not made.fits:
-        raise ConfigError(
-            f"this run needs about {made.peak / GIB:.1f} GiB, and {made.device.name} has "
-            f"{made.device.memory / GIB:.1f}: {made.advice}; if you know better, set memory_gib to what there is"
-        )
+        need, there = f"{made.peak / GIB:.1f} GiB", f"{made.device.name} has {made.device.memory / GIB:.1f}"
+        advice = f"{made.advice}; if you know better, set memory_gib to what there is"
+        raise ConfigError(f"this run needs about {need}, and {there}: {advice}")
     return made
 
 

@@ -1,7 +1,5 @@
 """A policy: a frozen base model with a small LoRA adapter on top, its tokenizer, and the adapter's files."""
 
-from __future__ import annotations
-
 import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -90,8 +88,6 @@ class Policy:
 
 def save_adapter(policy: Policy, folder: str | Path) -> None:
     """Write the adapter in PEFT's own layout: adapter_model.safetensors and adapter_config.json."""
-    if not isinstance(policy.model, PeftModel):
-        raise ConfigError("this policy has no adapter to save; load it with lora_rank > 0")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.contiguous() for key, value in _adapter_state(policy).items()}
@@ -107,8 +103,6 @@ def load_adapter(policy: Policy, folder: str | Path) -> None:
 
     Raises ConfigError when the files are missing or belong to another model, rank or scaling.
     """
-    if not isinstance(policy.model, PeftModel):
-        raise ConfigError("this policy has no adapter to load into; load it with lora_rank > 0")
     folder = Path(folder)
     check_checksums(folder)
     saved = read_object(folder / "adapter_config.json")
@@ -116,14 +110,11 @@ def load_adapter(policy: Policy, folder: str | Path) -> None:
         state = load_file(folder / "adapter_model.safetensors")
     live = policy.model.peft_config["default"]
     for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
-        if saved.get(name) != getattr(live, name):
-            raise ConfigError(
-                f"the adapter in {str(folder)!r} has {name}={saved.get(name)!r}, "
-                f"this policy has {getattr(live, name)!r}; load the policy with the same LoRA settings"
-            )
+        if (theirs := saved.get(name)) != (ours := getattr(live, name)):
+            problem = f"the adapter in {str(folder)!r} has {name}={theirs!r}, this policy has {ours!r}"
+            raise ConfigError(f"{problem}; load the policy with the same LoRA settings")
     own = _adapter_state(policy)
-    wrong = sorted(key for key in own | state if _shape(own.get(key)) != _shape(state.get(key)))
-    if wrong:
+    if wrong := sorted(key for key in own | state if _shape(own.get(key)) != _shape(state.get(key))):
         key = wrong[0]
         raise ConfigError(
             f"the adapter in {str(folder)!r} does not fit {policy.name!r}: {len(wrong)} tensors differ, "

@@ -3,8 +3,6 @@
 A task may be the name of a preset, or ``NAME@FILE`` for a file with the same columns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,10 +1,8 @@
 """Look at a policy without training it: sampled traces as a data frame, and the coherence of a trace.
 
-The coherence curve is log p(y | x, z up to t) for t = 0 to T: it shows which part of a trace made the answer
-likely. All prefixes of the trace share one token tree, so that a curve takes one forward and not T + 1.
+The coherence curve shows which part of a trace made the answer likely. All prefixes of the trace share one token tree,
+so that a curve takes one forward and not T + 1.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
@@ -25,7 +23,7 @@ from .sampling import sample_traces
 from .scoring import Segment, join, micro_batches, score_segments, trace_logprobs
 from .tree import final_logits
 
-ROWS = 512  # tokens whose logits over the vocabulary exist at once
+ROWS, PACKED = 512, 4096  # tokens whose logits over the vocabulary exist at once; tokens of a forward
 
 
 @torch.no_grad()
@@ -38,15 +36,13 @@ def probe(
     max_tokens: int = 64,
     temperature: float = 1.0,
     seed: int = 0,
-    max_packed_tokens: int = 4096,
     tick: Callable[[int], object] = lambda done: None,
 ) -> pd.DataFrame:
     """Draw k traces from the prior and k from the posterior prompt of each example, and score them.
 
-    One row a trace, see ``trace_frame``; of each example the prior traces come first. The same seed draws
-    with the same random numbers, whatever the weights. ``tick`` is called with the number of tokens decoded
-    since the last call, or 0 before each part of the scoring; what it raises ends the probe. Raises ConfigError
-    for a setting that cannot be, or an example too long for the model's context.
+    One row a trace, see ``trace_frame``; of each example the prior traces come first. ``tick`` is called with the
+    number of tokens decoded since, or 0 before each part of the scoring; what it raises ends the probe. Raises
+    ConfigError for a setting that cannot be, or an example too long for the model's context.
     """
     if k < 1 or max_tokens < 1 or not 0 < temperature < math.inf:
         raise ConfigError("k and max_tokens must be 1 or more, temperature a number above 0")
@@ -58,7 +54,7 @@ def probe(
     generator = torch.Generator().manual_seed(seed)
     batch = sample_traces(policy, prompter, prompts, from_prior, generator=generator, **settings).to(policy.device)
     logprobs = []
-    for part in micro_batches(prompts, batch, True, max_packed_tokens):
+    for part in micro_batches(prompts, batch, True, PACKED):
         tick(0)
         logprobs.append(trace_logprobs(policy, part.prompts, part.batch, temperature=temperature))
     return trace_frame(examples, batch, join(logprobs), prompter)
@@ -98,15 +94,13 @@ def trace_frame(
 
 @torch.no_grad()
 def coherence(
-    policy: Policy, prompter: Prompter, prompt: Prompt, trace: Sequence[int], max_packed_tokens: int = 4096
+    policy: Policy, prompter: Prompter, prompt: Prompt, trace: Sequence[int], max_packed_tokens: int = PACKED
 ) -> np.ndarray:
-    """(T + 1,) log p(y | x, z up to t) in nats at temperature 1, in one packed forward.
+    """(T + 1,) log p(y | x, z up to t) in nats at temperature 1, for the T token ids of a trace of either source.
 
-    ``trace`` holds the T token ids of a trace of either source. The answer is always scored after the prior
-    prompt, z up to t, and the seam. A trace cut before its end gets the style's end marker (a newline,
-    ``</think>``), as traces have it in training. The whole trace stays as it was sampled, so the last value is
-    the log p(y|x,z) that the reward is made of, also for a trace truncated before its end marker. More than
-    ``max_packed_tokens`` take several forwards.
+    The answer is always scored after the prior prompt, z up to t, and the seam. A trace cut before its end gets the
+    style's end marker, as traces have it in training; the whole trace stays as it was sampled, so the last value is the
+    log p(y|x,z) that the reward is made of.
     """
     end = prompter.tokenizer(prompter.style.trace_end, add_special_tokens=False)["input_ids"]
     prefixes = [[*trace[:t], *end] for t in range(len(trace))] + [list(trace)]
@@ -114,31 +108,20 @@ def coherence(
     return torch.stack(score_segments(policy, segments, max_packed_tokens)).sum(1).cpu().numpy()
 
 
-# --- one question of one's own
-
-
 @torch.no_grad()
 def alternatives(
     policy: Policy, prompt: Prompt, trace: Sequence[int], temperature: float = 1.0, top: int = 5
-) -> dict[str, list[list[tuple[str, float]]]]:
-    """The ``top`` most probable tokens at each of the T places of a trace, under both prompts.
-
-    ``{"prior": [...], "posterior": [...]}`` with (token text, log-probability in nats) for each place, most
-    probable first, under softmax(logits / temperature).
-    """
-    found = {}
+) -> list[dict[str, list[tuple[str, float]]]]:
+    """Of each token of a trace the ``top`` most probable ones, text and nats, under "prior" and "posterior" prompt."""
+    found: list[dict[str, list[tuple[str, float]]]] = [{} for _ in trace]
     for name, context in (("prior", prompt.prior), ("posterior", prompt.posterior)):
         ids = torch.tensor([[*context, *trace]], device=policy.device)
         output = policy.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        places: list[list[tuple[str, float]]] = []
-        for rows in output.last_hidden_state[0, len(context) - 1 : -1].split(ROWS):
-            logprobs = torch.log_softmax(final_logits(policy, rows) / temperature, dim=-1)
-            best, tokens = (x.tolist() for x in logprobs.topk(min(top, logprobs.shape[-1])))
-            places += [
-                [(policy.tokenizer.decode([token]), nats) for token, nats in zip(*place, strict=True)]
-                for place in zip(tokens, best, strict=True)
-            ]
-        found[name] = places
+        states = output.last_hidden_state[0, len(context) - 1 : -1].split(ROWS)
+        logprobs = (torch.log_softmax(final_logits(policy, rows) / temperature, dim=-1).topk(top) for rows in states)
+        places = [place for best in logprobs for place in zip(*(x.tolist() for x in best), strict=True)]
+        for token, (nats, ids) in zip(found, places, strict=True):
+            token[name] = [(policy.tokenizer.decode([i]), logprob) for i, logprob in zip(ids, nats, strict=True)]
     return found
 
 
@@ -150,14 +133,11 @@ def probe_question(
     answer: str,
     k: int = 4,
     *,
-    max_tokens: int = 64,
     temperature: float = 1.0,
-    seed: int = 0,
-    top: int = 5,
-    max_packed_tokens: int = 4096,
     tick: Callable[[int], object] = lambda done: None,
+    **settings: int,
 ) -> pd.DataFrame:
-    """``probe`` with one question, and what the prompt bench shows of each trace besides.
+    """``probe`` with one question and its settings, and what the prompt bench shows of each trace besides.
 
     One row a trace, prior first: the columns of ``trace_frame`` and
 
@@ -165,14 +145,12 @@ def probe_question(
         coherence     T + 1 nats, see ``coherence``
         alternatives  of each token: {"prior": [(text, nats), ...], "posterior": [...]}
 
-    ``tick`` is also called, with 0, before each trace's coherence. Raises ConfigError as ``probe`` does, and for
-    an empty question or answer.
+    ``tick`` is also called, with 0, before each trace's coherence. Raises ConfigError also for an empty question or
+    answer.
     """
     example = Example("prompt bench", question, answer)
-    settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "tick": tick}
-    frame = probe(policy, prompter, [example], k, max_packed_tokens=max_packed_tokens, **settings)
-    prompt = prompter(example)
-    reward = answer_logprob(frame)
+    frame = probe(policy, prompter, [example], k, temperature=temperature, tick=tick, **settings)
+    prompt, reward = prompter(example), answer_logprob(frame)
     deviation = reward.std(ddof=0)
     frame["reward"] = reward
     frame["advantage"] = (reward - reward.mean()) / deviation if deviation > 0 else 0.0
@@ -180,9 +158,7 @@ def probe_question(
     for ids in map(tuple, frame["token_ids"]):
         tick(0)
         if ids not in seen:
-            both = alternatives(policy, prompt, ids, temperature, top)
-            places = [dict(zip(both, place, strict=True)) for place in zip(*both.values(), strict=True)]
-            seen[ids] = (coherence(policy, prompter, prompt, ids, max_packed_tokens), places)
+            seen[ids] = (coherence(policy, prompter, prompt, ids), alternatives(policy, prompt, ids, temperature))
     frame["coherence"], frame["alternatives"] = zip(*(seen[tuple(ids)] for ids in frame["token_ids"]), strict=True)
     return frame
 

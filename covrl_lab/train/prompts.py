@@ -1,8 +1,7 @@
 """Prior, posterior and answer templates as token ids.
 
-Each piece of text between two seams is encoded once, and pieces are joined as ids. A sampled trace keeps the ids
-that the model drew, under both prompts: a decoded trace that is encoded again may have other tokens. The answer is
-always scored after the *prior* context; after the posterior it would only be copied from the prompt.
+Each piece of text between two seams is encoded once, and pieces are joined as ids: a decoded trace that is encoded
+again may have other tokens. The answer is always scored after the *prior* context.
 
 few_shot (base and small models)           chat (``<think>`` or ``<thinking>``, and ``<answer>`` tags)
 
@@ -16,8 +15,6 @@ few_shot (base and small models)           chat (``<think>`` or ``<thinking>``, 
 A few-shot trace ends with the first token that holds a newline, a chat trace with ``</think>``. A chat turn also ends
 with what the template puts behind an assistant's words: base models know no other end of text than their own.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,19 +34,14 @@ INSTRUCTION = (
 
 @dataclass(frozen=True)
 class Style:
-    """The text around question x, trace z and answer y.
-
-    prior(x), posterior(x, y)  pieces from the end of the shared prefix to the start of the trace
-    seam, answer(y)            between trace and answer; the answer with its terminator
-    trace_end, answer_end      text that ends a trace, an answer, as soon as it appears
-    """
+    """The text around question x, trace z and answer y."""
 
     name: str
-    prior: Callable[[str], list[str]]
-    posterior: Callable[[str, str], list[str]]
-    seam: str
-    answer: Callable[[str], str]
-    trace_end: str
+    prior: Callable[[str], list[str]]  # of x: pieces from the end of the shared prefix to the start of the trace
+    posterior: Callable[[str, str], list[str]]  # of x and y, likewise
+    seam: str  # between trace and answer
+    answer: Callable[[str], str]  # of y: with its terminator
+    trace_end: str  # text that ends a trace as soon as it appears
     answer_end: str
 
 
@@ -198,8 +190,6 @@ class Prompter:
                 f"trace tokens, more than the model's context of {max_context}; shorten the questions, "
                 "use fewer demonstrations, or lower max_trace_tokens"
             )
-
-    # --- where traces and answers end
 
     def ends(self, ids: Sequence[int], end: str) -> bool:
         """Whether the last of ``ids`` completes the text ``end`` (looks at the tail only)."""

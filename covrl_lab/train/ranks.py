@@ -1,12 +1,9 @@
 """Several processes, one a device, that train one run together: its ranks.
 
-``accelerate launch`` (or torchrun) starts them and tells each its place through environment variables. A rank works on
-its share of every step, whole questions in order, and gathers what the others found: batch, log-probabilities and
-credit are those of the whole step everywhere. The adapter's gradients are summed over ranks, to the same bits on each,
-so that the weights stay equal. Objects are pickled on their way between ranks, never on disk.
+``accelerate launch`` (or torchrun) starts them. A rank works on its share of every step, whole questions in order, and
+gathers what the others found: batch, log-probabilities and credit are those of the whole step everywhere. The adapter's
+gradients are summed over ranks, to the same bits on each. Objects are pickled on their way, never on disk.
 """
-
-from __future__ import annotations
 
 import atexit
 import json
@@ -17,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from logging import getLogger
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -42,7 +40,7 @@ class Ranks:
             getLogger("covrl_lab").setLevel("ERROR")  # rank 0 says it for all
 
     @classmethod
-    def launched(cls) -> Ranks:
+    def launched(cls) -> Self:
         """The place that a launcher gave to this process."""
         if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
             problem = "accelerate launch has started one process only, as it does for CPUs"

@@ -1,7 +1,5 @@
 """Rows of files and Hugging Face data sets, and the question and answer in each. No torch."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

@@ -4,8 +4,6 @@ Prompts are computed once, as the prefix tree of all contexts, then every rollou
 it is finished.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,9 +22,8 @@ from .ranks import ALONE, Ranks
 from .tree import additive, attention_window, build_tree, count_nodes, cut, final_logits, forward, run_tree
 
 log = logging.getLogger(__name__)
-# Rows share a block while it has at most this many times the nodes of the longest prompt. A shared block
-# multiplies every row with every node, also those off the row's path; up to about this factor, one large
-# product is still faster than one small product a row.
+# Rows share a block while it has at most this many times the nodes of the longest prompt: up to about this factor one
+# large product, also with nodes off a row's path, is faster than one small product a row.
 MAX_NODES_PER_PATH = 2
 FAULTS = (torch.OutOfMemoryError, torch.AcceleratorError)  # after which nothing is tried again
 BUCKET = 64  # tokens that a row has room for at first
@@ -302,13 +299,11 @@ def generate(
     uniforms: Tensor | None = None,
     stop_ids: Iterable[int] = (),
 ) -> tuple[list[list[int]], list[bool], list[list[float]]]:
-    """Continue each context by at most ``max_tokens`` ids until ``ended(ids)``, an end-of-text token or one of
-    ``stop_ids``.
+    """Continue each context by at most ``max_tokens`` ids until ``ended(ids)``, an end of text or one of ``stop_ids``.
 
-    uniforms (rows, max_tokens) in [0, 1) draw row i's t-th token by inverse CDF, so that a row's tokens
-    do not depend on its neighbours; ``None`` decodes greedily. Returns ids, whether ``ended`` was met, and
-    the tokens' log-probabilities under softmax(logits / temperature) without the top-p cut. NotFinite where they
-    are not.
+    uniforms (rows, max_tokens) in [0, 1) draw row i's t-th token by inverse CDF; ``None`` decodes greedily. Returns
+    ids, whether ``ended`` was met, and the tokens' log-probabilities under softmax(logits / temperature) without the
+    top-p cut. NotFinite where they are not.
     """
     eos = policy.causal_lm.generation_config.eos_token_id
     stop_ids = {*stop_ids, *(eos if isinstance(eos, list) else [eos]), policy.tokenizer.eos_token_id}
@@ -388,9 +383,8 @@ def sample_traces(
 ) -> TraceBatch:
     """Draw one trace per entry of ``from_prior`` (N,); rollout i belongs to prompt i // (N / B).
 
-    A trace counts as finished when its end marker came within ``max_tokens`` and it is not empty; an
-    end-of-text token before the marker leaves it unfinished. ``tick(1)`` is called at every decoded token;
-    what it raises ends the sampling.
+    A trace counts as finished when its end marker came within ``max_tokens`` and it is not empty. ``tick(1)`` is called
+    at every decoded token; what it raises ends the sampling.
     """
     group = len(from_prior) // len(prompts)
     own = [prompts[i // group] for i in range(len(from_prior))]

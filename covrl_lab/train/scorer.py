@@ -4,8 +4,6 @@ math_verify and some of reasoning-gym's scorers evaluate what they are given, an
 process is one for the whole run; it ends itself when an answer takes too long and is replaced at the next one.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import pickle

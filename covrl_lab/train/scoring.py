@@ -1,16 +1,14 @@
 """Teacher-forced log-probabilities of traces under both prompts and of answers, packed as a prefix tree.
 
 For each rollout up to three sequences are scored: trace after the prior prompt, the same trace ids after
-the posterior prompt, and seam + answer after prior prompt + trace. ``trace_logprobs`` packs all of
-them into one tree (see tree.py) and applies the output head only at scored positions, a chunk at a time.
+the posterior prompt, and seam + answer after prior prompt + trace, all of them in one tree (tree.py).
 A model that cannot run a tree gets one padded row a sequence; so do the tests, as a reference.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -32,12 +30,12 @@ class Segment:
     temperature: float
 
     @classmethod
-    def of(cls, context: Sequence[int], tokens: Sequence[int], temperature: float = 1.0) -> Segment:
+    def of(cls, context: Sequence[int], tokens: Sequence[int], temperature: float = 1.0) -> Self:
         """``tokens`` after ``context``."""
         return cls([*context, *tokens], len(context), temperature)
 
     @classmethod
-    def of_answer(cls, prompt: Prompt, trace: Sequence[int]) -> Segment:
+    def of_answer(cls, prompt: Prompt, trace: Sequence[int]) -> Self:
         """The answer after a trace. It is a likelihood of the model itself: always at temperature 1."""
         return cls.of([*prompt.prior, *trace, *prompt.seam], prompt.answer)
 
@@ -50,9 +48,8 @@ class Segment:
 class _HeadLogprobs(torch.autograd.Function):
     """log softmax(head(hidden) / temperature)[targets], (k,) float32, for hidden (k, size).
 
-    The (k, vocabulary) logits never exist at once, but MAX_LOGITS_BYTES of them. A row's log-probability depends
-    on its own hidden state only, so d logp / d hidden is one vector a row, W'(onehot - softmax) / temperature. It
-    is computed in the same pass and kept, (k, size), so that the backward pass needs no logits.
+    The (k, vocabulary) logits never exist at once, but MAX_LOGITS_BYTES of them. d logp / d hidden is one vector a row,
+    W'(onehot - softmax) / temperature, and is kept, (k, size), so that the backward pass needs no logits.
     """
 
     @staticmethod
@@ -149,10 +146,9 @@ def trace_logprobs(
 ) -> LogProbs:
     """Score B prompts' N traces and reference answers; differentiable where gradients are enabled.
 
-    Trace log-probabilities are those of the sampling distribution softmax(logits / temperature) over the
-    whole vocabulary; answers are scored at temperature 1. ``posterior=False`` leaves log q out,
-    ``frozen_posterior`` computes it without gradient in a forward of its own, and ``no_trace`` adds the answers
-    after an empty trace, without gradient.
+    Traces are scored under softmax(logits / temperature) over the whole vocabulary, answers at temperature 1.
+    ``posterior=False`` leaves log q out, ``frozen_posterior`` computes it without gradient in a forward of its own,
+    ``no_trace`` adds the answers after an empty trace, without gradient.
     """
     own = own_prompts(prompts, batch)
     segments = _segments(prompts, batch, temperature, posterior)
@@ -201,9 +197,6 @@ def packed_tokens(prompts: Sequence[Prompt], batch: TraceBatch, posterior: bool 
     return count_nodes([s.read for s in segments]), sum(len(s.ids) for s in segments)
 
 
-# --- micro-batches
-
-
 @dataclass(frozen=True)
 class Part:
     """Some rollouts of a step: their (n,) row numbers, their n prompts, and their traces as groups of one."""
@@ -218,8 +211,7 @@ def micro_batches(
 ) -> list[Part]:
     """Cut some questions of a step into parts whose packed trees have at most ``max_tokens`` nodes.
 
-    Parts are halved between questions first, because rollouts of one question share its prompt. A single
-    rollout is never cut.
+    Parts are halved between questions first, because rollouts of one question share its prompt.
     """
     own = own_prompts(prompts, batch)
 

@@ -1,11 +1,9 @@
 """The sizes of models, from their configuration alone: what a plan counts with. No weights are loaded."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from ..types import ConfigError
 
@@ -27,7 +25,7 @@ class Shape:
     biases: bool = False  # q, k and v have one
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Shape:
+    def of(cls, config: Mapping[str, Any]) -> Self:
         """Read a Hugging Face configuration given as a mapping; ConfigError names what it lacks."""
         config = config.get("text_config") or config
         kind = config.get("model_type", "llama")
@@ -84,10 +82,8 @@ class Shape:
             return (self.parameters + rest) * width
         # A block of 64 values has an 8-bit scale, 256 scales have a float32 scale of their own; each matrix
         # holds the 16 values of the code, the 256 of the scales' code, and an offset, in float32.
-        each = [
-            a * b // 2 + math.ceil(a * b / 64) + 4 * math.ceil(a * b / 64 / 256) + 4 * (16 + 256 + 1)
-            for a, b in self.matrices
-        ]
+        sizes = [a * b for a, b in self.matrices]
+        each = (n // 2 + math.ceil(n / 64) + 4 * math.ceil(n / 64 / 256) + 4 * (16 + 256 + 1) for n in sizes)
         return self.layers * sum(each) + rest * width
 
 

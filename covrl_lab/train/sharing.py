@@ -1,10 +1,8 @@
 """A run as others use it: adapter, model card, report and more, in a folder or on the Hugging Face Hub.
 
-All of it comes from the run folder. The adapter loads in plain PEFT. A folder that ``share`` wrote is a checkpoint for
-the prompt bench; what it put on the Hub is that, and can be evaluated, as "hub:OWNER/NAME".
+A folder that ``share`` wrote is a checkpoint for the prompt bench; what it put on the Hub is that, and can be
+evaluated, as "hub:OWNER/NAME".
 """
-
-from __future__ import annotations
 
 import json
 import shutil

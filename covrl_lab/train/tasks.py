@@ -5,8 +5,6 @@ path of a .jsonl, .json, .csv or .parquet file. Training and held-out questions 
 the question's words alone decides its side, so no seed, order or file edit can move a question across.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import os
@@ -16,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Self
 
 from ..config import RunConfig
 from ..types import ConfigError, Demonstration, Example, did_you_mean
@@ -74,7 +72,7 @@ class Task:
         """The first ``count`` held-out examples, all different; None: all. ConfigError if there are fewer."""
         raise NotImplementedError
 
-    def without(self, questions: Sequence[Example]) -> Task:
+    def without(self, questions: Sequence[Example]) -> Self:
         """The same task without these questions in training."""
         raise NotImplementedError
 
@@ -114,7 +112,7 @@ class _Stream(Task):
                     return example
         raise ConfigError(f"task {self.name!r} gave no training question in {MAX_DRAWS} draws; choose another")
 
-    def without(self, questions: Sequence[Example]) -> Task:
+    def without(self, questions: Sequence[Example]) -> Self:
         return replace(self, reserved=self.reserved.union(map(_asked, questions)))
 
     def held_out(self, count: int | None) -> list[Example]:
@@ -127,10 +125,8 @@ class _Stream(Task):
             if example and is_held_out(example.question) and example.id not in found:
                 found[example.id], last_hit = example, attempt
             elif attempt - last_hit > MAX_DRAWS:
-                raise ConfigError(
-                    f"task {self.name!r} has about {len(found)} different held-out questions, not {count}; "
-                    "ask for fewer or raise the difficulty"
-                )
+                problem = f"task {self.name!r} has about {len(found)} different held-out questions, not {count}"
+                raise ConfigError(f"{problem}; ask for fewer or raise the difficulty")
             attempt += 1
         return list(found.values())
 
@@ -149,22 +145,20 @@ class _Rows(Task):
         places = (divmod(index, size) for index in range(start, start + count))
         return [self.train_examples[_epoch_order(size, seed, epoch)[place]] for epoch, place in places]
 
-    def without(self, questions: Sequence[Example]) -> Task:
+    def without(self, questions: Sequence[Example]) -> Self:
         asked = set(map(_asked, questions))
         return replace(self, train_examples=tuple(e for e in self.train_examples if _asked(e) not in asked))
 
     def held_out(self, count: int | None) -> list[Example]:
-        if count is not None and count > len(self.held_out_examples):
-            raise ConfigError(
-                f"data set {self.name!r} has {len(self.held_out_examples)} held-out questions (a fifth), "
-                f"not {count}; ask for fewer or add rows"
-            )
+        if count is not None and count > (there := len(self.held_out_examples)):
+            problem = f"data set {self.name!r} has {there} held-out questions (a fifth), not {count}"
+            raise ConfigError(f"{problem}; ask for fewer or add rows")
         return list(self.held_out_examples[:count])
 
     def rows(self) -> Sequence[Example]:
         return self.train_examples + self.held_out_examples
 
-    def without_rows(self, bad: dict[int, str]) -> _Rows:
+    def without_rows(self, bad: dict[int, str]) -> Self:
         """The same task without these rows; ``bad_rows`` keeps the reasons."""
         parts = ("train_examples", "held_out_examples")
         kept = {p: tuple(e for e in getattr(self, p) if e.metadata["row"] not in bad) for p in parts}
@@ -291,7 +285,7 @@ class TaskSettings:
     bad_rows: str = "refuse"
 
     @classmethod
-    def of(cls, config: RunConfig) -> TaskSettings:
+    def of(cls, config: RunConfig) -> Self:
         """What a configuration says about its task."""
         return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 

@@ -167,8 +167,7 @@ class Trainer:
         set_learning_rate(self.optimizer, config, self.step)
         for _ in range(config.updates_per_step):
             old, credit, losses = self.backward(prompts, batch, old, credit)
-            trained = [p for _, p in self.policy.trainable()]
-            norm = float(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm))
+            norm = float(torch.nn.utils.clip_grad_norm_([p for _, p in self.policy.trainable()], config.max_grad_norm))
             if skipped := must_skip(config, losses["loss"], norm, self.records):
                 break
             self._unrecorded = True
@@ -221,10 +220,7 @@ class Trainer:
     def backward(
         self, prompts: Sequence[Prompt], batch: TraceBatch, old: LogProbs | None = None, credit: Credit | None = None
     ) -> tuple[LogProbs, Credit, dict[str, float]]:
-        """Leave the gradient of the method's loss in the adapter's ``grad``; the weights stay.
-
-        Arguments and results as in ``step.add_gradient``.
-        """
+        """Leave the gradient of the method's loss in the adapter's ``grad``; see ``step.add_gradient``."""
         self.optimizer.zero_grad(set_to_none=True)
         step = prompts, batch, self.method_state, old, credit
         found = add_gradient(self.plan.config, self.method, self.policy, *step, self.ranks)

@@ -73,10 +73,8 @@ def build_tree(sequences: Sequence[Sequence[int]]) -> TokenTree:
     """Pack token-id sequences into one tree; shared prefixes become shared nodes."""
     order = sorted(range(len(sequences)), key=sequences.__getitem__)
     ordered = [sequences[i] for i in order]
-    ids: list[int] = []
-    position: list[int] = []
+    ids, position, path = [], [], []
     paths: list[Tensor] = [torch.empty(0)] * len(sequences)
-    path: list[int] = []
     for i, sequence, shared in zip(order, ordered, _shared(ordered), strict=True):
         path = path[:shared] + list(range(len(ids), len(ids) + len(sequence) - shared))
         ids.extend(sequence[shared:])
@@ -158,9 +156,8 @@ class TreeAttention:
 class FlexTree:
     """The same attention as one kernel that leaves out blocks of keys no query sees (FlexAttention), for CUDA.
 
-    Query i sees key j iff j <= i < end[j], so queries from node a on need a block of keys iff it does not begin after
-    them and one of its subtrees ends after a. Trees are padded, with nodes that see themselves only, to one of a
-    few sizes, because a kernel is compiled for each.
+    Queries from node a on need a block of keys iff it does not begin after them and one of its subtrees ends after a.
+    Trees are padded, with nodes that see themselves only, to one of a few sizes, as a kernel is compiled for each.
     """
 
     def __init__(self, tree: TokenTree, policy: Policy) -> None:
@@ -294,18 +291,16 @@ def check_logits(policy: Policy) -> None:
     theirs = policy.causal_lm(ids, use_cache=False).logits[0].float()
     ours = final_logits(policy, policy.decoder(ids, use_cache=False).last_hidden_state[0])
     if not (gap := float((ours - theirs).abs().max())) <= 0.02 * float(theirs.abs().max()):  # bfloat16 has 8 bits
-        raise ConfigError(
-            f"{policy.name!r} changes its logits in a way that covrl_lab does not know: they differ by {gap:.2g}, so "
-            "that log-probabilities would be wrong; choose another model"
-        )
+        problem = f"{policy.name!r} changes its logits in a way that covrl_lab does not know: they differ by {gap:.2g}"
+        raise ConfigError(f"{problem}, so that log-probabilities would be wrong; choose another model")
 
 
 @torch.no_grad()
 def enable_packing(policy: Policy) -> bool:
-    """Switch a model's attention to ``attend`` if it then computes a tree right; says so in the log if not.
+    """Switch a model's attention to ``attend`` if it then computes a small tree right; says so in the log if not.
 
-    Tried on a small tree against plain rows, so that an architecture need not be known here; so is FlexAttention
-    where ``policy.flex`` asks for it. Raises ConfigError where there is no memory for that.
+    So an architecture need not be known here; nor need FlexAttention run, where ``policy.flex`` asks for it. Raises
+    ConfigError where there is no memory for that.
     """
     lm = policy.causal_lm
     before, config = lm.config._attn_implementation, policy.decoder.config
@@ -313,10 +308,8 @@ def enable_packing(policy: Policy) -> bool:
     try:
         if unknown := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
             raise NotImplementedError(f"layers of type {min(unknown)!r}")
-        rows = [
-            policy.decoder(torch.tensor([s], device=policy.device), use_cache=False).last_hidden_state[0]
-            for s in sequences
-        ]
+        plain = (torch.tensor([s], device=policy.device) for s in sequences)
+        rows = [policy.decoder(ids, use_cache=False).last_hidden_state[0] for ids in plain]
         lm.set_attn_implementation(ATTENTION)
         if policy.device.type == "cuda":
             torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a plan for every new shape
@@ -334,10 +327,8 @@ def enable_packing(policy: Policy) -> bool:
         raise
     except Exception as error:  # whatever an unknown architecture does not understand
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-            raise ConfigError(
-                f"{policy.name!r} leaves no memory for a forward of a few tokens; choose a smaller model, or "
-                "quantization='nf4'"
-            ) from error
+            problem = f"{policy.name!r} leaves no memory for a forward of a few tokens"
+            raise ConfigError(f"{problem}; choose a smaller model, or quantization='nf4'") from error
         lm.set_attn_implementation(before)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         log.warning("%s cannot run as a prefix tree (%s): padded rows are used, which is slower", policy.name, reason)

@@ -194,7 +194,7 @@ def _means(
 def plot_value_by_use(values: Mapping[str, pd.DataFrame]) -> go.Figure:
     """What each bound gains by reasoning, in nats over its value without any trace; a panel for every entry.
 
-    values: tables of ``runs.trace_use.value_by_use``. A line that falls is a bound that prefers not to reason.
+    values: tables of ``runs.reweight.value_by_use``. A line that falls is a bound that prefers not to reason.
     """
     figure = make_subplots(cols=len(values), subplot_titles=[figure_text(name, 40, 2) for name in values])
     names = {"published": ("one trace in the logarithm (published)", POSTERIOR), "group": ("group bound", PRIOR)}
