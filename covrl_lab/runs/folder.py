@@ -3,10 +3,8 @@
 import json
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -261,23 +259,13 @@ class Run:
     def _tables(self, kind: str, steps: Sequence[int], columns: Sequence[str] | None = None) -> list[pa.Table]:
         """The traces or evaluations of some steps, a table each as it is stored, or some of their columns."""
         found, needed = [], set(_IN_TABLES[kind]).intersection(columns or _IN_TABLES[kind])
-        files = [step_file(self.path / kind, step) for step in steps]
-
-        def outcomes(some: Sequence[Path]) -> list[pa.Table | ConfigError]:
-            read = []
-            for file in some:
-                try:
-                    read.append(read_table(file, columns))
-                except ConfigError as error:
-                    read.append(error)
-            return read
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # in pieces: one by one they cost a third more
-            read = list(chain(*pool.map(outcomes, [files[i : i + 16] for i in range(0, len(files), 16)])))
-        for file, table in zip(files, read, strict=True):
-            if isinstance(table, ConfigError):
-                self.note(f"{kind}/{file.name}", str(table))
-            elif self.damage is not None and (lacking := needed.difference(table.column_names)):
+        for file in (step_file(self.path / kind, step) for step in steps):
+            try:
+                table = read_table(file, columns)
+            except ConfigError as error:
+                self.note(f"{kind}/{file.name}", str(error))
+                continue
+            if self.damage is not None and (lacking := needed.difference(table.column_names)):
                 problem = f"{str(file)!r} has no column {min(lacking)!r}, which views draw; restore it"
                 self.note(f"{kind}/{file.name}", problem)
             else:
