@@ -98,6 +98,8 @@ class Prompt:
     answer_core: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.answer:
+            raise ConfigError("a prompt has no answer tokens; every question needs a non-empty answer")
         if not self.answer_core:
             object.__setattr__(self, "answer_core", (True,) * len(self.answer))
 

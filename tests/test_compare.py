@@ -79,6 +79,11 @@ def test_share_interval_is_wilsons(right, count, low, high):
         assert abs(right / count - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / count), rel=1e-5)
 
 
+def test_share_interval_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no answers"):
+        share_interval(0, 0)
+
+
 def test_over_seeds_is_the_enumeration_of_all_resamples():
     """Two tasks of three runs: 27 * 27 equally likely resamples, of which the quantiles are known."""
     arrays = {"one": RNG.random((3, 5)), "two": RNG.random((3, 4))}

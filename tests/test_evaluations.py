@@ -59,6 +59,8 @@ def test_the_paired_interval_holds_the_true_change_about_as_often_as_it_says():
     assert paired_interval(1, 7, 21) == pytest.approx((-6 / 21, -0.5084, -0.0134), abs=2e-4)
     change, low, high = paired_interval(0, 0, 5)
     assert change == 0 and low < 0 < high
+    with pytest.raises(ValueError, match="no answers"):
+        paired_interval(0, 0, 0)
 
 
 # --- what the files say

@@ -12,11 +12,15 @@ from covrl_lab.types import ConfigError
 pytestmark = pytest.mark.usefixtures("offline")
 
 
-def test_rank_zero_is_the_plain_frozen_model():
+def test_rank_zero_is_the_plain_frozen_model(tmp_path):
     policy = load_policy(TINY, lora_rank=0)
     assert policy.trainable() == [] and adapter_change(policy) == 0.0
     with policy.base():
         text_logits(policy)
+    with pytest.raises(ConfigError, match="no adapter"):
+        save_adapter(policy, tmp_path)
+    with pytest.raises(ConfigError, match="no adapter"):
+        load_adapter(policy, tmp_path)
 
 
 def test_a_new_adapter_changes_nothing():

@@ -241,6 +241,8 @@ def test_chat_needs_a_template(tokenizer):
 
 
 def test_a_prompt_needs_an_answer():
+    with pytest.raises(ConfigError, match="no answer tokens"):
+        Prompt(prior=(1,), posterior=(1, 2), seam=(3,), answer=())
     with pytest.raises(ConfigError, match="empty answer"):
         Example("e", "x?", "  ")
 

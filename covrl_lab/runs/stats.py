@@ -21,6 +21,8 @@ def interquartile_mean(values: np.ndarray) -> np.ndarray:
 
 def share_interval(right: float, count: int) -> tuple[float, float, float]:
     """(share, low, high) of ``right`` out of ``count``: Wilson's interval, never a point, also at 0 and 1."""
+    if count < 1:
+        raise ValueError("no answers to count")
     share, weight = right / count, Z**2 / count
     centre = (share + weight / 2) / (1 + weight)
     half = math.sqrt(weight * (share * (1 - share) + weight / 4)) / (1 + weight)
@@ -54,6 +56,8 @@ def paired_interval(gained: int, lost: int, count: int) -> tuple[float, float, f
 
     Bonett and Price 2012: Wald's interval with one gain and one loss added, so that it is never a point.
     """
+    if count < 1:
+        raise ValueError("no answers to count")
     up, down = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
     half = Z * math.sqrt((up + down - (up - down) ** 2) / (count + 2))
     return (gained - lost) / count, max(-1.0, up - down - half), min(1.0, up - down + half)

@@ -168,7 +168,7 @@ def evaluate(
                     row |= {"answer_logp": value, "vote": vote(row["prediction"], example) if row["finished"] else ""}
         if posterior:
             found = ranks.map(count, partial(generated, posterior=True), at_once)
-            for row, result in zip(rows, found, strict=False):
+            for row, result in zip(rows[:count], found, strict=True):
                 row["posterior_score"] = result["score"]
     return pd.DataFrame(rows)
 

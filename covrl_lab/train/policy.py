@@ -88,6 +88,8 @@ class Policy:
 
 def save_adapter(policy: Policy, folder: str | Path) -> None:
     """Write the adapter in PEFT's own layout: adapter_model.safetensors and adapter_config.json."""
+    if not isinstance(policy.model, PeftModel):
+        raise ConfigError("this policy has no adapter to save; load it with lora_rank > 0")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.contiguous() for key, value in _adapter_state(policy).items()}
@@ -103,6 +105,8 @@ def load_adapter(policy: Policy, folder: str | Path) -> None:
 
     Raises ConfigError when the files are missing or belong to another model, rank or scaling.
     """
+    if not isinstance(policy.model, PeftModel):
+        raise ConfigError("this policy has no adapter to load into; load it with lora_rank > 0")
     folder = Path(folder)
     check_checksums(folder)
     saved = read_object(folder / "adapter_config.json")

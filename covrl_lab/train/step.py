@@ -72,7 +72,7 @@ def add_gradient(
 
     def score(part: Part) -> LogProbs:
         frozen = not config.trains_posterior
-        wanted = posterior and not (frozen and old)  # a q that is not trained is only asked what it was
+        wanted = posterior and not (frozen and old is not None)  # a q that is not trained is only asked what it was
         return trace_logprobs(policy, part.prompts, part.batch, posterior=wanted, frozen_posterior=frozen, **settings)
 
     def with_frozen(scores: LogProbs, part: Part) -> LogProbs:
