@@ -65,15 +65,6 @@ def compare_sums(random: Random) -> tuple[str, str, str]:
             return f"Which is larger, {a} + {b} or {c} + {d}? Give the larger sum.", trace, str(high)
 
 
-def change(random: Random) -> tuple[str, str, str]:
-    a, b, c = random.randint(2, 20), random.randint(2, 20), random.choice([50, 60, 100])
-    x, y = random.sample(THINGS, 2)
-    question = f"A {x} costs {a} coins and a {y} costs {b} coins. You buy both and pay {c} coins."
-    rest = c - a - b
-    trace = f"{a} + {b} = {a + b}. {c} - {a + b} = {rest}."
-    return f"{question} How many coins do you get back?", trace, str(rest)
-
-
 def middle(random: Random) -> tuple[str, str, str]:
     ordered = sorted(random.sample(range(10, 99), 3))
     shuffled = ordered[:]
@@ -82,7 +73,30 @@ def middle(random: Random) -> tuple[str, str, str]:
     return question, "In order: {}, {}, {}.".format(*ordered), str(ordered[1])
 
 
-GENERATED = {task.__name__: task for task in (double_add, compare_sums, change, middle)}
+# Tasks of two and three steps that chose no setting: taken for the model's accuracy before training, 6 to 13%.
+def smallest_plus(random: Random) -> tuple[str, str, str]:
+    numbers, more = random.sample(range(10, 90), 3), random.randint(1, 9)
+    low = min(numbers)
+    question = "Take the smallest of {}, {} and {} and add {}. What do you get?".format(*numbers, more)
+    return question, f"The smallest is {low}. {low} + {more} = {low + more}.", str(low + more)
+
+
+def take_out(random: Random) -> tuple[str, str, str]:
+    x, y = random.sample(THINGS, 2)
+    a, b, c = random.randint(2, 20), random.randint(2, 20), random.randint(1, 5)
+    question = f"A box has {a} {x}s and {b} {y}s. {c} {x}s are taken out. How many {x}s and {y}s are left in all?"
+    return question, f"{a} + {b} = {a + b}. {a + b} - {c} = {a + b - c}.", str(a + b - c)
+
+
+def round_sum(random: Random) -> tuple[str, str, str]:
+    a, b = random.randint(11, 89), random.randint(11, 89)
+    r, s = ((n + 5) // 10 * 10 for n in (a, b))
+    trace = f"{a} becomes {r}. {b} becomes {s}. {r} + {s} = {r + s}."
+    return f"Round {a} and {b} to the nearest ten, then add. What is the result?", trace, str(r + s)
+
+
+FRESH = smallest_plus, take_out, round_sum
+GENERATED = {task.__name__: task for task in (double_add, compare_sums, middle, *FRESH)}
 TASKS = {
     "arithmetic": {"task": "arithmetic"},
     "largest": {"task": "largest_of_three"},
