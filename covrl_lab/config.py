@@ -186,7 +186,7 @@ class RunConfig(metaclass=_Checked):
     @property
     def trains_posterior(self) -> bool:
         """Whether a gradient reaches traces under the posterior prompt; else their log-probabilities are enough."""
-        return self.composite_weight < 1 or self.posterior_weight > 0
+        return self.composite_weight < 1 or (self.alpha < 1 and self.posterior_weight > 0)
 
     def eval_sets(self) -> list[tuple[str, int]]:
         """(task, samples a question) of every set in ``eval_task``; none where it is None."""

@@ -115,10 +115,13 @@ def test_decoding_in_waves_takes_what_the_plan_says():
     assert 0.3 * planned < taken(prompts, 48) < planned
 
 
-@pytest.mark.parametrize("prior_only", [False, True])
-def test_token_counts_are_those_of_the_packed_tree(prior_only):
+CHANGES = {"both": {"posterior_weight": 1}, "frozen": {"posterior_weight": 0}, "prior": {"alpha": 1}}
+
+
+@pytest.mark.parametrize("trained", CHANGES)
+def test_token_counts_are_those_of_the_packed_trees(trained):
     """Prompts of one length that share nothing by accident, traces all different."""
-    changes = {"alpha": 1, "composite_weight": 1} if prior_only else {}
+    changes = CHANGES[trained]
     config = RunConfig(questions_per_step=3, rollouts_per_question=4, max_trace_tokens=6, **changes)
     fresh = iter(range(10, 10**6))
 
@@ -133,10 +136,12 @@ def test_token_counts_are_those_of_the_packed_tree(prior_only):
 
     tokens = Tokens.of(config, shared=20, question=7, answer=5)
     assert (tokens.rows, tokens.length) == (12, 6)
-    assert tokens.nodes == packed_tokens(prompts, batch, posterior=not prior_only)[0]
-    contexts = [p.prior for p in prompts] + ([] if prior_only else [p.posterior for p in prompts])
+    both = packed_tokens(prompts, batch, posterior=True)[0]
+    assert tokens.nodes == packed_tokens(prompts, batch, posterior=trained == "both")[0]
+    assert tokens.frozen == (both - tokens.nodes if trained == "frozen" else 0)
+    contexts = [p.prior for p in prompts] + ([] if trained == "prior" else [p.posterior for p in prompts])
     assert tokens.prompts == count_nodes(contexts)
-    assert tokens.scored == 12 * (6 * (1 if prior_only else 2) + 5)
+    assert tokens.scored == 12 * (6 * (1 + (trained == "both")) + 5)
 
 
 def test_built_in_shapes_have_the_published_parameter_counts():
@@ -297,12 +302,14 @@ def test_the_hosts_time_for_kernels_counts_where_they_are_short():
 
 
 def test_the_tokens_of_given_prompts_are_those_of_their_tree():
-    config = RunConfig(questions_per_step=2, rollouts_per_question=3, max_trace_tokens=5)
+    config = RunConfig(questions_per_step=2, rollouts_per_question=3, max_trace_tokens=5, posterior_weight=1)
     prompts = [Prompt((1, 2, 3, q), (1, 9, 9, q, 7), (4, 5), (6, 7, 8)) for q in (10, 11)]
     tokens = Tokens.of_prompts(config, prompts)
     assert (tokens.rows, tokens.context) == (6, 5)
     assert tokens.prompts == count_nodes([p for q in prompts for p in (q.prior, q.posterior)]) == 11
     assert tokens.nodes == 11 + 6 * (2 * 5 + 3) and tokens.rollout == 2 * (5 + 5) + 3
+    tokens = Tokens.of_prompts(dataclasses.replace(config, posterior_weight=0), prompts)
+    assert tokens.nodes == 5 + 6 * (5 + 3 + 1) and tokens.frozen == 6 + 6 * (5 - 1)
 
 
 def test_the_trainer_refuses_what_cannot_fit_before_it_loads_a_model(tmp_path, no_model):

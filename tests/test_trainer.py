@@ -22,7 +22,7 @@ from covrl_lab.train.models import load_policy
 from covrl_lab.train.policy import load_adapter
 from covrl_lab.train.prompts import Prompter
 from covrl_lab.train.records import StepRecord
-from covrl_lab.train.scoring import micro_batches, trace_logprobs
+from covrl_lab.train.scoring import micro_batches, packed_tokens, trace_logprobs
 from covrl_lab.train.step import set_learning_rate
 from covrl_lab.train.tasks import is_held_out, load_task
 from covrl_lab.train.trainer import Trainer, bar_values
@@ -297,13 +297,15 @@ def test_micro_batches_change_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["covrl", "covrl, alpha moves", "latro", "rlpr"])
 def test_whole_groups_are_scored_once(tmp_path, monkeypatch, method):
     """Cut between questions: one pass, with gradients, where credit is a matter of the group; the same numbers."""
-    passes, score = [], step_module.trace_logprobs
+    passes, nodes, score = [], [], step_module.trace_logprobs
     spy = lambda *args, **settings: passes.append(torch.is_grad_enabled()) or score(*args, **settings)  # noqa: E731
     monkeypatch.setattr(step_module, "trace_logprobs", spy)
+    split = lambda *args: nodes.append(packed_tokens(*args[:3])[0]) or micro_batches(*args)  # noqa: E731
+    monkeypatch.setattr(step_module, "micro_batches", split)
     settings = {"method": method.split(",")[0]} | ({"alpha_rate": 0.5} if "moves" in method else {})
     whole, record, gradient = gradients(tmp_path / "whole", **settings)
     assert passes == [True]
-    cut, measured, cut_gradient = gradients(tmp_path / "cut", **settings, max_packed_tokens=record.packed_tokens - 1)
+    cut, measured, cut_gradient = gradients(tmp_path / "cut", **settings, max_packed_tokens=nodes[0] - 1)
     assert passes[1:] == ([True] * 2 if method != "rlpr" else [False] * 2 + [True] * 2)
     same_step(record, gradient, measured, cut_gradient)
     assert cut.method_state == pytest.approx(whole.method_state)
@@ -321,6 +323,10 @@ def test_an_untrained_posterior_is_scored_without_gradient(tmp_path, monkeypatch
     same_step(record, gradient, *gradients(tmp_path / "apart", **settings)[1:])
     same_step(record, gradient, *gradients(tmp_path / "cut", **settings, max_packed_tokens=1)[1:])
     assert asked == [True] + [True] * 12 + [False] * 12
+    # Its nodes do not count for the tree that is trained, so that this one stays whole.
+    limit = record.packed_tokens - 1
+    same_step(record, gradient, *gradients(tmp_path / "few", **settings, max_packed_tokens=limit)[1:])
+    assert asked[25:] == [True]
 
 
 def test_traces_are_weighed_by_the_alpha_that_drew_them(tmp_path):

@@ -105,37 +105,44 @@ class Tokens:
     rows: int  # traces
     length: int  # of each
     prompts: int  # nodes of the prompts' tree
-    nodes: int  # of the update's tree
+    nodes: int  # of the update's tree: the prompts that are trained, with traces and answers
     scored: int
     context: int  # before a trace
     rollout: int = 0  # nodes of one rollout's tree alone
     longest: int = 0  # context and trace, in evaluations too
+    frozen: int = 0  # nodes of the posterior's tree where it is not trained: they get a forward alone
 
     @classmethod
     def of(cls, config: RunConfig, shared: int, question: int, answer: int, length: int | None = None) -> Self:
         """From the tokens that all prompts share, of one question and of one answer; ``length`` is the mean trace."""
-        questions, both = config.questions_per_step, config.needs_posterior
-        prompts = (1 + both) * (shared + questions * question) + both * questions * answer
-        return cls._under(config, prompts, shared + question, answer, length)
+        questions = config.questions_per_step
+        prior = shared + questions * question
+        posterior = config.needs_posterior * (prior + questions * answer)
+        return cls._under(config, prior, posterior, shared + question, answer, length)
 
     @classmethod
     def of_prompts(cls, config: RunConfig, prompts: Sequence[Prompt]) -> Self:
         """From the prompts of a step, if every trace is as long as allowed."""
         from .tree import count_nodes  # it imports torch
 
-        both = [p.prior for p in prompts] + [p.posterior for p in prompts] * config.needs_posterior
-        answer = max(len(p.answer) for p in prompts)
-        return cls._under(config, count_nodes(both), max(map(len, both)), answer, None)
+        prior, posterior = [p.prior for p in prompts], [p.posterior for p in prompts] * config.needs_posterior
+        nodes, answer = count_nodes(prior), max(len(p.answer) for p in prompts)
+        others = count_nodes([*prior, *posterior]) - nodes
+        return cls._under(config, nodes, others, max(map(len, [*prior, *posterior])), answer, None)
 
     @classmethod
-    def _under(cls, config: RunConfig, prompts: int, context: int, answer: int, length: int | None) -> Self:
-        rows, contexts = config.questions_per_step * config.rollouts_per_question, 1 + config.needs_posterior
+    def _under(
+        cls, config: RunConfig, prior: int, posterior: int, context: int, answer: int, length: int | None
+    ) -> Self:
+        """From the nodes of the prior prompts, and those that posterior prompts add."""
+        rows, contexts = config.questions_per_step * config.rollouts_per_question, 1 + config.trains_posterior
         length = length or config.max_trace_tokens
         scored = rows * (contexts * length + answer)
         # Seam and answer follow each trace under the prior prompt; what is last in a branch is not read.
-        nodes = prompts + scored + (2 - contexts) * rows
-        longest = context + max(length, config.eval_max_trace_tokens or 0)
-        return cls(rows, length, prompts, nodes, scored, context, contexts * (context + length) + answer, longest)
+        nodes = prior + config.trains_posterior * posterior + scored + (2 - contexts) * rows
+        frozen = posterior + rows * (length - 1) if config.needs_posterior > config.trains_posterior else 0
+        longest, rollout = context + max(length, config.eval_max_trace_tokens or 0), contexts * (context + length)
+        return cls(rows, length, prior + posterior, nodes, scored, context, rollout + answer, longest, frozen)
 
 
 @dataclass(frozen=True)
@@ -275,10 +282,11 @@ def step_seconds(
 ) -> dict[str, float]:
     """Seconds by part.
 
-    decoding reads all weights, and the keys and values, at every token. update: a forward and a backward pass, one more
-    with gradient checkpointing, and one where a question has more nodes than one forward. launches: the host's time to
-    start a GPU's kernels, where it is longer than what they do. ``ideal`` leaves out what is done beyond the step's own
-    arithmetic: unpacking, attention to masked tokens, and shared keys and values read more than once.
+    decoding reads all weights, and the keys and values, at every token. update: a forward and a backward pass, one
+    more with gradient checkpointing, one where a question has more nodes than one forward, and one forward of a
+    posterior that is not trained. launches: the host's time to start a GPU's kernels, where it is longer than what
+    they do. ``ideal`` leaves out what is done beyond the step's own arithmetic: unpacking, attention to masked tokens,
+    and shared keys and values read more than once.
     """
     e = 2 if config.dtype == "bfloat16" else 4
     p, head = shape.parameters, shape.embedding
@@ -297,16 +305,19 @@ def step_seconds(
     shared = tokens.prompts if ideal else min(2 * tokens.prompts, tokens.rows * tokens.context)
     cached, times = shared + rows * tokens.length / 2, tokens.length * tokens.rows / rows
     decoding = forward(rows, mean if ideal else mean + tokens.context) + 2 * rows * head
+    update = passes * forward(n, length + block) + 4 * tokens.scored * head
+    update += forward(tokens.frozen, length + block) + 2 * min(tokens.frozen, tokens.rows * tokens.length) * head
+    forwards = passes * math.ceil(n / part) + math.ceil(tokens.frozen / part)
     seconds = {
         "prompts": product(forward(tokens.prompts, tokens.context + block), stored),
         "decoding": times * product(decoding, stored + 2 * e * shape.layers * shape.kv * cached),
-        "update": product(passes * forward(n, length + block) + 4 * tokens.scored * head, passes * stored),
+        "update": product(update, passes * stored),
     }
     if config.quantization == "nf4" and not ideal and not keeps_unpacked(config, shape, device):
-        uses = 1 + times + passes * math.ceil(n / part)
+        uses = 1 + times + forwards
         seconds["dequantise"] = uses * (0.5 + 2 * e) * p / device.bandwidth
     if device.launch and not ideal:
-        started = device.launch * (1 + passes * math.ceil(n / part)) + min(device.launch, RECORDED) * times
+        started = device.launch * (1 + forwards) + min(device.launch, RECORDED) * times
         seconds["launches"] = max(0.0, KERNELS * shape.layers * started - sum(seconds.values()))
     return seconds
 

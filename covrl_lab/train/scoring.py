@@ -147,7 +147,7 @@ def trace_logprobs(
     """Score B prompts' N traces and reference answers; differentiable where gradients are enabled.
 
     Traces are scored under softmax(logits / temperature) over the whole vocabulary, answers at temperature 1.
-    ``posterior=False`` leaves log q out, ``frozen_posterior`` computes it without gradient in a forward of its own,
+    ``posterior=False`` leaves log q out, ``frozen_posterior`` computes it without gradient in forwards of its own,
     ``no_trace`` adds the answers after an empty trace, without gradient.
     """
     own = own_prompts(prompts, batch)
@@ -155,9 +155,9 @@ def trace_logprobs(
     if no_trace:
         segments["no_trace"] = [Segment.of_answer(p, p.empty_trace) for p in own]
     rows = {}
-    if posterior and frozen_posterior and torch.is_grad_enabled():
+    if posterior and frozen_posterior:
         with torch.no_grad():
-            rows["posterior"] = score_segments(policy, segments.pop("posterior"))
+            rows["posterior"] = score_segments(policy, segments.pop("posterior"), policy.tokens_at_once)
     scores = score_segments(policy, [s for part in segments.values() for s in part])
     rows |= {name: scores[i * len(own) : (i + 1) * len(own)] for i, name in enumerate(segments)}
     width, device = batch.mask.shape[1], scores[0].device

@@ -66,14 +66,13 @@ def add_gradient(
     Where a part holds whole groups, and credit needs no more than the group, each part is scored once, with gradients;
     otherwise all parts are scored before the first one's credit is known.
     """
-    posterior, temperature = config.needs_posterior, config.temperature
-    settings = {"temperature": temperature, "no_trace": "no_trace" in method.needs}
-    parts = micro_batches(prompts, batch, posterior, config.max_packed_tokens, ranks.share(len(prompts)))
+    trained, temperature = config.trains_posterior, config.temperature
+    settings = {"temperature": temperature, "no_trace": "no_trace" in method.needs, "frozen_posterior": not trained}
+    parts = micro_batches(prompts, batch, trained, config.max_packed_tokens, ranks.share(len(prompts)))
 
     def score(part: Part) -> LogProbs:
-        frozen = not config.trains_posterior
-        wanted = posterior and not (frozen and old is not None)  # a q that is not trained is only asked what it was
-        return trace_logprobs(policy, part.prompts, part.batch, posterior=wanted, frozen_posterior=frozen, **settings)
+        wanted = config.needs_posterior and (trained or old is None)  # a frozen q is only asked what it was
+        return trace_logprobs(policy, part.prompts, part.batch, posterior=wanted, **settings)
 
     def with_frozen(scores: LogProbs, part: Part) -> LogProbs:
         return replace(scores, **reference(policy, part.prompts, part.batch, method.needs, temperature))
