@@ -13,20 +13,20 @@ from itertools import product
 from pathlib import Path
 
 from browser import jupyterlab
-from helpers import EXAMPLE_RUN, ROOT
+from helpers import ROOT
 
 from covrl_lab import report
 
 WIDTHS = (800, 1600)
-TRIALS = ROOT / "notebooks" / "results" / "trials"
-# name -> code of a cell that shows the panel, in a folder with the runs "example_run" and "trials/..."
+RESULTS = ROOT / "notebooks" / "results"
+# name -> code of a cell that shows the panel, in a folder with the runs "story", "example_run" and "trials/..."
 GALLERY = {
-    "runs": "RunBrowser('trials', 'example_run/..')",
-    "explorer": "TraceExplorer('example_run')",
-    "side-by-side": "TraceComparison('example_run')",
-    "evaluations": "EvaluationBrowser('example_run')",
+    "runs": "RunBrowser('trials', 'story/..')",
+    "explorer": "TraceExplorer('story')",
+    "side-by-side": "TraceComparison('story')",
+    "evaluations": "EvaluationBrowser('story')",
     "mixing": "MixingRatio('example_run')",
-    "monitor": "RunMonitor('example_run')",
+    "monitor": "RunMonitor('story')",
     "ablation": "Ablation('grid', alphas='0.5, 1', seeds='0, 1', steps=2, model='tiny')",
     "bench": "PromptBench(model='tiny')",
     "estimators": "EstimatorPanel('kl', World(1))",
@@ -35,9 +35,9 @@ GALLERY = {
 
 def write_gallery(lab, name, *cells):
     """A notebook of ``cells``, with the runs that they show beside it."""
-    if not (lab.folder / "example_run").exists():
-        shutil.copytree(EXAMPLE_RUN, lab.folder / "example_run")
-        shutil.copytree(TRIALS, lab.folder / "trials")
+    if not (lab.folder / "story").exists():
+        for run in ("story", "example_run", "trials"):
+            shutil.copytree(RESULTS / run, lab.folder / run)
     lab.write(f"{name}.ipynb", *(f"from covrl_lab import {cell.split('(')[0]}, World\n{cell}" for cell in cells))
 
 
@@ -55,12 +55,12 @@ def show(lab, name, theme, width):
 
 
 def main(names):
-    target = ROOT / "notebooks" / "results" / "screens"
+    target = RESULTS / "screens"
     with tempfile.TemporaryDirectory() as folder, jupyterlab(Path(folder)) as lab:
         for name in names or [*GALLERY, "report"]:
             if name == "report":
                 lab.page.set_viewport_size({"width": 1150, "height": 1990})
-                lab.page.goto(report(EXAMPLE_RUN, Path(folder) / "report.html").absolute().as_uri())
+                lab.page.goto(report(RESULTS / "story", Path(folder) / "report.html").absolute().as_uri())
                 lab.page.wait_for_timeout(3000)
                 lab.page.screenshot(path=target / "report-light.png")
                 continue

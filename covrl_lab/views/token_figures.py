@@ -126,9 +126,8 @@ def plot_mixing(settings: Mapping[str, str], parts: Sequence[tuple[Any, Any, Any
             layout[f"xaxis{axis}"] = x | {"domain": [left, right], "anchor": f"y{axis}"}
             layout[f"yaxis{axis}"] = y | {"domain": domain, "anchor": f"x{axis}", "title_text": title}
         layout[f"xaxis{axes[2]}"]["range"] = [0, 1.05 * most or 1.0]
-        if columns > 1:
-            place = {"x": left, "y": 1.13, "xref": "paper", "yref": "paper", "xanchor": "left", "showarrow": False}
-            annotations.append({"text": f"<b>{figure_text(name)}</b>  {figure_text(about)}"} | place)
+        place = {"x": left, "y": 1.13, "xref": "paper", "yref": "paper", "xanchor": "left", "showarrow": False}
+        annotations.append({"text": f"<b>{figure_text(name)}</b>  {figure_text(about)}"} | place)
         for key, colour, dash, width in (
             ("log p", PRIOR, "solid", 1.5),
             ("log q", POSTERIOR, "dot", 1.5),
