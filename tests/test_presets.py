@@ -9,12 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import ROOT, lines, make_trainer
 
+from covrl_lab import RunConfig
 from covrl_lab.train.answers import match_benchmark, vote
 from covrl_lab.train.models import load_tokenizer
 from covrl_lab.train.presets import CHATS, PRESETS
 from covrl_lab.train.prompts import Prompter
 from covrl_lab.train.rows import lookup
-from covrl_lab.train.tasks import TaskSettings, check_task, is_held_out, load_task
+from covrl_lab.train.tasks import check_task, is_held_out, load_task
 from covrl_lab.types import ConfigError, Example
 
 WEB = {"id": "7", "answer_type": "Float", "difficulty": "University"}
@@ -166,7 +167,7 @@ def test_a_loader_reads_its_schema(name, suffix, tmp_path, monkeypatch):
         (tmp_path / "rows.json").write_text(json.dumps(rows))
     else:
         write(tmp_path / "rows.jsonl", rows)
-    check_task(task_name, TaskSettings(demonstrations=0))
+    check_task(RunConfig(task=task_name, demonstrations=0))
     task = load_task(task_name, demonstrations=0)
     if suffix == "hub":
         (where, how) = calls[0]
@@ -233,13 +234,13 @@ def test_only_letters_of_all_options_are_taken_off(tmp_path):
 
 def test_a_preset_asked_for_another_schema_says_so(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"problem": "x", "solution": "y"}])
-    for load in (load_task, lambda name: check_task(name, TaskSettings())):
+    for load in (load_task, lambda name: check_task(RunConfig(task=name))):
         with pytest.raises(ConfigError, match="columns .* but not 'answer'"):
             load(f"math-500@{path}")
     with pytest.raises(ConfigError, match="does not exist"):
-        check_task("math-500@nowhere.jsonl", TaskSettings())
+        check_task(RunConfig(task="math-500@nowhere.jsonl"))
     with pytest.raises(ConfigError, match="did you mean 'math-500'"):
-        check_task("math500", TaskSettings())
+        check_task(RunConfig(task="math500"))
 
 
 @pytest.mark.parametrize(

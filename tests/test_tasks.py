@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from covrl_lab import RunConfig
 from covrl_lab.train.builtin_tasks import TASKS
-from covrl_lab.train.tasks import TaskSettings, check_task, is_held_out, load_task, normalise_question
+from covrl_lab.train.tasks import check_task, is_held_out, load_task, normalise_question
 from covrl_lab.types import ConfigError, Example
 
 GYM = ["reasoning_gym/chain_sum", "reasoning_gym/leg_counting", "reasoning_gym/gsm_symbolic"]
@@ -169,7 +170,7 @@ def test_hub_data_sets_map_columns_and_explain_failures(monkeypatch):
         load_task("hf/some/data", question_column="problems", answer_column="solution")
     with pytest.raises(ConfigError, match="'hf/other/data' cannot be loaded .no route to the hub.; check"):
         load_task("hf/other/data")
-    check_task("hf/other/data", TaskSettings())  # needs no network
+    check_task(RunConfig(task="hf/other/data"))  # needs no network
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,7 @@ def test_bad_files_are_explained(tmp_path, file_name, text, arguments, message):
     assert message in str(error.value)
     if "column" in message or "did you mean" in message:
         with pytest.raises(ConfigError):
-            check_task(str(path), TaskSettings(**arguments))  # found without reading the whole file
+            check_task(RunConfig(task=str(path), **arguments))  # found without reading the whole file
 
 
 def test_tiny_spaces_end_with_a_count():

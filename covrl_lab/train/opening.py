@@ -12,14 +12,14 @@ from .plan import Plan
 from .policy import Policy
 from .presets import CHATS, PRESETS
 from .prompts import PLAIN, Prompter
-from .tasks import Task, TaskSettings, load_task
+from .tasks import Task, load_task
 
 LOG = logging.getLogger(__name__)
 
 
 def open_task(config: RunConfig) -> tuple[Task, Prompter]:
     """Load the task and the tokenizer, but no weights. Raises ConfigError."""
-    task = load_task(config.task, **vars(TaskSettings.of(config)))
+    task = load_task(config)
     chat = CHATS.get(config.model, PLAIN)
     chat = replace(chat, think_tag=config.think_tag or chat.think_tag, system=config.system_prompt or chat.system)
     return task, Prompter(load_tokenizer(config.model), task.demonstrations, config.prompt_style, chat)

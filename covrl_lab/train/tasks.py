@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from random import Random
@@ -267,32 +267,9 @@ def _row_task(name: str, rows: Iterable[dict], preset: Preset, shown: int, skip:
 # --- the two entry points
 
 
-@dataclass(frozen=True)
-class TaskSettings:
-    """How a task is read: the fields of the same names of ``RunConfig``.
-
-    None stands for a ``difficulty`` of 2, the columns ``question`` and ``answer``, and the split ``train``; rows become
-    demonstrations only if ``trace_column`` is given.
-    """
-
-    difficulty: int | None = None
-    demonstrations: int = 3
-    question_column: str | None = None
-    answer_column: str | None = None
-    trace_column: str | None = None
-    dataset_config: str | None = None
-    dataset_split: str | None = None
-    bad_rows: str = "refuse"
-
-    @classmethod
-    def of(cls, config: RunConfig) -> Self:
-        """What a configuration says about its task."""
-        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
-
-
-def _preset(name: str, given: TaskSettings) -> tuple[str, Preset, str | None]:
+def _preset(given: RunConfig) -> tuple[str, Preset, str | None]:
     """(name, how rows are read, file if it is one) of a preset, a file or an hf/ data set."""
-    short, preset, file = find_preset(name)
+    name, (short, preset, file) = given.task, find_preset(given.task)
     if preset:
         return short, preset, file
     columns = (given.question_column or "question", given.answer_column or "answer", given.trace_column)
@@ -300,21 +277,21 @@ def _preset(name: str, given: TaskSettings) -> tuple[str, Preset, str | None]:
     return name, own, None if name.startswith("hf/") else name
 
 
-def check_task(name: str, settings: TaskSettings) -> None:
-    """Raise ConfigError if ``load_task`` could not work with these settings; cheap, needs no network."""
-    difficulty, demonstrations = settings.difficulty, settings.demonstrations
+def check_task(config: RunConfig) -> None:
+    """Raise ConfigError if ``load_task`` could not load a configuration's task; cheap, needs no network."""
+    name, difficulty, demonstrations = config.task, config.difficulty, config.demonstrations
     if not 0 <= demonstrations <= MAX_DEMONSTRATIONS:
         raise ConfigError(f"demonstrations must be 0 to {MAX_DEMONSTRATIONS}, not {demonstrations}")
     if difficulty is not None and name not in TASKS:
         raise ConfigError(f"difficulty is for built-in tasks ({', '.join(TASKS)}), not {name!r}")
     if difficulty is not None and difficulty not in RANGES:
         raise ConfigError(f"difficulty must be a whole number from 1 to {max(RANGES)}, not {difficulty!r}")
-    columns = (settings.question_column, settings.answer_column, settings.trace_column)
+    columns = (config.question_column, config.answer_column, config.trace_column)
     _, preset, file = find_preset(name)
     on_hub, is_file = name.startswith("hf/"), not preset and Path(name).suffix in FILE_SUFFIXES
     if any(columns) and not (on_hub or is_file):
         raise ConfigError(f"columns are for files and hf/ data sets, not {name!r}")
-    if (settings.dataset_config or settings.dataset_split) and not on_hub:
+    if (config.dataset_config or config.dataset_split) and not on_hub:
         raise ConfigError(f"dataset_config and dataset_split are for hf/ data sets, not {name!r}")
 
     if name in TASKS or preset and not file:
@@ -325,7 +302,7 @@ def check_task(name: str, settings: TaskSettings) -> None:
             raise ConfigError(f"data file {str(path)!r} does not exist; check the path")
         if path.suffix not in FILE_SUFFIXES:
             raise ConfigError(f"data file {str(path)!r} must end in one of {', '.join(FILE_SUFFIXES)}")
-        check_columns(name, read_file(path, limit=1)[0], _preset(name, settings)[1].columns)
+        check_columns(name, read_file(path, limit=1)[0], _preset(config)[1].columns)
     elif on_hub:
         if not re.fullmatch(r"hf/\w[\w.-]*/\w[\w.-]*", name):
             raise ConfigError(f"Hugging Face task {name!r} must have the form hf/OWNER/NAME")
@@ -341,15 +318,20 @@ def check_task(name: str, settings: TaskSettings) -> None:
         raise ConfigError(f"unknown task {name!r}{did_you_mean(name, kinds)}")
 
 
-def load_task(name: str, **settings: Any) -> Task:
-    """Load a task by name, with the keywords of ``TaskSettings``. ConfigError, in one sentence, if that cannot work."""
-    given = TaskSettings(**settings)
-    check_task(name, given)
+def load_task(task: str | RunConfig, **settings: Any) -> Task:
+    """Load the task of a configuration, or one by name and with settings of ``RunConfig``. ConfigError if it cannot be.
+
+    Of the settings None stands for a ``difficulty`` of 2, the columns ``question`` and ``answer``, and the split
+    ``train``; rows become demonstrations only if ``trace_column`` is given.
+    """
+    given = task if isinstance(task, RunConfig) else RunConfig(task=task, **settings)
+    check_task(given)
+    name = given.task
     if name in TASKS:
         return _built_in_task(name, given.difficulty or DEFAULT_DIFFICULTY, given.demonstrations)
     if name.startswith("reasoning_gym/"):
         return _gym_task(name)
-    short, preset, file = _preset(name, given)
+    short, preset, file = _preset(given)
     found, rows = read_file(Path(file)) if file else read_hub(name, preset)
     check_columns(name, found, preset.columns)
     return _row_task(short, rows, preset, given.demonstrations, short in PRESETS or given.bad_rows == "skip")

@@ -128,9 +128,9 @@ def _fields(
 
 def _check(config: RunConfig) -> None:
     """ConfigError for a task or a model that does not exist, before anything is launched."""
-    from ..train.tasks import TaskSettings, check_task
+    from ..train.tasks import check_task
 
-    check_task(config.task, TaskSettings.of(config))
+    check_task(config)
     if config.model not in MODELS:
         from ..train.models import check_model  # imports torch
 
