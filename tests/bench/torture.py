@@ -116,46 +116,54 @@ def kill_runs(folder: Path, count: int) -> list[tuple[str, str]]:
 def kill_commands(folder: Path, count: int) -> list[tuple[str, str]]:
     """Rows: the other commands that write, killed at random moments (a sweep by its driver), then run to the end."""
     chance, rows = random.Random(1), []
-    whole = make_trainer(folder / "apart", RUN).run().run_dir
-    run = shutil.copytree(whole, folder / "read")
-    sweep = folder / "sweep"
+    run, sweep = make_trainer(folder / "read", RUN).run().run_dir, folder / "sweep"
+    alone = [make_trainer(folder / f"alone{seed}", RUN, seed=seed).run().run_dir for seed in (0, 1)]
     shared = flags({name: value for name, value in RUN.items() if name != "seed"})
-    commands = {
-        "sweep": ["sweep", str(sweep), "--grid=seed=0,1", "--workers=2", "--threads=1", *shared],
-        "evaluate": ["evaluate", str(run), "--eval_questions=40"],
-        "report": ["report", str(run)],
-    }
-    for name, arguments in commands.items():
-        command, kills = [sys.executable, "-m", "covrl_lab", *arguments], 0
+
+    def swept() -> list[str]:
+        """What is wrong with a finished sweep, which is removed."""
+        same = [(path, alone[load_run(path).config["seed"]]) for path in sorted(sweep.iterdir()) if path.is_dir()]
+        bad = [path.name for path, other in same if compared_traces(path) != compared_traces(other)]
+        bad += [f"left over: {path.name}" for path in sweep.rglob("*.tmp*")]
+        shutil.rmtree(sweep)
+        return bad if len(same) == 2 else [f"{len(same)} runs"]
+
+    def compared_traces(path: Path) -> tuple:
+        return numbers(path), contents(path / "traces")
+
+    def evaluated() -> list[str]:
+        """A killed one leaves a whole line or none, and generations that the next one replaces."""
+        lines = load_run(run).benchmarks.drop(columns="settings").drop_duplicates()
+        return [] if len(lines) == 1 else ["benchmarks.jsonl"]
+
+    def reported() -> list[str]:
+        return [] if (run / "report.html").read_text().endswith("</html>\n") else ["report.html"]
+
+    for name, arguments, problems in (
+        ("sweep", [str(sweep), "--grid=seed=0,1", "--workers=2", "--threads=1", *shared], swept),
+        ("evaluate", [str(run), "--eval_questions=40"], evaluated),
+        ("report", [str(run)], reported),
+    ):
+        command, kills, bad = [sys.executable, "-m", "covrl_lab", name, *arguments], 0, []
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": checkout_environment()}
         started = time.monotonic()
-        if name != "sweep":
-            subprocess.run(command, check=True, **quiet)
-        took = min(time.monotonic() - started, 30) if name != "sweep" else 30
-        while kills < count:
+        subprocess.run(command, check=True, **quiet)
+        took, bad = time.monotonic() - started, problems()
+        code = 0
+        while kills < count or code:
             process = subprocess.Popen(command, **quiet)
-            try:
-                process.wait(chance.uniform(0.3 * took, took))
-            except subprocess.TimeoutExpired:
-                process.kill()
-            kills += process.wait() == -signal.SIGKILL
-        code = subprocess.run(command, **quiet).returncode
-        bad = [f"exit {code}"] * (code != 0)
-        if name == "sweep":
-            for path in sweep.iterdir():
-                seed = load_run(path).config["seed"]
-                alone = make_trainer(folder / f"alone{seed}", RUN, seed=seed).run().run_dir
-                same = numbers(path) == numbers(alone) and contents(path / "traces") == contents(alone / "traces")
-                bad += [] if same else [f"seed {seed}"]
-        elif (
-            name == "evaluate"
-        ):  # a killed one leaves a whole line or none, and generations that the next one replaces
-            lines = load_run(run).benchmarks.drop(columns="settings").drop_duplicates()
-            bad += [] if len(lines) == 1 else ["benchmarks.jsonl"]
-        else:
-            bad += [] if (run / "report.html").read_text().endswith("</html>\n") else ["report.html"]
-        left = [path for path in (sweep if name == "sweep" else run).rglob("*.tmp*")]
-        bad += [f"left over: {left[0].name}"] if left else []
+            if kills < count:
+                try:
+                    process.wait(chance.uniform(0.3 * took, took))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+            code = process.wait()
+            kills += code == -signal.SIGKILL
+            if code not in (0, -signal.SIGKILL):
+                bad.append(f"exit {code}")
+                break
+            bad += [] if code else problems()
+        bad += [f"left over: {path.name}" for path in run.rglob("*.tmp*")]
         rows.append((f"{kills} kills of covrl-lab {name}", ", ".join(bad) or "the same in the end"))
     return rows
 
