@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -127,6 +129,22 @@ def keep_columns(source: Path, target: Path, columns: list[str]) -> None:
     pd.read_parquet(source, columns=columns).to_parquet(target, index=False)
 
 
+def keep_steps(folder: Path, target: Path) -> None:
+    """How many traces lead to the answer by true equations, how many by false ones (excuses), and what they earn."""
+
+    def kind(row) -> str:
+        if sum(row.answer_logp) < math.log(0.5):
+            return "does not lead to the answer"
+        equations = re.findall(r"(\d+) ([-+]) (\d+) = (-?\d+)", row.trace)
+        right = [int(a) + (int(b) if sign == "+" else -int(b)) == int(c) for a, sign, b, c in equations]
+        return "no equation" if not right else "true steps" if all(right) else "excuse"
+
+    traces = pd.concat(map(pd.read_parquet, sorted((folder / "traces").glob("*.parquet"))))
+    traces["kind"] = [kind(row) for row in traces.itertuples()]
+    found = traces.groupby(["source", "kind"])["reward"].agg(traces="size", evidence="sum").reset_index()
+    found.to_json(target, orient="records", indent=1)
+
+
 def run(name: str, settings: dict) -> str:
     """Train or resume one run, keep its small files; what to print of it."""
     folder = RUNS / name
@@ -142,6 +160,8 @@ def run(name: str, settings: dict) -> str:
         shutil.copy(folder / file, kept / file)
     for file in folder.glob("evaluations/*.parquet"):
         keep_columns(file, kept / "evaluations" / file.name, SCORES)
+    if "-covrl-s" in name and not name.startswith(("largest", "middle")):  # these have no equations
+        keep_steps(folder, kept / "steps.json")
     if name.endswith("-covrl-s0"):
         for step in (1, 2, 3):  # what the bounds are worth before anything is learned (notebook 08)
             file = f"traces/step_{step:05d}.parquet"
