@@ -1,6 +1,7 @@
 """The ablation's frames, figure and panel without a browser, on made-up run folders."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -80,6 +81,20 @@ def test_a_grid_without_steps_takes_the_plots_away(tmp_path):
         assert [plot.figure for plot in panel.plots] == figures, alphas
     panel.fields["alphas"].value = "0.25"
     assert [plot.figure for plot in panel.plots] == ["", ""]
+
+
+def test_estimate_says_that_it_measures_and_then_what_it_found(tmp_path, monkeypatch):
+    panel = ablation.Ablation(tmp_path, alphas="0.5", seeds="0", steps=2, model="tiny")
+    shown = []
+
+    def plan(config):
+        shown.append((panel.cost.value, panel.estimate_button.disabled))
+        return SimpleNamespace(minutes=0.5)
+
+    monkeypatch.setattr("covrl_lab.train.plan.plan", plan)
+    panel.estimate()
+    assert shown == [("measuring this machine, a few seconds …", True)]
+    assert "about 1.0 minutes" in panel.cost.value and not panel.estimate_button.disabled
 
 
 @pytest.mark.parametrize(("name", "wrong"), [("task", "arithmetics"), ("task", "nothing.jsonl"), ("model", "smol")])

@@ -4,10 +4,12 @@ import json
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import plotly.io as pio
 import pytest
-from helpers import ASK, DEMONSTRATIONS, adapter_change, made_up_run
+from helpers import ASK, DEMONSTRATIONS, adapter_change, made_up_run, until
 
 from covrl_lab import RunConfig, Trainer, list_runs
 from covrl_lab.train import probe
@@ -182,6 +184,26 @@ def test_hostile_text_is_shown_as_text(tiny_policy, prompter):
     page, figure = bench.static()
     for text in (page.data, summary_html({hostile: frame}), str(figure)):
         assert "<script" not in text and "&lt;script&gt;" in text
+
+
+def test_what_a_notebook_stores_of_the_bench_follows_its_results(tiny_policy, prompter, monkeypatch):
+    """The outputs of a cell that was run before the first click."""
+    stored = []
+
+    def display(bundle, raw=False, display_id=False):
+        stored.append({})
+        return SimpleNamespace(update=lambda bundle, raw, kept=stored[-1]: kept.update(bundle))
+
+    monkeypatch.setattr("covrl_lab.views.widgets.display", display)
+    monkeypatch.setattr(pio.renderers, "default", "plotly_mimetype")  # as in notebooks
+    bench = PromptBench(tiny_policy, prompter, k=1, max_tokens=4, **ASK)
+    bench._ipython_display_()
+    bench.generate.click()
+    bench.wait(60)
+    plots = "application/vnd.plotly.v1+json"
+    until(lambda: any(plots in output for output in stored), "a plot in a stored output", 30)
+    (page,) = [output["text/html"] for output in stored if output.get("text/html")]
+    assert bench.summary.value in page and "after training" in page
 
 
 def test_a_run_that_is_not_there_is_said_before_any_hub_is_asked(tmp_path, monkeypatch):

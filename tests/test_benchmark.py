@@ -240,6 +240,10 @@ def test_plans_for_gpus_name_each_device():
     table = speed.plans_table(plans)
     assert len(table) == 12 and set(table["GiB there"]) == {16, 24, 32, 40, 80, 141}
     assert table.loc[("Qwen/Qwen2.5-7B", "H100 SXM, 80 GB"), "verdict"] == "fits"
+    fixed = {"gradient_checkpointing": False, "max_packed_tokens": 4096, "rollouts_per_question": 8}
+    table = speed.plans_table(speed.gpu_plans(["Qwen/Qwen2.5-7B"], max_trace_tokens=512, **fixed))
+    advice = "set gradient_checkpointing=True, or lower max_packed_tokens"
+    assert advice in table._repr_html_(), "a whole sentence, as a notebook shows it"
 
 
 def test_the_command_measures_prints_and_refuses(tmp_path, capsys, monkeypatch):

@@ -181,6 +181,12 @@ def test_the_selected_token_moves_the_lines(example):
     assert drawn["data"][2]["name"] == SCALES["kl"]["title"]
 
 
+def test_probabilities_as_rewards_keep_their_digits(tmp_path):
+    explorer = TraceExplorer(made_up_run(tmp_path / "run", reward=0.01234, advantage=-0.001))
+    page = explorer.static()[0].data
+    assert ">0.0123<" in page and ">0.00<" in page and ">−0.00<" not in page
+
+
 def test_prior_only_traces_show_what_there_is(tmp_path):
     run = made_up_run(tmp_path / "run", source="prior", logq=None)
     explorer = TraceExplorer(run)

@@ -88,6 +88,13 @@ def shown(panel):
     return found
 
 
+def test_the_numbers_stand_next_to_the_sliders_however_narrow_the_page(tmp_path):
+    """On a narrow page everything stands below each other, in this order."""
+    kinds = shown(MixingRatio(made_up_run(tmp_path / "run")))[::-1]
+    sliders = [place for place, kind in enumerate(kinds) if kind == "FloatSlider"]
+    assert "Plot" not in kinds[: max(sliders)] and "HTML" in kinds[max(sliders) : kinds.index("Plot")]
+
+
 def test_without_a_posterior_the_sentence_stands_alone(tmp_path):
     mixing = MixingRatio(made_up_run(tmp_path / "run", source="prior", logq=None))
     assert not {"FloatSlider", "Plot"} & set(shown(mixing)) and "Dropdown" in shown(mixing)

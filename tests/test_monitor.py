@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 from helpers import TINY_RUN, lines, start_training, until
 
-from covrl_lab import RunConfig
+from covrl_lab import RunConfig, load_run
 from covrl_lab.files import Owner
+from covrl_lab.runs import folder as folders
 from covrl_lab.views.monitor import (
     RunMonitor,
     numbers_html,
@@ -204,6 +205,16 @@ def test_a_stop_before_the_first_step_is_heard_after_the_evaluation(folder):
     os.utime(folder / "STOP")
     os.utime(folder / "evaluations.jsonl", (time.time() - 8,) * 2)
     assert snapshot(folder).status == "stopping", "asked during the first step"
+
+
+def test_a_refresh_reads_each_file_of_lines_once_and_a_run_sees_what_is_new(folder, monkeypatch):
+    read, original = [], folders.read_lines
+    monkeypatch.setattr(folders, "read_lines", lambda path: read.append(path.name) or original(path))
+    assert len(snapshot(folder).alarms) == 0 and sorted(read) == ["evaluations.jsonl", "metrics.jsonl"]
+    run, text = load_run(folder), (folder / "metrics.jsonl").read_text()
+    assert len(run.metrics) == len(run.forgiving().metrics) == 5
+    (folder / "metrics.jsonl").write_text(text + '{"step": 6, "seconds": 1.0}\n')
+    assert len(run.metrics) == len(run.forgiving().metrics) == len(run.forgiving().forgiving().metrics) == 6
 
 
 def test_a_finished_run_needs_no_thread_and_no_button(folder):

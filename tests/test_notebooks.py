@@ -14,7 +14,7 @@ import yaml
 from helpers import NOTEBOOKS, ROOT, parameters
 from notebook_noise import noise
 
-from covrl_lab import RunConfig
+from covrl_lab import ConfigError, RunConfig
 from covrl_lab.config import field_type
 
 OWN_NAMES = {
@@ -74,6 +74,16 @@ def test_links_to_other_files_lead_somewhere(path):
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
     assert {*links, path.name} >= {other.name for other in NOTEBOOKS}, "each notebook links to all others"
     assert [link for link in links if link and not (path.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("folder", ["", "notebooks"])
+def test_a_run_folder_that_is_not_there_is_named_as_it_was_given(folder, monkeypatch):
+    monkeypatch.chdir(ROOT / folder)
+    cells = nbformat.read(ROOT / "notebooks" / "02_traces.ipynb", as_version=4).cells
+    given, start, *_ = [cell.source for cell in cells if cell.cell_type == "code"]
+    exec(given, names := {})
+    with pytest.raises(ConfigError, match="^'runs/typo' is not a run folder"):
+        exec(start, names | {"run_dir": "runs/typo"})
 
 
 # --- the commit hooks

@@ -5,6 +5,7 @@ import pytest
 from helpers import made_up_run
 
 from covrl_lab import ConfigError, TraceComparison
+from covrl_lab.runs import folder
 from covrl_lab.runs.folder import load_run, step_file, write_parquet
 from covrl_lab.views.token_view import align
 
@@ -65,6 +66,24 @@ def test_one_run_shows_prior_against_posterior(runs):
     panel = TraceComparison(runs[0])
     assert [side.source.value for side in (panel.a, panel.b)] == ["prior", "posterior"]
     assert panel.agreement[0] == 4 and len(panel.listed) == 4
+
+
+def test_of_many_files_the_first_view_reads_one(tmp_path, monkeypatch):
+    run, other = (made_up_run(tmp_path / name, steps=6, question="1 + 1?") for name in ("run", "other"))
+    whole, read, original = TraceComparison(run, step_a=6, step_b=6), [], folder.read_table
+    monkeypatch.setattr("covrl_lab.views.side_by_side.CACHE_FROM", 5)
+    monkeypatch.setattr(folder, "read_table", lambda file, *rest: read.append(file.stem) or original(file, *rest))
+    panel = TraceComparison(run)
+    assert set(read) == {"step_00006"} and panel.a.step.value == panel.b.step.value == 6
+    assert panel.questions.rows == whole.questions.rows and panel.view.traces == whole.view.traces
+    panel.a.step.value = 0
+    assert len(set(read)) == 6 and {step for _, (step, _) in panel.a.trace.options} == {1, 2, 3, 4, 5, 6}
+
+    last = step_file(other.path / "traces", 6)
+    write_parquet(other.traces(6).assign(example_id="asked here alone"), last)
+    panel = TraceComparison(run, other)
+    assert panel.a.step.value == panel.b.step.value == 0 and len(panel.questions.rows) == 4
+    assert TraceComparison(run, other, question="q2", step_a=1).questions.picked == "q2"
 
 
 def test_nothing_in_common_is_said(runs, tmp_path):

@@ -166,10 +166,11 @@ class Run:
     path: Path
     # What is wrong with files that were read, a sentence by file, of ``forgiving``; None: it raises a ConfigError.
     damage: dict[str, str] | None = field(default=None, compare=False)
+    _lines: dict[str, Lines] = field(default_factory=dict, compare=False, repr=False)  # that ``forgiving`` has read
 
     def forgiving(self) -> Self:
         """The same run for a view: what is damaged is left out, and stands in ``damage`` and ``alarms``."""
-        return replace(self, damage={})
+        return replace(self, damage={}, _lines={})
 
     def note(self, name: str, sentence: str) -> None:
         """Take note that a file is damaged."""
@@ -178,8 +179,10 @@ class Run:
         self.damage[name] = sentence
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """What ``metrics.jsonl`` or ``evaluations.jsonl`` holds."""
-        lines = read_lines(self.path / name)
+        """What ``metrics.jsonl`` or ``evaluations.jsonl`` holds; of ``forgiving``, what it held at the first look."""
+        lines = self._lines.get(name) or read_lines(self.path / name)
+        if self.damage is not None:
+            self._lines[name] = lines
         if lines.fault:
             self.note(name, f"{lines.fault}; restore it, or resume the run, which goes back to a checkpoint before")
         return lines.records

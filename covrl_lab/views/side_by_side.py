@@ -10,7 +10,7 @@ import ipywidgets as widgets
 import pandas as pd
 from IPython.display import HTML
 
-from ..runs.folder import Run
+from ..runs.folder import CACHE_FROM, Run
 from ..runs.reweight import Settings
 from ..types import ConfigError, did_you_mean
 from .explorer import offered, source_field, trace_index
@@ -30,13 +30,15 @@ _MOST_QUESTIONS = 300
 
 
 class _Side:
-    """Which traces one side offers, and the one that is shown."""
+    """Which traces one side offers, and the one that is shown. Of a run of many files it first reads one step's."""
 
     def __init__(self, name: str, run: Run, step: int | None, source: str) -> None:
-        self.name, self.run, self.settings = name, open_run(run, step)[0], Settings.of(run.config)
-        self.index = trace_index(run)
+        self.name, (self.run, shown), self.settings = name, open_run(run, step), Settings.of(run.config)
+        many = len(run.steps) >= CACHE_FROM
+        self.only = shown * many  # the step that has been read; 0: all have been
+        self.index = trace_index(run, *[shown] * many)
         steps = step_choices(run.steps)
-        self.step = field(widgets.Dropdown, f"{name}'s step", step or 0, "110px", HIDDEN, options=steps)
+        self.step = field(widgets.Dropdown, f"{name}'s step", self.only or step or 0, "110px", HIDDEN, options=steps)
         known = source in set(self.index["source"])
         self.source = source_field(f"{name}'s source", source if known else "prior")
         self.trace = field(widgets.Dropdown, "trace", None, "330px", "40px", options=[])
@@ -44,6 +46,8 @@ class _Side:
 
     def offered(self) -> pd.DataFrame:
         """The rows of ``trace_index`` that step and source leave."""
+        if self.only and self.step.value != self.only:
+            self.only, self.index = 0, trace_index(self.run)
         return self.index[offered(self.index, self.step.value, self.source.value)]
 
     def choices(self, question: str) -> list[tuple[str, tuple[int, int]]]:
@@ -69,9 +73,9 @@ class TraceComparison(Panel):
     """Two traces of the same question, token by token: where they agree, and how much more probable each token became.
 
     a, b: runs or their folders; without ``b`` both sides show ``a``. step_a, step_b: whose traces a side offers
-    (default: every step's). With two runs both sides start with prior traces, else B with the posterior's. Only
-    questions that both sides hold are listed. ``agreement`` is (tokens in common, sum over them of log p in B minus
-    log p in A, nats). ConfigError where there is no such question.
+    (default: every step's; of a run of many files the last one's at first). With two runs both sides start with prior
+    traces, else B with the posterior's. Only questions that both sides hold are listed. ``agreement`` is (tokens in
+    common, sum over them of log p in B minus log p in A, nats). ConfigError where there is no such question.
     """
 
     def __init__(
@@ -101,6 +105,9 @@ class TraceComparison(Panel):
         self.widget = widgets.VBox([*sides, self.questions, self.heading, self.colour, self.view])
         self.widget.add_class("covrl-side-by-side")
         self._list()
+        if self.listed.empty or (question and question not in set(self.listed["id"])):
+            for side, step in ((self.a, step_a), (self.b, step_b)):  # other steps may have it
+                side.step.value = step or 0
         if self.listed.empty:
             both = " and ".join(str(run.path) for run in runs)
             raise ConfigError(f"{both} have no question in common; compare runs of one task and seed")
