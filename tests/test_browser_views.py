@@ -13,7 +13,7 @@ from browser import jupyterlab
 from helpers import EXAMPLE_RUN, lines
 from hostile import BAIT, HOSTILE
 from nbconvert import HTMLExporter
-from screens import TRIALS
+from screens import RESULTS
 from test_browser import number, wait_until
 from test_hostile import hidden, text_run
 
@@ -27,7 +27,7 @@ def lab(tmp_path_factory):
     with jupyterlab(tmp_path_factory.mktemp("lab")) as lab:
         shutil.copytree(EXAMPLE_RUN, lab.folder / "run")
         for name in ("double_add-covrl-s0", "shop-grpo-s1"):
-            shutil.copytree(TRIALS / name, lab.folder / "trials" / name)
+            shutil.copytree(RESULTS / "trials" / name, lab.folder / "trials" / name)
         shutil.copytree(EXAMPLE_RUN, lab.folder / "trials" / "example")  # the trials' evaluations lack texts
         other = shutil.copytree(EXAMPLE_RUN, lab.folder / "other")
         frame = load_run(other).traces(1).assign(step=30)  # the questions of step 1, said in another way
