@@ -111,6 +111,8 @@ def test_choose_launch_watch_cancel_and_retry(lab):
     for name in ("Launch", "Stop all", "Estimate", "Retry", "Cancel", "Traces"):
         for box in filter(None, (button.bounding_box() for button in panel.get_by_role("button", name=name).all())):
             assert box["x"] + box["width"] <= 800
+    alone = "rows => rows.map(row => (row.scrollLeft = 40, row.scrollLeft))"
+    assert set(panel.locator(".covrl-table tr").evaluate_all(alone)) == {0}, "no row scrolls alone"
     button, explorer = (
         spot.bounding_box()
         for spot in (panel.get_by_role("button", name="Traces").first, panel.locator(".covrl-explorer"))
