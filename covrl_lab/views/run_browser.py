@@ -23,14 +23,14 @@ from .widgets import Panel, Table, button, row, table_column
 
 # Where commands (here) and notebooks (in their own folder) write runs.
 FOLDERS = ("runs", "../runs", "notebooks/runs")
-_COLUMNS = [
+_COLUMNS = [  # the accuracies first: a narrow page scrolls to the others
     table_column("name", "run", "text"),
+    table_column("before", "before, %", "number", "held-out accuracy at the first evaluation", 1),
+    table_column("accuracy", "accuracy, %", "number", "held-out accuracy at the last evaluation", 1),
     table_column("method", "method", "text"),
     table_column("task", "task", "text"),
     table_column("state", "state", "text"),
     table_column("step", "step", "number"),
-    table_column("before", "before, %", "number", "held-out accuracy at the first evaluation", 1),
-    table_column("accuracy", "accuracy, %", "number", "held-out accuracy at the last evaluation", 1),
     table_column("alarms", "alarms", "number", "signs that the run goes wrong; the monitor says which"),
     table_column("written", "last written", "text"),
 ]
@@ -56,9 +56,9 @@ def run_folders(folders: Sequence[str | Path] = FOLDERS, depth: int = 3) -> dict
 def list_runs(folders: Sequence[str | Path] = FOLDERS, depth: int = 3) -> pd.DataFrame:
     """The runs in ``folders`` and up to ``depth`` folders below them, the last written first.
 
-    Columns: id (the run folder's path), name (the same below its folder), method, task, state (as in the monitor),
-    step, before and accuracy (per cent, first and last evaluation), alarms (their number), written (local time). A
-    folder that cannot be read has its reason as state.
+    Columns: id (the run folder's path), name (the same below its folder), before and accuracy (per cent, first and last
+    evaluation), method, task, state (as in the monitor), step, alarms (their number), written (local time). A folder
+    that cannot be read has its reason as state.
     """
     rows = []
     for path, name in run_folders(folders, depth).items():
