@@ -43,10 +43,10 @@ def write_gallery(lab, name, *cells):
 
 def show(lab, name, theme, width):
     """Open the panel ``name`` of ``GALLERY`` and wait until it is drawn; its outermost element."""
-    lab.page.set_viewport_size({"width": 1600, "height": 2200})  # a narrow tool bar hides the kernel's state
+    lab.page.set_viewport_size({"width": 1600, "height": 2600})  # a narrow tool bar hides the kernel's state
     lab.open(f"{name}.ipynb", theme)
     lab.run_all()
-    lab.page.set_viewport_size({"width": width, "height": 2200})
+    lab.page.set_viewport_size({"width": width, "height": 2600})
     if (button := lab.page.get_by_role("button", name="Generate")).count():  # the bench has nothing to show before
         button.click()
         lab.page.wait_for_selector(".covrl-bench .js-plotly-plot .main-svg")

@@ -94,8 +94,8 @@ def plot_training_curves(
     curves = [  # panel, unit, column, name
         ("Reward by source", reward_unit, "reward_prior", "prior"),
         ("Reward by source", reward_unit, "reward_posterior", "posterior"),
-        ("Right traces", "share of the source's", "right_prior", "prior"),
-        ("Right traces", "share of the source's", "right_posterior", "posterior"),
+        ("Right traces", "share", "right_prior", "prior"),
+        ("Right traces", "share", "right_posterior", "posterior"),
         ("KL(p′‖p)", "nats a token", "kl", "all traces"),
         ("Trace length", "tokens", "trace_tokens_prior", "prior"),
         ("Trace length", "tokens", "trace_tokens_posterior", "posterior"),
