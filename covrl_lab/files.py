@@ -95,13 +95,19 @@ def lock(file: IO[Any]) -> bool | None:
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Add a line to a JSON-lines file, in place of a last one that a killed process left unfinished."""
+    """Add a line to a JSON-lines file, in place of a last one that a killed process left unfinished.
+
+    A line that is there already is not added again: the command was killed after it had written, or was repeated.
+    """
+    line = json.dumps(record).encode() + b"\n"
     with path.open("a+b") as file:
         if lock(file) is False:  # two evaluations may end together
             raise ConfigError(f"{str(path)!r} is held by another process; end that, and run again")
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json.dumps(record).encode() + b"\n")
+        stored = file.read()
+        file.truncate(stored.rfind(b"\n") + 1)
+        if b"\n" + line not in b"\n" + stored:
+            file.write(line)
 
 
 def locked(path: Path) -> bool | None:
