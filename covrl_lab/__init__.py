@@ -18,7 +18,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 # Public names by the module that holds them, which is imported on first use: looking at runs never imports torch.
 _NAMES = {
-    "config": "RunConfig check_parameters",
+    "config": "RunConfig check_parameters enter_project",
     "runs.folder": "load_run",
     "runs.stats": "bootstrap_interval",
     "runs.sweep": "Sweep",

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -340,3 +341,13 @@ def check_parameters(names: dict[str, Any], valid: Iterable[str]) -> None:
         if plain and name not in valid:
             raise ConfigError(f"unknown parameter {name!r}{did_you_mean(name, valid)}")
     names["_parameters_checked"] = True
+
+
+def enter_project() -> None:
+    """In a notebook of the checkout: work in the checkout's folder, as commands do, so that both use one ``runs/``.
+
+    JupyterLab starts a notebook in the notebook's own folder. A run of a sweep stays where the sweep is.
+    """
+    here = Path.cwd()
+    if here.name == "notebooks" and (here.parent / "covrl_lab").is_dir() and "COVRL_LAB_PARENT" not in os.environ:
+        os.chdir(here.parent)

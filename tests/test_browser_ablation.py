@@ -17,7 +17,7 @@ SMALL |= {"eval_every": 5, "eval_questions": 32}
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     with jupyterlab(tmp_path_factory.mktemp("lab"), "04_mixing_ratio.ipynb", height=1600) as lab:
-        (lab.folder / "results").symlink_to(ROOT / "notebooks" / "results")
+        (lab.folder / "notebooks").symlink_to(ROOT / "notebooks")
         notebook = nbformat.read(lab.folder / "04_mixing_ratio.ipynb", as_version=4)
         (given,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
         given.source += "".join(f"\n{name} = {value!r}" for name, value in SMALL.items())

@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from helpers import EXAMPLE_RUN, lines
 from hostile import BAIT, HOSTILE
 from nbconvert import HTMLExporter
 from screens import RESULTS
-from test_browser import number, wait_until
+from test_browser import number, saved_text, wait_until
 from test_hostile import hidden, text_run
 
 from covrl_lab import load_run, report
@@ -251,8 +252,8 @@ def test_hostile_text_stays_text_in_panels_reports_and_executed_notebooks(lab):
     stored = lab.folder / "hostile-views.ipynb"
     page.keyboard.press("Escape")
     page.keyboard.press("Control+s")
-    wait_until(page, lambda: stored.read_text(encoding="utf-8").count("covrl") > 4)
-    html = HTMLExporter().from_filename(str(stored))[0]
+    wait_until(page, lambda: saved_text(stored).count("covrl") > 4)
+    html = HTMLExporter().from_notebook_node(nbformat.reads(saved_text(stored), as_version=4))[0]
     (lab.folder / "hostile.html").write_text(html, encoding="utf-8")
     assert not lab.errors and not lab.cell_errors()
     for place in (None, lab.folder / "hostile.html", report(run, lab.folder / "hostile-report.html")):

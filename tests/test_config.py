@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from covrl_lab.config import RunConfig, field_type
+from covrl_lab.config import RunConfig, enter_project, field_type
 from covrl_lab.defaults import METHOD_DEFAULTS, METHOD_SETTINGS, UNREAD
 from covrl_lab.types import ConfigError
 
@@ -330,3 +330,25 @@ def settings_table() -> str:
 def test_methods_md_shows_the_settings_that_each_method_reads():
     text = Path(__file__).parent.with_name("METHODS.md").read_text("utf-8")
     assert settings_table() in text, f"METHODS.md should hold this table:\n{settings_table()}"
+
+
+@pytest.mark.parametrize(
+    "start, environment, end",
+    [
+        ("notebooks", {}, "."),  # as JupyterLab starts a notebook of the checkout
+        (".", {}, "."),  # as papermill does
+        ("notebooks/own", {}, "notebooks/own"),
+        ("other/notebooks", {}, "other/notebooks"),  # no checkout above it
+        ("notebooks", {"COVRL_LAB_PARENT": "1"}, "notebooks"),  # a run of a sweep that was started there
+    ],
+)
+def test_a_notebook_of_the_checkout_works_where_commands_do(start, environment, end, tmp_path, monkeypatch):
+    for folder in ("covrl_lab", "notebooks/own", "other/notebooks"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path / start)
+    enter_project()
+    assert Path.cwd() == tmp_path / end
+    enter_project()
+    assert Path.cwd() == tmp_path / end, "the cell may run twice"

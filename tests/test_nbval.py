@@ -38,18 +38,20 @@ STRICT = {"05_compare", "06_estimators", "08_results"}
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
-    """A folder to run in, with the committed results; kernels get this checkout, their own environment."""
+    """A folder like a checkout, with the committed results; kernels get this checkout, their own environment."""
     for name, value in checkout_environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
     monkeypatch.delenv("PLOTLY_RENDERER", raising=False)
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
-    (tmp_path / "results").symlink_to(ROOT / "notebooks" / "results")
+    (tmp_path / "covrl_lab").mkdir()
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "results").symlink_to(ROOT / "notebooks" / "results")
     return tmp_path
 
 
 def nbval(folder, strict=False):
-    """Run nbval on the notebooks in ``folder``; returns its exit code and report."""
+    """Run nbval on the notebooks in ``folder``/notebooks; returns its exit code and report."""
     mode = "--nbval" if strict else "--nbval-lax"
     options = ["-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider", "-rf", "-q", "--color=no"]
     command = [
@@ -61,8 +63,10 @@ def nbval(folder, strict=False):
         "--nbval-cell-timeout=300",
         *options,
     ]
-    notebooks = sorted(path.name for path in folder.glob("*.ipynb"))
-    done = subprocess.run([*command, *notebooks], cwd=folder, capture_output=True, text=True, timeout=500)
+    notebooks = sorted(path.name for path in folder.glob("notebooks/*.ipynb"))
+    done = subprocess.run(
+        [*command, *notebooks], cwd=folder / "notebooks", capture_output=True, text=True, timeout=500
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -94,7 +98,7 @@ def tagged(notebook):
 def quickstart(notebook, folder):
     assert "step   2" in printed(notebook) and "2 of 2 steps" in printed(notebook)
     assert len(plots(notebook)) == 4 and "widgets" not in notebook.metadata
-    assert f"run folder: {folder.name}/runs/quickstart/run" in printed(notebook)
+    assert "run folder: runs/quickstart/run" in printed(notebook)
     assert (folder / "runs/quickstart/run/checkpoints/step_00002").is_dir()
     page, _ = HTMLExporter().from_notebook_node(notebook)
     assert len(re.findall(r'<div[^>]*class="plotly-graph-div"', page)) == 4
@@ -147,9 +151,9 @@ def test_notebook_runs_and_runs_again(path, folder, monkeypatch):
             patch.setenv("PLOTLY_RENDERER", "plotly_mimetype+notebook")
         notebook = papermill.execute_notebook(
             path,
-            folder / path.name,
+            folder / "notebooks" / path.name,
             settings,
-            cwd=folder,
+            cwd=folder / "notebooks",  # as JupyterLab starts it
             kernel_name="python3",
             execution_timeout=300,
             start_timeout=60,
@@ -157,6 +161,7 @@ def test_notebook_runs_and_runs_again(path, folder, monkeypatch):
         )
     if path.stem in CHECKS:
         CHECKS[path.stem](notebook, folder)
+    assert not (folder / "notebooks" / "runs").exists(), "it did not write where commands write"
     if not settings:
         assert tagged(notebook) == tagged(nbformat.read(path, as_version=4)), "run it and commit its outputs"
 
@@ -169,7 +174,7 @@ def test_notebook_runs_and_runs_again(path, folder, monkeypatch):
 def test_nbval_sees_an_altered_output(folder):
     """Outputs that are right pass; one digit altered by hand in a tagged cell fails, in that cell alone."""
     notebook = nbformat.read(ROOT / "notebooks/05_compare.ipynb", as_version=4)
-    nbformat.write(notebook, folder / "right.ipynb")
+    nbformat.write(notebook, folder / "notebooks" / "right.ipynb")
     place, cell = next(
         (i, cell)
         for i, cell in enumerate(c for c in notebook.cells if c.cell_type == "code")
@@ -178,7 +183,7 @@ def test_nbval_sees_an_altered_output(folder):
     (output,) = cell.outputs
     assert "42.2%" in output.data["text/plain"]
     output.data["text/plain"] = output.data["text/plain"].replace("42.2%", "42.3%", 1)
-    nbformat.write(notebook, folder / "wrong.ipynb")
+    nbformat.write(notebook, folder / "notebooks" / "wrong.ipynb")
 
     code, report = nbval(folder)
     failed = re.findall(r"^FAILED (\S+)::Cell (\d+)", report, re.MULTILINE)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 from helpers import EXAMPLE_RUN, made_up_run
@@ -47,23 +48,22 @@ def test_the_table_says_what_the_files_say(runs):
     assert browser.table.note == "no run fits; clear the search"
 
 
-def test_the_picked_run_opens_in_every_panel():
-    browser = RunBrowser(EXAMPLE_RUN.parent)
-    browser.table.picked = EXAMPLE_RUN.as_posix()
-    assert EXAMPLE_RUN.name in browser.chosen.value
-    for button in browser.buttons:
+def test_the_picked_run_opens_in_every_panel(tmp_path):
+    run = shutil.copytree(EXAMPLE_RUN, tmp_path / "runs" / "one")
+    browser = RunBrowser(tmp_path / "runs")
+    browser.table.picked = run.as_posix()
+    assert run.name in browser.chosen.value
+    (*buttons, bench) = browser.buttons
+    for button in buttons:
         button.click()
         assert browser.below.children == (browser.panel.widget,)
-        run = browser.panel.snapshot.run if button.description == "Monitor" else None
-        run = run or getattr(browser.panel, "run", None) or browser.panel.a.run
-        assert run.path == EXAMPLE_RUN
+        shown = browser.panel.snapshot.run if button.description == "Monitor" else None
+        shown = shown or getattr(browser.panel, "run", None) or browser.panel.a.run
+        assert shown.path == run
     browser.panel.close()
-
-
-def test_what_a_panel_lacks_is_said_below(runs):
-    browser = RunBrowser(runs)
-    browser.table.picked = (runs / "sweep" / "0d1c2b3a").as_posix()
-    browser.open("Held-out questions")  # none was asked
-    assert browser.panel is None and "has no evaluations yet" in browser.below.children[0].value
-    empty = RunBrowser(runs / "nowhere")
-    assert empty.picked == "" and "no runs in" in empty.table.note and all(b.disabled for b in empty.buttons)
+    bench.click()
+    assert browser.panel is None and "holds no checkpoint yet" in browser.below.children[0].value
+    (run / "checkpoints" / "step_00002").mkdir(parents=True)
+    bench.click()
+    assert browser.below.children == (browser.panel.widget,)
+    assert (browser.panel.source.value, browser.panel.step.value) == (str(run), 2)

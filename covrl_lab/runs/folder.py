@@ -44,6 +44,8 @@ TRACE_COLUMNS = {
 }
 CACHE = "traces_cache.parquet"  # beside traces/, whose time says when the run last wrote; safe to delete
 SHARED = "covrl_lab.json"  # of an adapter that ``covrl-lab share`` wrote: its step, settings and versions
+# Where runs are looked for: here, and from and in the notebooks' folder.
+FOLDERS = ("runs", "../runs", "notebooks/runs")
 CACHE_FROM = 500  # files; a run of fewer is read soon enough without
 # What a list of all traces shows of each.
 INDEX_COLUMNS = """
@@ -317,6 +319,16 @@ class Run:
         """One row a held-out generation of the evaluation after ``step``; see ``evaluation.evaluate``."""
         tables = self._tables("evaluations", [step])
         return tables[0].to_pandas() if tables else pd.DataFrame(columns=_IN_TABLES["evaluations"])
+
+
+def run_folders(folders: Sequence[str | Path] = FOLDERS, depth: int = 3) -> dict[Path, str]:
+    """The run folders in ``folders`` and up to ``depth`` folders below them, once each -> their name there."""
+    found: dict[Path, tuple[Path, str]] = {}  # by where it really is
+    for folder in map(Path, folders):
+        for d in range(1, depth + 1):
+            for path in (file.parent for file in folder.glob("*/" * d + "config.json")):
+                found.setdefault(path.resolve(), (path, path.relative_to(folder).as_posix()))
+    return dict(found.values())
 
 
 def load_run(path: str | Path) -> Run:

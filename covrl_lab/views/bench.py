@@ -15,11 +15,10 @@ from IPython.display import HTML
 
 from ..config import RunConfig
 from ..files import read_object, readable
-from ..runs.folder import SHARED, step_file, steps_in
+from ..runs.folder import SHARED, run_folders, step_file, steps_in
 from ..runs.reweight import answer_logprob
 from ..types import ConfigError
 from .html import html_number, html_source, html_table, html_text, visible
-from .run_browser import run_folders
 from .style import GREY, POSTERIOR, SOURCE_COLOURS
 from .token_figures import plot_coherence
 from .token_view import TokenView, token_html
@@ -188,8 +187,12 @@ class PromptBench(BenchResults):
     ) -> None:
         if (policy is None) != (prompter is None):
             raise ConfigError("a policy needs its prompter, and a prompter its policy; give both or neither")
-        if checkpoint and not str(checkpoint).startswith("hub:") and not Path(checkpoint).exists():
-            raise ConfigError(f"there is no run or checkpoint {str(Path(checkpoint).absolute())!r}; check the path")
+        if checkpoint and not str(checkpoint).startswith("hub:"):
+            if not Path(checkpoint).exists():
+                raise ConfigError(
+                    f"there is no run or checkpoint {str(Path(checkpoint).absolute())!r}; check the path"
+                )
+            find_source(checkpoint)  # its sentence, where there is no checkpoint, comes now
         super().__init__()
         self._settings, self._given = settings, policy is not None
         self._policy, self._prompter, self._opened = policy, prompter, None

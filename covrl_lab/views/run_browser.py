@@ -12,7 +12,9 @@ import ipywidgets as widgets
 import pandas as pd
 from IPython.display import HTML
 
+from ..runs.folder import FOLDERS, run_folders
 from ..types import ConfigError
+from .bench import PromptBench
 from .evaluations import EvaluationBrowser
 from .explorer import TraceExplorer
 from .html import html_text
@@ -21,8 +23,6 @@ from .monitor import RunMonitor, snapshot
 from .side_by_side import TraceComparison
 from .widgets import Panel, Table, button, row, table_column
 
-# Where commands (here) and notebooks (in their own folder) write runs.
-FOLDERS = ("runs", "../runs", "notebooks/runs")
 _COLUMNS = [  # the accuracies first: a narrow page scrolls to the others
     table_column("name", "run", "text"),
     table_column("before", "before, %", "number", "held-out accuracy at the first evaluation", 1),
@@ -40,17 +40,8 @@ _OPEN: dict[str, Callable[[Path], Panel]] = {
     "Held-out questions": EvaluationBrowser,
     "Mixing": MixingRatio,
     "Monitor": RunMonitor,
+    "Prompt bench": lambda path: PromptBench(checkpoint=path),
 }
-
-
-def run_folders(folders: Sequence[str | Path] = FOLDERS, depth: int = 3) -> dict[Path, str]:
-    """The run folders in ``folders`` and up to ``depth`` folders below them, once each -> their name there."""
-    found: dict[Path, tuple[Path, str]] = {}  # by where it really is
-    for folder in map(Path, folders):
-        for d in range(1, depth + 1):
-            for path in (file.parent for file in folder.glob("*/" * d + "config.json")):
-                found.setdefault(path.resolve(), (path, path.relative_to(folder).as_posix()))
-    return dict(found.values())
 
 
 def list_runs(folders: Sequence[str | Path] = FOLDERS, depth: int = 3) -> pd.DataFrame:
