@@ -10,9 +10,9 @@ from helpers import make_trainer, move_adapter
 
 # Files that drive a browser, a grid or a whole notebook, or measure time: two at once would time out.
 ALONE = """
-    test_benchmark test_browser test_browser_ablation test_browser_evaluations test_browser_live test_browser_panels
-    test_browser_views test_explorer test_mixing test_monitor test_nbval test_packaging test_report test_sweep
-    test_train_notebook
+    test_benchmark test_browser test_browser_ablation test_browser_details test_browser_evaluations test_browser_live
+    test_browser_panels test_browser_views test_explorer test_mixing test_monitor test_nbval test_packaging
+    test_report test_sweep test_train_notebook
 """.split()
 # `make quick` leaves these out, besides: they train for minutes, load many models, or start many processes.
 SLOW = [name for name in ALONE if name not in ("test_explorer", "test_mixing")]
