@@ -1,5 +1,7 @@
 """The ablation panel of 04_mixing_ratio in a real JupyterLab: choose, launch, watch, cancel, retry, read."""
 
+import re
+
 import nbformat
 import pytest
 from browser import jupyterlab
@@ -53,8 +55,17 @@ def test_choose_launch_watch_cancel_and_retry(lab):
     expect(rows).to_have_count(0, timeout=PATIENCE)  # the message comes before the table follows
     expect(panel.get_by_role("button", name="Launch")).to_be_disabled()
     fill(page, "α", "0.3, 0.5, 0.7")
+    fill(page, "task", "arithmetics")
+    panel.get_by_text("'arithmetics'").first.wait_for()
+    expect(rows).to_have_count(0, timeout=PATIENCE)
+    expect(panel.get_by_role("button", name="Launch")).to_be_disabled()
+    expect(panel.locator(".js-plotly-plot:visible")).to_have_count(0)
+    fill(page, "task", "arithmetic")
     panel.get_by_text("3 runs, 3 to do with 9 steps in all").wait_for()
     expect(rows).to_have_count(3, timeout=PATIENCE)
+    panel.get_by_role("button", name="Estimate").click()
+    panel.get_by_text("measuring this machine").wait_for()
+    panel.get_by_text(re.compile(r"about \d+\.\d minutes")).wait_for(timeout=PATIENCE)
     assert not list(lab.folder.glob("runs/mixing_ratio/*")), "nothing starts before Launch"
 
     # The kernel stays free while runs work; one is cancelled on its way.
