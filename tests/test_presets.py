@@ -548,6 +548,9 @@ def test_a_stored_checkpoint_is_evaluated_beside_the_runs_own(tmp_path, referenc
     own = lines(folder / "evaluations.jsonl")[0]
     assert {k: second[k] for k in own} == own
     assert load_run(folder).benchmarks["step"].tolist() == [8, 0]
+    stored = path.read_bytes()
+    evaluate_checkpoint(folder, {}, step=0, progress=False)  # as after a kill between its line and its end
+    assert path.read_bytes() == stored, "the same evaluation once more adds no line"
     with pytest.raises(ConfigError, match=r"no checkpoint of step 5; it has \[6, 8\]"):
         evaluate_checkpoint(folder, {}, step=5)
 

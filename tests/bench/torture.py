@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import json
 import os
 import random
 import resource
@@ -28,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import TRAINED, checkout_environment, contents, flags, made_up_run, make_trainer, numbers  # noqa: E402
 
 from covrl_lab import TraceExplorer, load_run  # noqa: E402
+from covrl_lab.files import locked  # noqa: E402
 from covrl_lab.runs import compare  # noqa: E402
 from covrl_lab.runs.folder import step_file  # noqa: E402
 
@@ -117,17 +119,25 @@ def kill_runs(folder: Path, count: int) -> list[tuple[str, str]]:
 
 
 def kill_commands(folder: Path, count: int) -> list[tuple[str, str]]:
-    """Rows: the other commands that write, killed at random moments (a sweep by its driver), then run to the end."""
+    """Rows: the other commands that write, or a sweep's workers, killed at random moments, then run to the end."""
     chance, rows, run, sweep = random.Random(1), [], folder / "evaluated", folder / "sweep"
     make_trainer(run, RUN).run()
     shared = flags({name: value for name, value in RUN.items() if name != "seed"})
+    grid = ["sweep", str(sweep), "--grid=seed=0,1", "--workers=2", "--threads=1", *shared]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": checkout_environment()}
-    for name, place, made, arguments in (
-        ("sweep", sweep, (".",), ["--grid=seed=0,1", "--workers=2", "--threads=1", *shared]),
-        ("evaluate", run, ("benchmarks", "benchmarks.jsonl"), ["--eval_questions=40"]),
-        ("report", run, ("report.html",), []),
+
+    def a_worker() -> list[int]:
+        found = [json.loads(path.read_text())["pid"] for path in sweep.glob("*/lock") if locked(path)]
+        return [chance.choice(found)] if found else []
+
+    for what, place, made, arguments in (
+        ("covrl-lab sweep", sweep, (".",), grid),
+        ("a worker of covrl-lab sweep", sweep, (".",), [*grid, "--retry"]),
+        ("covrl-lab evaluate", run, ("benchmarks", "benchmarks.jsonl"), ["evaluate", str(run), "--eval_questions=40"]),
+        ("covrl-lab report", run, ("report.html",), ["report", str(run)]),
     ):
-        command, kills, differ, times = [sys.executable, "-m", "covrl_lab", name, str(place), *arguments], 0, [], 0
+        command, kills, differ, times = [sys.executable, "-m", "covrl_lab", *arguments], 0, [], 0
+        of_workers = what.startswith("a worker")
         started = time.monotonic()
         subprocess.run(command, check=True, **quiet)
         took, whole = time.monotonic() - started, finished(place)
@@ -141,16 +151,16 @@ def kill_commands(folder: Path, count: int) -> list[tuple[str, str]]:
                     try:
                         process.wait(chance.uniform(0.3 * took, took))
                     except subprocess.TimeoutExpired:
-                        process.kill()
+                        for pid in a_worker() if of_workers else [process.pid]:
+                            os.kill(pid, signal.SIGKILL)
+                            kills += 1
                 code = process.wait()
-                kills += code == -signal.SIGKILL
-                if code not in (0, -signal.SIGKILL):
+                if code not in (0, 1 if of_workers else -signal.SIGKILL):
                     raise RuntimeError(f"{' '.join(command)} ended with exit status {code}")
             differ += difference(place, whole)
-        said = f"{times} folders, {len(whole)} files each, " + (
-            f"differ: {', '.join(differ)}" if differ else "no file differs"
-        )
-        rows.append((f"{kills} kills of covrl-lab {name}", said))
+        said = f"{times} folders of {len(whole)} files, "
+        said += f"differ: {', '.join(differ)}" if differ else "no file differs"
+        rows.append((f"{kills} kills of {what}", said))
     return rows
 
 
