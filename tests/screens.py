@@ -67,7 +67,13 @@ def main(names):
             write_gallery(lab, name, GALLERY[name])
             for theme, width in product(("light", "dark"), WIDTHS):
                 path = target / f"{name}-{theme}{'-800' * (width == 800)}.png"
-                show(lab, name, theme, width).screenshot(path=path)
+                panel = show(lab, name, theme, width)
+                if name == "ablation":  # finished, with its figures
+                    if (launch := panel.get_by_role("button", name="Launch")).is_enabled():
+                        launch.click()
+                    panel.get_by_text("4 runs, 0 to do").wait_for(timeout=600_000)
+                    lab.page.wait_for_timeout(5000)
+                panel.screenshot(path=path)
                 print(path.name, flush=True)
 
 
