@@ -132,7 +132,7 @@ def plot_against_alpha(frame: pd.DataFrame) -> go.Figure:
     frame: from ``sweep_results``. Unfinished runs count with what they have measured so far. The lines of a
     plot are shifted a little, so that no interval hides another.
     """
-    titles = ["Held-out accuracy", "Reward, last fifth (dotted: posterior)"]
+    titles = ["Held-out accuracy", "Reward, last fifth (open, dotted: posterior)"]
     figure = make_subplots(cols=2, horizontal_spacing=0.12, subplot_titles=titles)
     methods = sorted(set(frame["method"]))
     room = min([0.06, *0.4 * np.diff(np.unique(frame["alpha"].astype(float)))])  # left and right of an alpha
@@ -147,7 +147,7 @@ def plot_against_alpha(frame: pd.DataFrame) -> go.Figure:
     unknown = frame["accuracy"].isna().all()
     share = {"tickformat": ".0%", "rangemode": "tozero", "range": [0, 1] if unknown else None}
     figure.update_yaxes(title_text="no evaluation yet" if unknown else "share of questions", **share, col=1)
-    figure.update_yaxes(title_text="the method's reward", col=2)
+    figure.update_yaxes(title_text="the method's reward", exponentformat="power", col=2)
     return figure.update_layout(template=TEMPLATE, height=380, legend={"y": 1.12}, margin={"t": 90})
 
 
