@@ -103,7 +103,7 @@ def test_one_step_is_read_at_a_time(example, monkeypatch):
 def test_of_many_files_the_first_view_reads_one(tmp_path, monkeypatch):
     run = made_up_run(tmp_path / "run", steps=6)
     whole, read, original = TraceExplorer(run, 4), [], folder.read_table
-    monkeypatch.setattr("covrl_lab.views.explorer.CACHE_FROM", 5)
+    monkeypatch.setattr("covrl_lab.runs.folder.CACHE_FROM", 5)
     monkeypatch.setattr(folder, "read_table", lambda file, *rest: read.append(file.stem) or original(file, *rest))
     explorer = TraceExplorer(run, 4)
     assert set(read) == {"step_00004"} and explorer.found.value == "6 steps, 16 in the list"

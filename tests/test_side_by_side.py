@@ -71,7 +71,7 @@ def test_one_run_shows_prior_against_posterior(runs):
 def test_of_many_files_the_first_view_reads_one(tmp_path, monkeypatch):
     run, other = (made_up_run(tmp_path / name, steps=6, question="1 + 1?") for name in ("run", "other"))
     whole, read, original = TraceComparison(run, step_a=6, step_b=6), [], folder.read_table
-    monkeypatch.setattr("covrl_lab.views.side_by_side.CACHE_FROM", 5)
+    monkeypatch.setattr("covrl_lab.runs.folder.CACHE_FROM", 5)
     monkeypatch.setattr(folder, "read_table", lambda file, *rest: read.append(file.stem) or original(file, *rest))
     panel = TraceComparison(run)
     assert set(read) == {"step_00006"} and panel.a.step.value == panel.b.step.value == 6

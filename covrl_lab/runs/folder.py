@@ -261,6 +261,11 @@ class Run:
             self.damage["traces"] = f"{first} {said}"
         return found
 
+    @property
+    def long(self) -> bool:
+        """Whether reading all traces takes a while, so that a view first reads those of the step it shows."""
+        return len(self.steps) >= CACHE_FROM
+
     def _tables(self, kind: str, steps: Sequence[int], columns: Sequence[str] | None = None) -> list[pa.Table]:
         """The traces or evaluations of some steps, a table each as it is stored, or some of their columns."""
         found, needed = [], set(_IN_TABLES[kind]).intersection(columns or _IN_TABLES[kind])

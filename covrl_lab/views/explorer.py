@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from IPython.display import HTML
 
 from ..config import RunConfig
-from ..runs.folder import CACHE_FROM, INDEX_COLUMNS, Run
+from ..runs.folder import INDEX_COLUMNS, Run
 from ..runs.notes import keep, noted, read_notes
 from ..runs.reweight import Settings, Traces, answer_logprob, quantities
 from ..types import ConfigError, Example, did_you_mean
@@ -159,7 +159,7 @@ class TraceExplorer(Panel):
         run, step = open_run(run, step)
         self.run, self._frame, self._shown, self._unwritten = run, pd.DataFrame(), {}, {}
         self.settings, self.found = Settings.of(self.run.config), widgets.HTML()
-        self._read(*[step] * (len(run.steps) >= CACHE_FROM))  # the first view needs no other; a filter reads all
+        self._read(*[step] * run.long)  # a filter reads all
 
         shown = step if step in set(self.index["step"]) else 0  # all
         self.step = field(widgets.Dropdown, "step", shown, "110px", HIDDEN, options=self._offered)

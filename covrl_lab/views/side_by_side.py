@@ -10,7 +10,7 @@ import ipywidgets as widgets
 import pandas as pd
 from IPython.display import HTML
 
-from ..runs.folder import CACHE_FROM, Run
+from ..runs.folder import Run
 from ..runs.reweight import Settings
 from ..types import ConfigError, did_you_mean
 from .explorer import offered, source_field, trace_index
@@ -34,9 +34,8 @@ class _Side:
 
     def __init__(self, name: str, run: Run, step: int | None, source: str) -> None:
         self.name, (self.run, shown), self.settings = name, open_run(run, step), Settings.of(run.config)
-        many = len(run.steps) >= CACHE_FROM
-        self.only = shown * many  # the step that has been read; 0: all have been
-        self.index = trace_index(run, *[shown] * many)
+        self.only = shown * run.long  # the step that has been read; 0: all have been
+        self.index = trace_index(run, *[shown] * run.long)
         steps = step_choices(run.steps)
         self.step = field(widgets.Dropdown, f"{name}'s step", self.only or step or 0, "110px", HIDDEN, options=steps)
         known = source in set(self.index["source"])
