@@ -44,7 +44,7 @@ TRACE_COLUMNS = {
 }
 CACHE = "traces_cache.parquet"  # beside traces/, whose time says when the run last wrote; safe to delete
 SHARED = "covrl_lab.json"  # of an adapter that ``covrl-lab share`` wrote: its step, settings and versions
-# Where runs are looked for: here, and from and in the notebooks' folder.
+# Where runs are looked for: here, from a notebook's folder, and where notebooks of earlier versions wrote theirs.
 FOLDERS = ("runs", "../runs", "notebooks/runs")
 CACHE_FROM = 500  # files; a run of fewer is read soon enough without
 # What a list of all traces shows of each.
