@@ -67,3 +67,12 @@ def test_the_picked_run_opens_in_every_panel(tmp_path):
     bench.click()
     assert browser.below.children == (browser.panel.widget,)
     assert (browser.panel.source.value, browser.panel.step.value) == (str(run), 2)
+
+
+def test_what_a_panel_lacks_is_said_below(runs):
+    browser = RunBrowser(runs)
+    browser.table.picked = (runs / "sweep" / "0d1c2b3a").as_posix()
+    browser.open("Held-out questions")  # none was asked
+    assert browser.panel is None and "has no evaluations yet" in browser.below.children[0].value
+    empty = RunBrowser(runs / "nowhere")
+    assert empty.picked == "" and "no runs in" in empty.table.note and all(b.disabled for b in empty.buttons)
