@@ -94,7 +94,7 @@ class PackedRows:
         self.paths, self.hidden = dict(zip(contexts, paths, strict=True)), dict(zip(contexts, hidden, strict=True))
         # By layer, keys and values of the nodes (1, key heads, n, size).
         self.layers = [[torch.cat(x, 2) for x in zip(*parts, strict=True)] for parts in zip(*stored, strict=True)]
-        self.windows = {attention_window(self.config, i) for i in range(len(self.layers))}
+        self.masks: dict[tuple, tuple[Tensor, Tensor]] = {}  # of this step
         self.seats: list[int] = []  # their contexts
         self.place: list[int] = []  # the seats of the rows that go on
         self.capacity, self.written, self.slot = 0, 0, torch.zeros(1, dtype=torch.int64, device=device)
@@ -148,7 +148,8 @@ class PackedRows:
         self.lengths = lengths[:rows].to(device)
         flat = nodes.flatten().to(device)
         for i, layer in enumerate(self.layers):
-            self.prompts[i] = [x[0].index_select(1, flat).unflatten(1, nodes.shape).transpose(0, 1) for x in layer]
+            found = (x[0].index_select(1, flat).unflatten(1, nodes.shape).transpose(0, 1) for x in layer)
+            self.prompts[i] = [x.flatten(0, 1).contiguous() for x in found]
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append a layer's (rows, key heads, 1, size) keys and values; views of all the rows' own."""
@@ -163,28 +164,27 @@ class PackedRows:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, layer: int) -> Tensor:
         """query (rows, heads, 1, size), own key, value (rows, key heads, t, size)."""
-        prompt_key, prompt_value = self.prompts[layer]  # (b, key heads, m, size)
-        own = (query * scaling).reshape(len(query), key.shape[1], -1, query.shape[-1])
-        masks = self.masks[attention_window(self.config, layer)]
-        scores = [self._blocks(own) @ prompt_key.mT, self._blocks(own @ key.mT)]
-        scores = torch.cat([s.unflatten(2, (self.block, -1)) for s in scores], dim=-1)
-        weights = (scores + masks).softmax(-1).flatten(2, 3)
-        shared, own = weights.split([prompt_key.shape[2], key.shape[2]], dim=-1)
-        out = self._rows(shared @ prompt_value) + self._rows(own) @ value
-        return out.reshape(len(query), 1, query.shape[1], -1)
+        prompt_key, prompt_value = self.prompts[layer]  # (b key heads, m, size)
+        (rows, heads), size = key.shape[:2], query.shape[-1]
+        own = query.reshape(rows, heads, -1, size)
+        shared_mask, own_mask = self._mask(attention_window(self.config, layer), heads, own.shape[2])
+        shared = self._blocks(own).reshape(len(prompt_key), -1, size)  # a block's rows as its queries
+        shared = torch.baddbmm(shared_mask, shared, prompt_key.mT, alpha=scaling)
+        own = torch.baddbmm(own_mask, own.flatten(0, 1), key.flatten(0, 1).mT, alpha=scaling)
+        own = self._blocks(own.unflatten(0, (rows, heads)))
+        weights = torch.cat([shared.view(*own.shape[:4], -1), own], dim=-1).softmax(-1)  # (b, key heads, r, g, m + t)
+        shared, own = weights.split([prompt_key.shape[1], key.shape[2]], dim=-1)
+        shared = torch.bmm(shared.flatten(2, 3).flatten(0, 1), prompt_value).view(*own.shape[:4], -1)
+        own = own.transpose(1, 2).flatten(0, 1)[:rows].flatten(0, 1)
+        own = torch.bmm(own, value.flatten(0, 1)).unflatten(0, (rows, heads))
+        out = (self._blocks(own) + shared).transpose(1, 2).flatten(0, 1)
+        return out[:rows].reshape(rows, 1, -1, size)
 
     def _blocks(self, x: Tensor) -> Tensor:
-        """(rows, key heads, g, size) -> (b, key heads, r g, size): a block's rows as its queries."""
-        return self._padded(x).unflatten(0, (-1, self.block)).transpose(1, 2).flatten(2, 3)
-
-    def _rows(self, x: Tensor) -> Tensor:
-        """(b, key heads, r g, size) -> (rows, key heads, g, size)"""
-        return x.unflatten(2, (self.block, -1)).transpose(1, 2).flatten(0, 1)[: len(self.seats)]
-
-    def _padded(self, x: Tensor) -> Tensor:
-        """(rows, ...) with further rows to whole blocks."""
+        """(rows, n, ...) -> (b, n, r, ...), r rows to a block; the last is filled."""
         missing = len(self.seen) * self.block - len(x)
-        return pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) if missing else x
+        x = pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) if missing else x
+        return x.unflatten(0, (-1, self.block)).transpose(1, 2)
 
     def step(self, token: Tensor, alive: Sequence[int] | None = None, new: Sequence[int] = ()) -> Tensor:
         """Append token (k,) to the rows at ``alive`` of those before (None: all), then begin with contexts ``new``.
@@ -227,18 +227,22 @@ class PackedRows:
 
     def _forward(self) -> Tensor:
         """Hidden states (rows, 1, size) after one more token in every seat."""
-        self.masks = {window: self._mask(window) for window in self.windows}
+        self.masks.clear()
         return forward(self.policy, self.fed, (self.lengths + self.length)[:, None], self, self)
 
-    def _mask(self, window: int | None) -> Tensor:
-        """Additive (b, 1, r, 1, m + t) of the prompt nodes and of the rows' own tokens."""
-        age = (self.slot - torch.arange(self.width, device=self.slot.device)) % self.capacity
-        own, seen = age <= self.length[:, None], self.seen
-        if window:
-            own = own & (age < window)
-            seen = seen & (self.back + self._padded(self.length).view(-1, self.block, 1) < window)
-        allowed = torch.cat([seen, self._padded(own).unflatten(0, (-1, self.block))], dim=-1)
-        return additive(allowed, self.policy.dtype)[:, None, :, None]
+    def _mask(self, window: int | None, heads: int, groups: int) -> tuple[Tensor, Tensor]:
+        """Additive, of prompt nodes (b key heads, r g, m) and of the rows' own tokens (rows key heads, g, t)."""
+        if (window, heads, groups) not in self.masks:
+            age = (self.slot - torch.arange(self.width, device=self.slot.device)) % self.capacity
+            own, seen = age <= self.length[:, None], self.seen  # (rows, t), (b, r, m)
+            if window:
+                own = own & (age < window)
+                seen = seen & (self.back + self._blocks(self.length[:, None]).mT < window)
+            seen, own = (additive(x, self.policy.dtype) for x in (seen, own))
+            seen = seen[:, None, :, None].expand(-1, heads, -1, groups, -1).flatten(2, 3).flatten(0, 1)
+            own = own[:, None, None].expand(-1, heads, groups, -1).flatten(0, 1)
+            self.masks[window, heads, groups] = seen, own
+        return self.masks[window, heads, groups]
 
 
 def record(function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
