@@ -5,9 +5,10 @@ import pytest
 import torch
 from helpers import TINIES, move_adapter, text_gradients, text_ids, text_logits
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from covrl_lab.train.embedded import EMBEDDED
-from covrl_lab.train.models import TINY, check_model, load_config, load_policy, load_tokenizer
+from covrl_lab.train.models import TINY, check_model, fuse_norms, load_config, load_policy, load_tokenizer
 from covrl_lab.types import ConfigError
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -173,6 +174,36 @@ def test_gradient_checkpointing_changes_memory_only(name):
     assert len(calls) == 2  # once forward, once again in the backward pass
     assert all(torch.equal(got[key], want[key]) for key in want)
     assert greedy(checkpointed) == greedy(plain)
+
+
+@pytest.mark.parametrize("name, norms", [("tiny", 5), ("tiny-qwen3", 9), ("tiny-gemma3", 0)])
+@torch.no_grad()
+def test_usual_norms_run_as_one_kernel_and_others_as_they_are(name, norms):
+    """Gemma's norms, which scale by one more than their weight, are not the usual ones."""
+    policy = load_policy(name, quantization="none", dtype="float32", lora_rank=0)
+    generator = torch.Generator().manual_seed(0)
+    for part, parameter in policy.model.named_parameters():
+        if "norm" in part:
+            parameter.add_(torch.rand(parameter.shape, generator=generator))
+    ids = torch.arange(3, 23)[None]
+    before = policy.decoder(ids, use_cache=False).last_hidden_state
+    fuse_norms(policy.model)
+    fused = [module for module in policy.model.modules() if getattr(module.forward, "func", None) is F.rms_norm]
+    assert len(fused) == norms
+    torch.testing.assert_close(policy.decoder(ids, use_cache=False).last_hidden_state, before)
+    for module in fused:
+        module.forward.keywords["eps"] = 1.0
+    assert not norms or not torch.allclose(policy.decoder(ids, use_cache=False).last_hidden_state, before, rtol=0.01)
+
+
+@torch.no_grad()
+def test_a_norm_of_another_kind_keeps_its_own_forward():
+    policy = load_policy("tiny", quantization="none", dtype="float32", lora_rank=0)
+    norm, kind = policy.decoder.norm, type(policy.decoder.norm)
+    norm.__class__ = type("OtherRMSNorm", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
+    fuse_norms(policy.model)
+    assert "forward" not in vars(norm)
+    assert "forward" in vars(policy.decoder.layers[0].input_layernorm)
 
 
 def test_check_model_accepts_names_folders_and_hub_ids(tmp_path):

@@ -27,14 +27,23 @@ class _Weight:
     """The frozen (out, in) W of layers with one input: ``forward`` x W' + bias, ``backward`` dy W."""
 
     def __init__(self, layers: Sequence[torch.nn.Module], keep: bool) -> None:
-        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
         if keep:
+            bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
             dense = torch.cat([_dense(layer) for layer in layers])
             self.forward, self.backward = _product(dense, bias), _product(dense.T)
         else:
             (layer,) = layers
-            self.forward = lambda x: F.linear(x, _dense(layer), bias)
+            self.forward = partial(_linear, layer)
             self.backward = lambda dy: dy @ _dense(layer)
+
+
+def _linear(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    """x W' + bias. bitsandbytes has products with packed weights for few rows on a GPU, and unpacks them for many."""
+    if (state := getattr(layer.weight, "quant_state", None)) is None:
+        return F.linear(x, layer.weight, layer.bias)
+    from bitsandbytes import matmul_4bit  # only 4-bit weights need it
+
+    return matmul_4bit(x, layer.weight.data, state, bias=layer.bias)
 
 
 def _dense(layer: torch.nn.Module) -> Tensor:

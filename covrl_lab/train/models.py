@@ -18,6 +18,7 @@ from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -137,6 +138,8 @@ def load_policy(
         raise ConfigError(f"lora_rank={lora_rank} is above {width}, the width of {name!r}, and adds nothing; lower it")
     tokenizer = load_tokenizer(name)
     model = _load_frozen(name, quantization, _DTYPES[dtype], _pick_device(device))
+    if model.device.type == "cuda":
+        fuse_norms(model)
     policy = Policy(model, tokenizer, name)
     if gradient_checkpointing:
         _checkpoint_layers(policy.decoder)
@@ -195,6 +198,17 @@ def _checkpoint_layers(decoder: torch.nn.Module) -> None:
 
     for layer in decoder.layers:
         layer.forward = partial(recomputed, layer.forward)
+
+
+def fuse_norms(model: torch.nn.Module) -> None:
+    """Let RMS norms run as PyTorch's own, which is one kernel on CUDA instead of eight; others stay as they are."""
+    for module in model.modules():
+        if (eps := getattr(module, "variance_epsilon", None)) and type(module).__name__.endswith("RMSNorm"):
+            weight = module.weight
+            usual = partial(F.rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
+            x = torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device)
+            if torch.allclose(usual(x), module(x), rtol=0.02):  # bfloat16 has 8 bits
+                module.forward = usual
 
 
 def _tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -26,7 +26,7 @@ USABLE = 0.95  # of a device's memory
 PACKED, CPU_PACKED, FEW_PACKED = (16384, 8192, 4096, 2048, 1024, 512, 256), 4096, 2048
 # Kernels of a layer (tests/bench/gpu_check.py counts them), and seconds to start one: by the host, as counted on a CPU,
 # and in a recorded step, an assumption.
-KERNELS, LAUNCH, RECORDED = 93, 24e-6, 2e-6
+KERNELS, LAUNCH, RECORDED = 64, 24e-6, 2e-6
 
 # Measured with ``tests.bench.benchmark`` (notebooks/07_speed.ipynb): on CPUs the share of the machine's own
 # matrix rate. That of GPUs is an assumption: nothing here was measured on one.
