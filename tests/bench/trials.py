@@ -2,9 +2,11 @@
 
     python -m tests.bench.trials                       # all runs, or what is left of them
     python -m tests.bench.trials --methods covrl grpo --tasks double_add --seeds 0 --workers 2
+    python -m tests.bench.trials --more 300 --tasks round_sum      # runs that are there, on 300 questions more
 
 A run is SmolLM2-135M in NF4, 30 steps of 8 questions x 4 traces, evaluated before and after on 112 held-out
-questions. What is worth keeping is copied to notebooks/results/trials/TASK-METHOD-sSEED/.
+questions. What is worth keeping is copied to notebooks/results/trials/TASK-METHOD-sSEED/. With --more, runs whose
+checkpoints are still there answer questions that no run has seen, and so does the model before training.
 """
 
 from __future__ import annotations
@@ -107,16 +109,23 @@ TASKS = {
 } | {name: {"task": str(RUNS / f"{name}.jsonl"), "trace_column": "trace"} for name in GENERATED}
 
 
-def write_tasks(rows: int = 1500) -> None:
-    """The generated tasks as JSON lines of question, trace and answer, the same on every machine."""
+ROWS = 1500  # questions of a generated task
+
+
+def write_tasks() -> None:
+    """The generated tasks as JSON lines of question, trace and answer, the same on every machine.
+
+    NAME.jsonl has the questions of training and evaluation, NAME_more.jsonl others.
+    """
     RUNS.mkdir(parents=True, exist_ok=True)
     for name, make in GENERATED.items():
         found: dict[str, dict] = {}
-        for i in range(4 * rows):
+        for i in range(4 * ROWS):
             question, trace, answer = make(Random(f"{name}/{i}"))
             found.setdefault(question, {"question": question, "trace": trace, "answer": answer})
-        lines = [json.dumps(row) + "\n" for row in list(found.values())[:rows]]
-        (RUNS / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        lines = [json.dumps(row) + "\n" for row in found.values()]
+        for file, part in ((name, lines[:ROWS]), (f"{name}_more", lines[ROWS:])):
+            (RUNS / f"{file}.jsonl").write_text("".join(part), encoding="utf-8")
 
 
 SCORES = ["example_id", "sample", "answer", "prediction", "score", "finished", "trace_tokens"]
@@ -170,6 +179,22 @@ def run(name: str, settings: dict) -> str:
     return f"{name}: " + " to ".join(f"{e['accuracy']:.1%}" for e in evaluations)
 
 
+def ask_more(name: str, questions: int, step: int) -> str:
+    """Let a run that is there answer more questions, keep the scores; what to print of it."""
+    folder, task = RUNS / name, name.split("-")[0]
+    kept = KEPT / name / "benchmarks" / f"step_{step:05d}.parquet"
+    if kept.exists() or not (folder / "checkpoints").exists():
+        return f"{name}: {'there' if kept.exists() else 'no checkpoints here'}"
+    asked = [f"--eval_task={RUNS / task}_more.jsonl", f"--eval_questions={questions}", f"--step={step}"]
+    command = [sys.executable, "-m", "covrl_lab", "evaluate", folder, *asked]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        return f"{name}: {done.stderr.strip().splitlines()[-1]}"
+    (written,) = (folder / "benchmarks").glob(f"step_{step:05d}-*.parquet")
+    keep_columns(written, kept, [*SCORES, "guess_score"])
+    return f"{name}: {pd.read_parquet(kept)['score'].mean():.1%} on {questions} more"
+
+
 def main() -> None:
     """Run what is asked for and not there yet."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -177,6 +202,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--more", type=int, default=0, help="questions to ask runs that are there")
     given = parser.parse_args()
     os.chdir(ROOT)
     write_tasks()
@@ -186,9 +212,13 @@ def main() -> None:
         for task in given.tasks
         for method in given.methods
     }
-    left = {name: settings for name, settings in left.items() if not (KEPT / name).exists()}
+    if given.more:
+        untrained = [(f"{task}-{given.methods[0]}-s{given.seeds[0]}", given.more, 0) for task in given.tasks]
+        work, items = ask_more, untrained + [(name, given.more, SHARED["steps"]) for name in left]
+    else:
+        work, items = run, [item for item in left.items() if not (KEPT / item[0]).exists()]
     with ThreadPoolExecutor(given.workers) as pool:
-        for line in pool.map(lambda item: run(*item), left.items()):
+        for line in pool.map(lambda item: work(*item), items):
             print(line, flush=True)
 
 
