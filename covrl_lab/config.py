@@ -42,7 +42,9 @@ Auto = Literal["auto"]  # chosen before the run, from the memory there is (train
 # How a step is cut changes rounding only: what "auto" stands for where runs are named and compared.
 _UNCUT = {"gradient_checkpointing": False, "max_packed_tokens": 4096}
 # Settings that came later. Left out of a run's id where they are not set, so that earlier runs keep theirs.
+_BEFORE = {"evidence_power": 1.0}  # what they were before they could be set, where that is not the field's default
 _LATER = "bad_rows think_tag system_prompt eval_task eval_temperature eval_top_p eval_max_trace_tokens".split()
+_LATER += _BEFORE
 _LITERALS = str | int | float | bool | None | list | tuple | dict
 _KINDS = {float: "a finite number", int: "a whole number", bool: "True or False"}
 _KINDS[str] = "text of at most 1,000 characters without NUL"
@@ -129,6 +131,7 @@ class RunConfig(metaclass=_Checked):
     std_filter: NotNegative | None = None  # drop groups whose reward varies less than this share of average (RLPR)
     loss_aggregation: Literal["token_mean", "trace_sum"] | None = None  # trace_sum: sum per trace, mean over traces
     unfinished_penalty: NotNegative = 1.0  # an unfinished trace earns its group's worst reward minus this
+    evidence_power: Positive | None = None  # k of p(y|x,z)^k: above 1, being right at times beats guessing as often
     evidence_floor: NotNegative | None = None  # c = p(y|x without a trace) ^ this; 0: c = 1
     posterior_weight: NotNegative | None = None  # factor of a term that draws q towards p(z|x,y); 0: none
     alpha_rate: Share | None = None  # 0: alpha stays; else how fast it follows the evidence upwards, a step
@@ -229,6 +232,8 @@ class RunConfig(metaclass=_Checked):
         settings = read_object(path, "restore it, or remove it or choose another run_dir")
         if settings.get("method") == "covrl" and "evidence_floor" not in settings:
             settings["method"] = "covrl_published"  # what earlier versions called covrl
+        elif settings.get("method") == "covrl":
+            settings = _BEFORE | settings
         try:
             return cls.from_dict(settings)
         except ConfigError as error:
@@ -247,7 +252,11 @@ class RunConfig(metaclass=_Checked):
     def _numbers(self) -> dict[str, Any]:
         """The settings that change a run's numbers; later ones only where they are set, so that names stay."""
         others = ("run_dir", "tracker", "checkpoint_every", "judge_traces", "max_skipped_steps", "memory_gib")
-        unset = [f.name for f in fields(self) if f.name in _LATER and getattr(self, f.name) == f.default]
+        unset = [
+            f.name
+            for f in fields(self)
+            if f.name in _LATER and getattr(self, f.name) == _BEFORE.get(f.name, f.default)
+        ]
         settings = {k: v for k, v in self.to_dict().items() if k not in others and k not in unset}
         return settings | {k: v for k, v in _UNCUT.items() if settings[k] == "auto"}
 

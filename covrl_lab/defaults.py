@@ -24,6 +24,7 @@ _COMMON = {
     "reference_kl_weight": 0.0,
     "std_filter": 0.0,
     "alpha_rate": 0.0,
+    "evidence_power": 1.0,
     "evidence_floor": 0.0,
     "posterior_weight": 0.0,
 }
@@ -63,7 +64,7 @@ _COMPOSITE = "composite_weight kl_weight kl_gradient"
 METHOD_SETTINGS: dict[str, frozenset[str]] = {
     name: frozenset(settings.split())
     for name, settings in {
-        "covrl": f"alpha alpha_rate evidence_floor posterior_weight nll_weight {_CLIP}",
+        "covrl": f"alpha alpha_rate evidence_power evidence_floor posterior_weight nll_weight {_CLIP}",
         "covrl_published": f"{_LIKELIHOOD} nll_gate {_COMPOSITE}",
         "jlb": f"{_LIKELIHOOD} nll_gate n_sample",
         "verifree": f"{_LIKELIHOOD} nll_gate",

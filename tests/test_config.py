@@ -194,6 +194,17 @@ def test_a_run_of_an_earlier_version_keeps_its_method(tmp_path):
     assert RunConfig.load(tmp_path / "config.json").method == "covrl_published"
 
 
+def test_a_run_from_before_a_setting_keeps_its_numbers_and_its_name(tmp_path):
+    """What evidence_power was before it could be set, and the id of then, whatever the default is now."""
+    config = RunConfig(method="covrl", evidence_power=1.0)
+    settings = config.to_dict()
+    del settings["evidence_power"]
+    (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert RunConfig.load(tmp_path / "config.json") == config
+    assert config.run_id() == "62a253cd"
+    assert RunConfig(method="covrl", evidence_power=1.5).run_id() != config.run_id()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -32,15 +32,17 @@ State = Mapping[str, float]
 def covrl_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: State) -> Credit:
     """CoVRL with the group bound, the default: all traces of a question inside one logarithm.
 
-    With e_i = p(y|x,z_i) P(z_i)/H(z_i) the evidence of trace i, 0 where unfinished, the objective of a question is
+    With e_i = p(y|x,z_i)^k P(z_i)/H(z_i) the evidence of trace i, 0 where unfinished, the objective of a question is
 
-        E[log(c + (1/G) sum_i e_i)]  ->  log(c + p(y|x))        c = p(y|x without a trace) ^ evidence_floor
+        E[log(c + (1/G) sum_i e_i)]  <=  log(c + p(y|x))        k = evidence_power >= 1
+                                                                c = p(y|x without a trace) ^ evidence_floor
 
-    A_i = s_i - b_i P/H and c_y = s_i, with s and the baseline b of ``group_credit``. The posterior is drawn towards
-    the true posterior p(z|x,y): B_i = posterior_weight (s_i - b_i Q/H), with no weight by default.
+    A_i = s_i - b_i P/H and c_y = k s_i, with s and the baseline b of ``group_credit``. The posterior is drawn towards
+    the prior's traces by their evidence: B_i = posterior_weight (s_i - b_i Q/H), with no weight by default.
     """
     size = batch.group_size
-    answer = whole_trace(old.answer, old.answer_mask).exp() * batch.finished
+    power = config.evidence_power
+    answer = (power * whole_trace(old.answer, old.answer_mask)).exp() * batch.finished
     no_trace = whole_trace(old.no_trace, old.answer_mask)
     prior_weight, posterior_weight = source_weights(old, batch)
     evidence = answer * prior_weight
@@ -53,7 +55,7 @@ def covrl_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: Sta
     return Credit(
         reward=evidence.to(old.prior),
         advantage=(credit - baseline * prior_weight).to(old.prior),
-        answer_weight=credit.to(old.prior),
+        answer_weight=(power * credit).to(old.prior),
         method_state=dict(state),
         posterior_advantage=None if posterior_advantage is None else posterior_advantage.to(old.prior),
     )
