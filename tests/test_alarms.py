@@ -38,12 +38,19 @@ START = {
         (FINE, {"answer_logprob": -5.0, "accuracy": 0.6, "accuracy_high": 0.7}, []),
         (FINE, {"guess_accuracy": 0.16}, ["guessing"]),
         (FINE, {"guess_accuracy": 0.14}, []),  # below the interval of the accuracy
+        ([step | {"answer_term_unlikely": 0.61} for step in FINE * 3], {}, ["answer term"]),
+        ([step | {"answer_term_unlikely": 0.59} for step in FINE * 3], {}, []),
+        ([step | {"answer_term_unlikely": 1.0} for step in FINE * 2], {}, []),  # too early to say
+        ([step | {"answer_term_unlikely": None} for step in FINE * 3], {}, []),  # no answer term
     ],
 )
 def test_each_sign_raises_its_alarm(steps, later, kinds):
     found = alarms(steps, [START, START | later])
     assert list(found) == kinds
-    assert all(any(word in text for word in ("raise", "use method", "begin with")) for text in found.values())
+    assert all(
+        any(word in text for word in ("raise", "use method", "begin with", "lower nll_weight"))
+        for text in found.values()
+    )
 
 
 def test_nobody_is_told_to_use_the_method_that_is_used():

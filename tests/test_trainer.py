@@ -21,7 +21,7 @@ from covrl_lab.train import trainer
 from covrl_lab.train.models import load_policy
 from covrl_lab.train.policy import load_adapter
 from covrl_lab.train.prompts import Prompter
-from covrl_lab.train.records import StepRecord
+from covrl_lab.train.records import StepRecord, unlikely_share
 from covrl_lab.train.scoring import micro_batches, packed_tokens, trace_logprobs
 from covrl_lab.train.step import set_learning_rate
 from covrl_lab.train.tasks import is_held_out, load_task
@@ -187,10 +187,17 @@ def test_metrics_summarise_the_stored_traces(reference):
             "finished_share": traces["finished"].mean(),
             "trace_tokens": traces["token_ids"].map(len).mean(),
             "answer_term_share": (traces["answer_weight"] != 0).mean(),
+            "answer_term_unlikely": 1.0,  # no trace of a random model makes its answer likely
             "effective_sample_share": 1.0,  # p' = h
         }
         for name, value in expected.items():
             assert metrics[name] == pytest.approx(value, rel=1e-5), (step, name)
+
+
+def test_the_share_of_the_answer_term_on_unlikely_answers_by_hand():
+    weight, answer = torch.tensor([1.0, 2.0, 0.0, 1.0]), torch.tensor([0.9, 0.4, 0.1, 0.6]).log()
+    assert unlikely_share(weight, answer) == 0.5
+    assert unlikely_share(0 * weight, answer) is None
 
 
 def test_the_sampler_is_measured_against_the_trainer(tmp_path, monkeypatch):

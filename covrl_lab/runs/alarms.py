@@ -9,6 +9,8 @@ from typing import Any
 RECENT = 3  # steps that the last state of a run is judged by
 HALF = 0.5  # traces or trace dependence below this share of their start raise an alarm; so do more one-token traces
 FINISHED = 0.5  # so does a lower share of finished traces
+UNLIKELY = 0.6  # so does a larger share of the answer term, over TERM_STEPS steps, on traces that leave it unlikely
+TERM_STEPS = 10
 USED = 1.0  # nats; a model whose answers moved less than this from the start never used its traces
 
 
@@ -50,6 +52,14 @@ def alarms(
         found["no gradient"] = (
             f"the gradient was 0 in the last {RECENT} steps, so nothing is being learned: the traces of a "
             "question all earn the same; raise rollouts_per_question or choose an easier task"
+        )
+    shares = [step.get("answer_term_unlikely") for step in metrics[-TERM_STEPS:]]
+    shares = [share for share in shares if share is not None]
+    seen = len(shares) == TERM_STEPS and method != "jlb"  # whose answer term is small
+    if seen and (share := sum(shares) / TERM_STEPS) > UNLIKELY:
+        found["answer term"] = (
+            f"{share:.0%} of the answer term trains on traces that leave the answer unlikely, so that answers stop "
+            "following their traces: use evidence_power=2 (covrl), or lower nll_weight"
         )
     first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
     if (guess := last.get("guess_accuracy", 0)) > last.get("accuracy_low", 0):

@@ -45,6 +45,7 @@ class StepRecord:
     one_token_share: float  # traces of a single token
     equal_reward_share: float | None  # questions whose traces all earn the same; None with one trace each
     answer_term_share: float  # traces in the answer term
+    answer_term_unlikely: float | None  # share of its weight on traces with p(y|x,z) < 1/2
     clipped_share: float  # tokens whose gradient the clip holds back
     effective_sample_share: float  # (sum W)^2 / (N sum W^2) of the trace weights W = prod p'/h
     responsibility_prior: float | None  # mean rho on traces of each source
@@ -112,6 +113,7 @@ def step_record(
         one_token_share=mean(lengths == 1),
         equal_reward_share=mean(groups.amax(1) == groups.amin(1)) if batch.group_size > 1 else None,
         answer_term_share=mean(credit.answer_weight != 0),
+        answer_term_unlikely=unlikely_share(credit.answer_weight, old.answer.sum(1)) if config.nll_weight else None,
         clipped_share=losses["clipped_share"],
         effective_sample_share=float(weight.sum() ** 2 / (len(batch) * (weight**2).sum())),
         responsibility_prior=None if rho is None else mean(rho, batch.mask & prior[:, None]),
@@ -127,6 +129,12 @@ def step_record(
     )
     wrong = [name for name, value in vars(record).items() if isinstance(value, float) and not math.isfinite(value)]
     return replace(record, **dict.fromkeys(wrong))
+
+
+def unlikely_share(weight: Tensor, answer_logprob: Tensor) -> float | None:
+    """The share of ``weight`` (N,) on traces after which the answer is not likely, p(y|x,z) < 1/2; None of none."""
+    total = float(weight.sum())
+    return float(weight[answer_logprob < math.log(0.5)].sum()) / total if total else None
 
 
 def log_ratio(old: LogProbs, config: RunConfig) -> Tensor:

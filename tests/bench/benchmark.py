@@ -64,7 +64,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 GROWTH: dict[str, list[dict[str, Any]]] = {
     "rollouts": [{"rollouts_per_question": g} for g in (1, 2, 4, 8)],
     "demonstrations": [{"demonstrations": k} for k in (0, 2, 4, 8)],
-    "trace tokens": [{"max_trace_tokens": t, "rollouts_per_question": 2} for t in (28, 64, 128, 256)],
+    "trace tokens": [{"max_trace_tokens": t, "rollouts_per_question": 2} for t in (28, 64, 128, 256, 512)],
 }
 VOCABULARIES = [8_192, 32_768, 152_064]
 MEMORY_ROLLOUTS = [16, 32, 64]

@@ -100,6 +100,15 @@ def round_sum(random: Random) -> tuple[str, str, str]:
 
 
 FRESH = smallest_plus, take_out, round_sum
+ENDS_WITH_ANSWER = (
+    "arithmetic",
+    "chained",
+    "shop",
+    "double_add",
+    "smallest_plus",
+    "take_out",
+    "round_sum",
+)  # a good trace
 GENERATED = {task.__name__: task for task in (double_add, compare_sums, middle, *FRESH)}
 TASKS = {
     "arithmetic": {"task": "arithmetic"},
@@ -154,6 +163,26 @@ def keep_steps(folder: Path, target: Path) -> None:
     found.to_json(target, orient="records", indent=1)
 
 
+def keep_following(folder: Path, target: Path) -> None:
+    """Whether greedy answers are their traces' last number, and how much of the answer term other traces get."""
+
+    def last(texts: pd.Series) -> pd.Series:
+        return texts.str.findall(r"\d+").str[-1].fillna("")
+
+    rows = []
+    for file in sorted(folder.glob("evaluations/*.parquet")):
+        greedy = pd.read_parquet(file).query("sample < 0")
+        found, said = last(greedy["trace"]), greedy["prediction"].str.strip(" .")
+        row = {"step": int(file.stem[-5:]), "answers_follow": float((found == said).mean())}
+        rows.append(row | {"traces_right": float((found == greedy["answer"]).mean())})
+    traces = pd.concat(map(pd.read_parquet, sorted((folder / "traces").glob("*.parquet"))))
+    wrong, weight = last(traces["trace"]) != traces["answer"], traces["answer_weight"]
+    for row, steps in zip(rows, (traces["step"] <= 10, traces["step"] > 20), strict=True):  # at first, and in the end
+        total = float(weight[steps].sum())
+        row["answer_term_on_wrong_traces"] = float(weight[steps & wrong].sum()) / total if total else None
+    target.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
 def run(name: str, settings: dict) -> str:
     """Train or resume one run, keep its small files; what to print of it."""
     folder = RUNS / name
@@ -171,6 +200,8 @@ def run(name: str, settings: dict) -> str:
         keep_columns(file, kept / "evaluations" / file.name, SCORES)
     if "-covrl-s" in name and not name.startswith(("largest", "middle")):  # these have no equations
         keep_steps(folder, kept / "steps.json")
+    if name.startswith(tuple(ENDS_WITH_ANSWER)):
+        keep_following(folder, kept / "following.json")
     if name.endswith("-covrl-s0"):
         for step in (1, 2, 3):  # what the bounds are worth before anything is learned (notebook 08)
             file = f"traces/step_{step:05d}.parquet"
