@@ -41,8 +41,8 @@ TopP = Annotated[float, Range(math.ulp(0.0), 1, "above 0 and at most 1")]
 Auto = Literal["auto"]  # chosen before the run, from the memory there is (train/plan.py)
 # How a step is cut changes rounding only: what "auto" stands for where runs are named and compared.
 _UNCUT = {"gradient_checkpointing": False, "max_packed_tokens": 4096}
+_BEFORE = {"evidence_power": 1.0}  # what later settings were before they could be set, where a method has a default
 # Settings that came later. Left out of a run's id where they are not set, so that earlier runs keep theirs.
-_BEFORE = {"evidence_power": 1.0}  # what they were before they could be set, where that is not the field's default
 _LATER = "bad_rows think_tag system_prompt eval_task eval_temperature eval_top_p eval_max_trace_tokens".split()
 _LATER += _BEFORE
 _LITERALS = str | int | float | bool | None | list | tuple | dict
@@ -229,11 +229,9 @@ class RunConfig(metaclass=_Checked):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what ``save`` wrote."""
-        settings = read_object(path, "restore it, or remove it or choose another run_dir")
+        settings = _BEFORE | read_object(path, "restore it, or remove it or choose another run_dir")
         if settings.get("method") == "covrl" and "evidence_floor" not in settings:
             settings["method"] = "covrl_published"  # what earlier versions called covrl
-        elif settings.get("method") == "covrl":
-            settings = _BEFORE | settings
         try:
             return cls.from_dict(settings)
         except ConfigError as error:

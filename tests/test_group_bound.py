@@ -59,14 +59,14 @@ def enumerate_groups(world: World, n_prior: int, n_posterior: int, config: RunCo
 
 
 @pytest.mark.parametrize(("length", "n_prior", "n_posterior"), COUNTS)
-@pytest.mark.parametrize(("floor", "power"), [(0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (0.5, 2.0), (0.0, 1.5)])
+@pytest.mark.parametrize(("floor", "power"), [(0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (0.5, 2.0), (1.0, 1.5)])
 def test_the_gradient_is_that_of_the_bound_at_any_length(length, n_prior, n_posterior, floor, power):
     """Also with the baseline, for any fixed numbers of prior and posterior traces; float64 rounding."""
     world = World(length, answer_tokens=2 if length == 1 else 1)
-    config = RunConfig(method="covrl", evidence_floor=floor, evidence_power=power)
+    config = RunConfig(method="covrl", evidence_floor=floor, evidence_power=power, posterior_weight=0.0)
     loss, bound, _ = enumerate_groups(world, n_prior, n_posterior, config)
     found, truth = -world.gradient(loss), world.gradient(bound)
-    assert truth.norm() > 0.03
+    assert truth.norm() > 0.05
     torch.testing.assert_close(found, truth, atol=1e-14, rtol=0)
 
 

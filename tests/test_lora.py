@@ -103,7 +103,7 @@ def test_biases_are_kept(monkeypatch, tmp_path, biased):
         return loaded
 
     monkeypatch.setattr(models, "_load_frozen", some_biases)
-    for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 0.05)):  # a bfloat16 has 8 bits; 0.030 was seen
+    for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 0.03)):  # a bfloat16 has 8 bits
         plain, fused = both(monkeypatch, name=str(tmp_path), quantization="nf4", dtype=dtype)
         assert len(fused.lora[0].layers) == len(biased)
         expected, ours = states_and_gradients(plain)[0], states_and_gradients(fused)[0]

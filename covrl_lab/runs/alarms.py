@@ -14,10 +14,10 @@ TERM_STEPS = 10
 USED = 1.0  # nats; a model whose answers moved less than this from the start never used its traces
 
 
-def _recent(metrics: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+def _recent(metrics: Sequence[Mapping[str, Any]], name: str, steps: int = RECENT) -> list[float]:
     """The values of the last steps; empty before there are enough."""
-    values = [step[name] for step in metrics[-RECENT:] if step.get(name) is not None]
-    return values if len(values) == RECENT else []
+    values = [step[name] for step in metrics[-steps:] if step.get(name) is not None]
+    return values if len(values) == steps else []
 
 
 def alarms(
@@ -53,10 +53,8 @@ def alarms(
             f"the gradient was 0 in the last {RECENT} steps, so nothing is being learned: the traces of a "
             "question all earn the same; raise rollouts_per_question or choose an easier task"
         )
-    shares = [step.get("answer_term_unlikely") for step in metrics[-TERM_STEPS:]]
-    shares = [share for share in shares if share is not None]
-    seen = len(shares) == TERM_STEPS and method != "jlb"  # whose answer term is small
-    if seen and (share := sum(shares) / TERM_STEPS) > UNLIKELY:
+    shares = _recent(metrics, "answer_term_unlikely", TERM_STEPS) if method != "jlb" else []  # whose term is small
+    if shares and (share := sum(shares) / TERM_STEPS) > UNLIKELY:
         found["answer term"] = (
             f"{share:.0%} of the answer term trains on traces that leave the answer unlikely, so that answers stop "
             "following their traces: use evidence_power=2 (covrl), or lower nll_weight"

@@ -38,7 +38,7 @@ def covrl_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: Sta
                                                                 c = p(y|x without a trace) ^ evidence_floor
 
     A_i = s_i - b_i P/H and c_y = k s_i, with s and the baseline b of ``group_credit``. The posterior is drawn towards
-    the prior's traces by their evidence: B_i = posterior_weight (s_i - b_i Q/H), with no weight by default.
+    the true posterior p(z|x,y), where k = 1: B_i = posterior_weight (s_i - b_i Q/H), with no weight by default.
     """
     size = batch.group_size
     power = config.evidence_power

@@ -183,15 +183,19 @@ def keep_following(folder: Path, target: Path) -> None:
     target.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
+def lab(*arguments: str | Path) -> str:
+    """Run a command of covrl-lab on one thread; the last line of its error, if there is one."""
+    command, environment = [sys.executable, "-m", "covrl_lab", *arguments], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
+
+
 def run(name: str, settings: dict) -> str:
     """Train or resume one run, keep its small files; what to print of it."""
     folder = RUNS / name
     flags = [f"--{key}={value}" for key, value in (SHARED | settings | {"run_dir": folder}).items()]
-    command = [sys.executable, "-m", "covrl_lab", "train", *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        return f"{name}: {done.stderr.strip().splitlines()[-1]}"
+    if problem := lab("train", *flags):
+        return f"{name}: {problem}"
     kept = KEPT / name
     kept.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "metrics.jsonl", "evaluations.jsonl"):
@@ -217,10 +221,8 @@ def ask_more(name: str, questions: int, step: int) -> str:
     if kept.exists() or not (folder / "checkpoints").exists():
         return f"{name}: {'there' if kept.exists() else 'no checkpoints here'}"
     asked = [f"--eval_task={RUNS / task}_more.jsonl", f"--eval_questions={questions}", f"--step={step}"]
-    command = [sys.executable, "-m", "covrl_lab", "evaluate", folder, *asked]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        return f"{name}: {done.stderr.strip().splitlines()[-1]}"
+    if problem := lab("evaluate", folder, *asked):
+        return f"{name}: {problem}"
     (written,) = (folder / "benchmarks").glob(f"step_{step:05d}-*.parquet")
     keep_columns(written, kept, [*SCORES, "guess_score"])
     return f"{name}: {pd.read_parquet(kept)['score'].mean():.1%} on {questions} more"
