@@ -40,6 +40,9 @@ METHODS = {
     "no_answer_term": {"method": "covrl", "nll_weight": 0.0},
     "prior_only": {"method": "covrl", "alpha": 1.0},
     "c_is_1": {"method": "covrl", "evidence_floor": 0.0},
+    # With p(y|x,z)^2 for the evidence.
+    "power_2": {"method": "covrl", "evidence_power": 2.0},
+    "power_2_prior": {"method": "covrl", "evidence_power": 2.0, "alpha": 1.0},
     # With a posterior that is trained, too: other floors c, other mixtures.
     "posterior_trained": TRAINED_POSTERIOR,
     "no_logarithm": TRAINED_POSTERIOR | {"evidence_floor": 0.0},
@@ -100,15 +103,8 @@ def round_sum(random: Random) -> tuple[str, str, str]:
 
 
 FRESH = smallest_plus, take_out, round_sum
-ENDS_WITH_ANSWER = (
-    "arithmetic",
-    "chained",
-    "shop",
-    "double_add",
-    "smallest_plus",
-    "take_out",
-    "round_sum",
-)  # a good trace
+# Tasks whose good traces end with the answer.
+ENDS_WITH_ANSWER = tuple("arithmetic chained shop double_add smallest_plus take_out round_sum".split())
 GENERATED = {task.__name__: task for task in (double_add, compare_sums, middle, *FRESH)}
 TASKS = {
     "arithmetic": {"task": "arithmetic"},
@@ -147,6 +143,10 @@ def keep_columns(source: Path, target: Path, columns: list[str]) -> None:
     pd.read_parquet(source, columns=columns).to_parquet(target, index=False)
 
 
+def all_traces(folder: Path) -> pd.DataFrame:
+    return pd.concat(map(pd.read_parquet, sorted((folder / "traces").glob("*.parquet"))))
+
+
 def keep_steps(folder: Path, target: Path) -> None:
     """How many traces lead to the answer by true equations, how many by false ones (excuses), and what they earn."""
 
@@ -157,7 +157,7 @@ def keep_steps(folder: Path, target: Path) -> None:
         right = [int(a) + (int(b) if sign == "+" else -int(b)) == int(c) for a, sign, b, c in equations]
         return "no equation" if not right else "true steps" if all(right) else "excuse"
 
-    traces = pd.concat(map(pd.read_parquet, sorted((folder / "traces").glob("*.parquet"))))
+    traces = all_traces(folder)
     traces["kind"] = [kind(row) for row in traces.itertuples()]
     found = traces.groupby(["source", "kind"])["reward"].agg(traces="size", evidence="sum").reset_index()
     found.to_json(target, orient="records", indent=1)
@@ -175,7 +175,7 @@ def keep_following(folder: Path, target: Path) -> None:
         found, said = last(greedy["trace"]), greedy["prediction"].str.strip(" .")
         row = {"step": int(file.stem[-5:]), "answers_follow": float((found == said).mean())}
         rows.append(row | {"traces_right": float((found == greedy["answer"]).mean())})
-    traces = pd.concat(map(pd.read_parquet, sorted((folder / "traces").glob("*.parquet"))))
+    traces = all_traces(folder)
     wrong, weight = last(traces["trace"]) != traces["answer"], traces["answer_weight"]
     for row, steps in zip(rows, (traces["step"] <= 10, traces["step"] > 20), strict=True):  # at first, and in the end
         total = float(weight[steps].sum())
@@ -204,7 +204,7 @@ def run(name: str, settings: dict) -> str:
         keep_columns(file, kept / "evaluations" / file.name, SCORES)
     if "-covrl-s" in name and not name.startswith(("largest", "middle")):  # these have no equations
         keep_steps(folder, kept / "steps.json")
-    if name.startswith(tuple(ENDS_WITH_ANSWER)):
+    if name.startswith(ENDS_WITH_ANSWER):
         keep_following(folder, kept / "following.json")
     if name.endswith("-covrl-s0"):
         for step in (1, 2, 3):  # what the bounds are worth before anything is learned (notebook 08)
