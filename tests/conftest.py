@@ -8,41 +8,44 @@ import os
 import pytest
 from helpers import make_trainer, move_adapter
 
-# Files that drive a browser, a grid or a whole notebook, or measure time: two at once would time out.
-ALONE = """
-    test_benchmark test_browser test_browser_ablation test_browser_details test_browser_evaluations test_browser_live
-    test_browser_panels test_browser_views test_explorer test_mixing test_monitor test_nbval test_packaging
-    test_report test_sweep test_train_notebook
+# Of files that drive a browser one runs at a time, and so it is with those that start kernels and grids: two at once
+# would time out.
+BROWSER = """
+    test_browser test_browser_ablation test_browser_details test_browser_evaluations test_browser_live
+    test_browser_panels test_browser_views test_explorer test_mixing test_monitor test_report
 """.split()
+KERNELS = "test_benchmark test_nbval test_packaging test_sweep test_train_notebook".split()
 # `make quick` leaves these out, besides: they train for minutes, load many models, or start many processes.
-SLOW = [name for name in ALONE if name not in ("test_explorer", "test_mixing")]
+SLOW = [name for name in BROWSER + KERNELS if name not in ("test_explorer", "test_mixing")]
 SLOW += """
-    test_bench test_checkpoints test_disk test_embedded test_gpu_check test_methods test_owner test_ranks test_scorer
-    test_sharing test_trainer
+    test_bench test_checkpoints test_disk test_embedded test_gpu_check test_hostile test_methods test_owner test_ranks
+    test_scorer test_sharing test_trainer
 """.split()
 
 # Before torch is imported; processes that a test starts inherit it, so that their numbers are the same.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
+# bitsandbytes asks for compiled functions when it is imported, a fifth of that time, and none is called on a CPU.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 
 def pytest_collection_modifyitems(items):
-    """Mark slow files; what runs alone comes first, since it takes longest."""
+    """Mark slow files; what takes longest comes first."""
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker("slow")
-    items.sort(key=lambda item: item.path.stem not in ALONE)
+    items.sort(key=lambda item: (item.path.stem not in KERNELS, item.path.stem not in BROWSER))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A file stays in one worker, so that its fixtures are made once; so do all files that run alone."""
+    """A file stays in one worker, so that its fixtures are made once; so do all of BROWSER, and all of KERNELS."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             name = nodeid.split(".py::")[0].split("/")[-1]
-            return "alone" if name in ALONE else name
+            return "browser" if name in BROWSER else "kernels" if name in KERNELS else name
 
     return ByFile(config, log)
 

@@ -89,9 +89,9 @@ def heed_signals():
         signal.signal(number, signal.SIG_DFL)
 
 
-def start_training(settings, *before):
-    """``covrl-lab train`` in another process; ``before`` stands before the command, such as "nice"."""
-    command = [*before, sys.executable, "-m", "covrl_lab", "train", *flags(settings)]
+def start_training(settings):
+    """``covrl-lab train`` in another process."""
+    command = [sys.executable, "-m", "covrl_lab", "train", *flags(settings)]
     quiet = subprocess.DEVNULL
     return subprocess.Popen(command, env=checkout_environment(), stdout=quiet, stderr=quiet)
 

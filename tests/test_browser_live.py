@@ -30,7 +30,7 @@ def lab(tmp_path_factory):
 @pytest.fixture
 def running(lab):
     """A run that another process writes into the served folder."""
-    process = start_training(SMALL | {"run_dir": lab.folder / "run"}, "nice")
+    process = start_training(SMALL | {"run_dir": lab.folder / "run"})
     yield process
     process.kill()
     process.wait(30)
@@ -54,7 +54,7 @@ def test_the_monitor_follows_and_stops_a_run(lab, running):
     page.locator('[data-jp-kernel-status="busy"]').wait_for(state="detached")
     page.locator(".covrl-monitor button", has_text="Stop after this step").click()
     until((lab.folder / "run" / "STOP").exists, "the file STOP")
-    assert running.wait(420) == 0  # nice beside other tests: a step may take a minute
+    assert running.wait(420) == 0
     has_text(lab, ".covrl-monitor", "stopped after step ")
 
     run = load_run(lab.folder / "run")

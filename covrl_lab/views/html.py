@@ -49,7 +49,7 @@ def visible(text: str, spaces: bool = False) -> str:
         code = ord(character)
         return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
 
-    return "".join(map(sign, text))
+    return text.translate({ord(character): sign(character) for character in set(text)})
 
 
 def figure_text(text: str, width: int = 60, lines: int = 8, spaces: bool = False) -> str:
