@@ -212,6 +212,22 @@ def test_blocks_of_attention_change_nothing(policies, prompts, batch, name, monk
         assert_same_gradients(gradients(policy, weighted(rows)), reference)
 
 
+@pytest.mark.parametrize("width", [256, 1024])
+def test_long_paths_are_left_to_the_fused_kernel(policies, monkeypatch, width):
+    """It never holds a block's attention weights; a mask of three dimensions would keep PyTorch from it."""
+    policy, kernels = policies("tiny"), []
+
+    class Kernels(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            kernels.append("flash_attention" in op.name())
+            return op(*args, **(kwargs or {}))
+
+    with Kernels():
+        run_tree(policy, build_tree([[7 + i % 200 for i in range(width)]]))
+    layers = policy.decoder.config.num_hidden_layers
+    assert sum(kernels) == (layers if width + BLOCK > tree_module.MAX_MATMUL_KEYS else 0)
+
+
 @pytest.mark.parametrize("name", [*TINIES, *FAMILIES])
 @torch.no_grad()  # the kernel has no backward pass on a CPU
 def test_flex_attention_gives_the_same_scores(policies, prompts, batch, name, monkeypatch):

@@ -9,6 +9,7 @@ are decoded at once, the others follow in the places of finished ones.
 import math
 import os
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -145,6 +146,14 @@ class Tokens:
         return cls(rows, length, prior + posterior, nodes, scored, context, rollout + answer, longest, frozen)
 
 
+# What exists at once: the forward of what rows begin with, decoding, the update.
+PHASES = {
+    "contexts": ("contexts",),
+    "sampling": ("keys and values", "logits"),
+    "update": ("activations", "masks", "head"),
+}
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a step would take on a device: bytes by part, and seconds by part.
@@ -160,14 +169,13 @@ class Plan:
     room: float = math.inf
 
     def bytes_of(self, phase: str = "") -> float:
-        """Bytes of a phase, "sampling" or "update"; without one, of what always stays."""
-        parts = {"sampling": ("keys and values", "contexts", "logits"), "update": ("activations", "masks", "head")}
-        return sum(self.memory[part] for part in parts.get(phase, ("weights", "adapter", "runtime")))
+        """Bytes of a phase, one of PHASES; without one, of what always stays."""
+        return sum(self.memory[part] for part in PHASES.get(phase, ("weights", "adapter", "runtime")))
 
     @property
     def peak(self) -> float:
         """Bytes at the worst moment of a step."""
-        return self.bytes_of() + max(self.bytes_of("sampling"), self.bytes_of("update"))
+        return self.bytes_of() + max(map(self.bytes_of, PHASES))
 
     @property
     def fits(self) -> bool:
@@ -227,7 +235,7 @@ def memory_parts(
     """Bytes by part; ``rows`` are decoded at once, by default all.
 
     adapter: float32 parameters, gradients and AdamW's two moments. contexts: the forward of what rows begin with, in
-    judging and evaluation whole traces.
+    judging and evaluation whole traces, and the keys and values that it leaves.
     """
     e = 2 if config.dtype == "bfloat16" else 4
     h, q, kv, rows = shape.hidden, shape.q, shape.kv, rows or tokens.rows
@@ -240,18 +248,20 @@ def memory_parts(
     layer = 4 * shape.norms * h + 4 * (q + kv) * shape.head_norms
     layer += e * (2 * h + 3 * q + 2 * kv * (1 + length / BLOCK) + 4 * shape.intermediate)
     layer += e * 7 * config.lora_rank
-    if not device.unpacks and length + BLOCK <= MAX_MATMUL_KEYS:
-        layer += e * shape.heads * (length + BLOCK)  # attention weights
+    plain = not device.unpacks and length + BLOCK <= MAX_MATMUL_KEYS
+    scores = plain * e * shape.heads * (length + BLOCK)  # and attention weights, which the backward pass needs
+    layer += scores
     kept = shape.layers * e * h + layer if config.gradient_checkpointing else (shape.layers + 0.5) * layer
     masks = e * (shape.heads // shape.kv_heads) * (length + BLOCK)
-    stored = room_of(config, tokens, rows) * (1 + 1 / shape.layers)  # a layer is moved, then the next one
+    begun, room = max(config.max_packed_tokens, tokens.longest), room_of(config, tokens, rows)
+    token = e * (2 * shape.layers + 1) * kv  # of keys and values: a layer's keys are moved, then its values
     logits = MAX_LOGITS_BYTES["cuda" if device.unpacks else "cpu"]
     return {
         "weights": weights,
         "adapter": 16 * config.lora_rank * shape.layers * sum(a + b for a, b in shape.matrices),
         "runtime": device.runtime,
-        "keys and values": 2 * e * shape.layers * kv * stored,
-        "contexts": max(config.max_packed_tokens, tokens.longest) * (layer + masks),
+        "keys and values": token * room,
+        "contexts": begun * (layer + scores + masks) + token * max(room / 2, room - rows * tokens.longest),
         "logits": 20 * rows * shape.vocabulary,
         "activations": c * kept,
         "masks": c * masks,
@@ -260,10 +270,13 @@ def memory_parts(
 
 
 def room_of(config: RunConfig, tokens: Tokens, rows: int) -> float:
-    """Tokens that have keys and values at once: new ones of ``rows``, and contexts once and in blocks up to twice."""
-    # Judged or evaluated traces of one forward, or prompts of a step of up to four, half as much again for padding.
-    held = max(tokens.longest, config.max_packed_tokens, min(1.5 * tokens.prompts, 4 * config.max_packed_tokens))
-    return 3 * held + rows * (tokens.longest - tokens.context)
+    """Tokens that have keys and values at once: new ones of ``rows``, and contexts once and in blocks up to twice.
+
+    The larger of two: traces after the prompts of a step, and answers after as many traces as one forward computes.
+    """
+    trace, packed = tokens.longest - tokens.context, config.max_packed_tokens
+    prompts = max(tokens.context, min(1.5 * tokens.prompts, 4 * packed))  # half as much again for padding
+    return max(3 * prompts + rows * trace, 3 * max(tokens.longest, packed) + rows * config.max_answer_tokens)
 
 
 def rows_at_once(config: RunConfig, shape: Shape, tokens: Tokens, device: Device) -> int:
@@ -271,10 +284,9 @@ def rows_at_once(config: RunConfig, shape: Shape, tokens: Tokens, device: Device
 
     def taken(rows: int) -> float:
         made = Plan(config, device, memory_parts(config, shape, tokens, device, rows), {})
-        return made.bytes_of() + made.bytes_of("sampling")
+        return made.bytes_of() + max(made.bytes_of("contexts"), made.bytes_of("sampling"))
 
-    room, one, two = USABLE * device.memory, taken(1), taken(2)
-    return min(tokens.rows, max(1, int((room - one) / (two - one)) + 1))
+    return max(1, bisect_left(range(1, tokens.rows + 1), USABLE * device.memory, key=taken))
 
 
 def step_seconds(

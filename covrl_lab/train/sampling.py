@@ -90,10 +90,12 @@ class PackedRows:
             hidden += run_tree(policy, tree, cache)[torch.stack([path[-1] for path in tree.paths]).to(device)]
             paths += [path + len(self.position) for path in tree.paths]
             self.position = torch.cat([self.position, tree.position])
-            stored.append([[x[:, :, : len(tree)] for x in (layer.keys, layer.values)] for layer in cache.layers])
+            stored.append([x[:, :, : len(tree)] for layer in cache.layers for x in (layer.keys, layer.values)])
+            del cache  # what is joined below goes at once
         self.paths, self.hidden = dict(zip(contexts, paths, strict=True)), dict(zip(contexts, hidden, strict=True))
         # By layer, keys and values of the nodes (1, key heads, n, size).
-        self.layers = [[torch.cat(x, 2) for x in zip(*parts, strict=True)] for parts in zip(*stored, strict=True)]
+        joined = [torch.cat([part.pop(0) for part in stored], 2) for _ in range(len(stored[0]))]
+        self.layers = list(zip(joined[::2], joined[1::2], strict=True))
         self.masks: dict[tuple, tuple[Tensor, Tensor]] = {}  # of this step
         self.seats: list[int] = []  # their contexts
         self.place: list[int] = []  # the seats of the rows that go on
@@ -113,17 +115,16 @@ class PackedRows:
         self._move(kept, self.capacity)
         self._share([self.paths[row] for row in self.seats])
 
-    def _move(self, kept: Tensor | slice, capacity: int) -> None:
-        """Put the keys and values of some rows in buffers for all seats and ``capacity`` tokens, a layer at a time.
+    def _move(self, kept: Tensor, capacity: int) -> None:
+        """Put keys, then values, of the rows ``kept`` in buffers for all seats and ``capacity`` tokens, layer by layer.
 
         Zeros and not just any numbers behind them: slots that nobody has written are masked, not left out.
         """
         self.record = None
         for layer in self.own:
             for i, x in enumerate(layer):
-                kept_x = x[kept]
                 layer[i] = x.new_zeros(len(self.seats), x.shape[1], capacity, x.shape[3])
-                layer[i][: len(kept_x), :, : self.capacity] = kept_x
+                torch.index_select(x, 0, kept, out=layer[i][: len(kept), :, : self.capacity])
         self.capacity = capacity
 
     def _share(self, paths: list[Tensor]) -> None:
@@ -146,10 +147,10 @@ class PackedRows:
         lengths = torch.tensor([len(path) for path in paths] + [0] * (len(parts) * self.block - rows))
         self.back = (lengths.reshape(-1, self.block, 1) - self.position[nodes][:, None]).to(device)
         self.lengths = lengths[:rows].to(device)
-        flat = nodes.flatten().to(device)
+        index = nodes.to(device)[:, None, :, None]
         for i, layer in enumerate(self.layers):
-            found = (x[0].index_select(1, flat).unflatten(1, nodes.shape).transpose(0, 1) for x in layer)
-            self.prompts[i] = [x.flatten(0, 1).contiguous() for x in found]
+            place = index.expand(-1, layer[0].shape[1], -1, layer[0].shape[3])
+            self.prompts[i] = [x.expand(len(nodes), -1, -1, -1).gather(2, place).flatten(0, 1) for x in layer]
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append a layer's (rows, key heads, 1, size) keys and values; views of all the rows' own."""
@@ -204,7 +205,8 @@ class PackedRows:
 
     def _append(self, token: Tensor) -> Tensor:
         if self.written == self.capacity < self.max_tokens:
-            self._move(slice(None), min(max(BUCKET, 2 * self.capacity), self.max_tokens))
+            every = torch.arange(len(self.seats), device=self.fed.device)
+            self._move(every, min(max(BUCKET, 2 * self.capacity), self.max_tokens))
         self.fed[self.index, 0] = token
         self.slot.fill_(self.written % self.capacity)
         self.width = self.capacity if self.policy.graphs else min(self.written + 1, self.capacity)

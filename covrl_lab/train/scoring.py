@@ -55,7 +55,7 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, targets: Tensor, temperature: Tensor, policy: Policy) -> Tensor:
         weight, needed = policy.head.weight, ctx.needs_input_grad[0]
-        cap, scale = logit_cap(policy), logit_scale(policy)
+        cap, scale, tempered = logit_cap(policy), logit_scale(policy), bool((temperature != 1).any())
         logprobs = torch.empty(len(hidden), device=hidden.device)
         slope = torch.empty_like(hidden) if needed else None
         rows = max(1, MAX_LOGITS_BYTES.get(hidden.device.type, MAX_LOGITS_BYTES["cpu"]) // (4 * len(weight)))
@@ -63,7 +63,8 @@ class _HeadLogprobs(torch.autograd.Function):
             part, target = slice(i, i + rows), targets[i : i + rows, None]
             logits = final_logits(policy, hidden[part])
             bent = 1 - (logits / cap) ** 2 if cap and needed else None  # d capped / d plain logit
-            logits /= temperature[part, None]
+            if tempered:
+                logits /= temperature[part, None]
             chosen, top = logits.gather(1, target), logits.amax(1, keepdim=True)
             total = logits.sub_(top).exp_().sum(1, keepdim=True)
             logprobs[part] = (chosen - top - total.log())[:, 0]

@@ -148,7 +148,8 @@ class TreeAttention:
             scores = torch.matmul(rows * scaling, k.mT).add_(mask)
             out = torch.matmul(scores.softmax(-1), v)
         else:
-            out = scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scaling)
+            # No fused kernel of a CPU takes a mask of three dimensions.
+            out = scaled_dot_product_attention(rows, k, v, attn_mask=mask[None], scale=scaling)
         out = out.reshape(shared, blocks, groups, BLOCK, size).permute(1, 3, 0, 2, 4)
         return out.reshape(1, blocks * BLOCK, heads, size)[:, :n]
 
@@ -280,7 +281,8 @@ def final_logits(policy: Policy, hidden: Tensor) -> Tensor:
     # CPUs have no such product: their logits are rounded to bfloat16 first, as the model's own are.
     exact = hidden.is_cuda and hidden.dtype == torch.bfloat16 and type(head) is torch.nn.Linear and head.bias is None
     logits = torch.mm(hidden, head.weight.T, out_dtype=torch.float32) if exact else head(hidden).float()
-    logits = logits * logit_scale(policy)
+    if (scale := logit_scale(policy)) != 1:
+        logits = logits * scale
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
