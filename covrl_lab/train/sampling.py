@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 MAX_NODES_PER_PATH = 2
 FAULTS = (torch.OutOfMemoryError, torch.AcceleratorError)  # after which nothing is tried again
 BUCKET = 64  # tokens that a row has room for at first
+WIDTH = 16  # tokens by which attention to them grows at a time: oneDNN compiles, and keeps, a kernel for every shape
 # By device: the share of the seats that is left before seats are given up (on CUDA a graph is recorded then), and
 # the tokens between two looks at what was decoded (on CUDA each look waits for the device).
 CROWDED, LOOK_EVERY = {"cpu": 0.75, "cuda": 0.5}, {"cpu": 1, "cuda": 8}
@@ -209,7 +210,8 @@ class PackedRows:
             self._move(every, min(max(BUCKET, 2 * self.capacity), self.max_tokens))
         self.fed[self.index, 0] = token
         self.slot.fill_(self.written % self.capacity)
-        self.width = self.capacity if self.policy.graphs else min(self.written + 1, self.capacity)
+        width = self.capacity if self.policy.graphs else -(-(self.written + 1) // WIDTH) * WIDTH
+        self.width = min(width, self.capacity)
         if self.policy.graphs and self.record is None:
             try:
                 self.record = record(self._forward)
