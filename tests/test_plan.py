@@ -114,8 +114,9 @@ def test_decoding_in_waves_takes_what_the_plan_says(traces, length, rows):
     policy.room = room_of(config, tokens, rows)
     answers, sampled = taken(traced, 4), taken(prompts, length)
     assert 0.8 * planned < answers < planned
-    # Where traces are long, they decide; else what is encoded at once does.
-    assert 0.9 * planned < sampled < planned if length == 512 else sampled < made.bytes_of("sampling")
+    # Where traces are long, they decide; else what is encoded at once does, and short traces fill few of their slots.
+    least = 0.9 if length == 512 else 0.5
+    assert least * made.bytes_of("sampling") < sampled < made.bytes_of("sampling")
 
 
 CHANGES = {"both": {"posterior_weight": 1}, "frozen": {"posterior_weight": 0}, "prior": {"alpha": 1}}

@@ -213,7 +213,7 @@ def test_blocks_of_attention_change_nothing(policies, prompts, batch, name, monk
 
 
 @pytest.mark.parametrize("width", [256, 1024])
-def test_long_paths_are_left_to_the_fused_kernel(policies, monkeypatch, width):
+def test_long_paths_are_left_to_the_fused_kernel(policies, width):
     """It never holds a block's attention weights; a mask of three dimensions would keep PyTorch from it."""
     policy, kernels = policies("tiny"), []
 
