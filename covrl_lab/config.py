@@ -39,8 +39,8 @@ Temperature = Annotated[float, Range(1e-4, 1e4, "above 0 (greedy decoding belong
 TopP = Annotated[float, Range(math.ulp(0.0), 1, "above 0 and at most 1")]
 
 Auto = Literal["auto"]  # chosen before the run, from the memory there is (train/plan.py)
-# How a step is cut changes rounding only: what "auto" stands for where runs are named and compared.
-_UNCUT = {"gradient_checkpointing": False, "max_packed_tokens": 4096}
+# What "auto" stands for where runs are named and compared: on any machine the same, as it changes rounding only.
+_AUTO = {"gradient_checkpointing": False, "max_packed_tokens": 4096, "dtype": "bfloat16"}
 _BEFORE = {"evidence_power": 1.0}  # what later settings were before they could be set, where a method has a default
 # Settings that came later. Left out of a run's id where they are not set, so that earlier runs keep theirs.
 _LATER = "bad_rows think_tag system_prompt eval_task eval_temperature eval_top_p eval_max_trace_tokens".split()
@@ -92,7 +92,7 @@ class RunConfig(metaclass=_Checked):
     # --- model
     model: str = "smollm2-135m"  # "smollm2-135m", "tiny", a Hugging Face id, or a local folder
     quantization: Literal["nf4", "none"] = "nf4"  # "nf4": QLoRA with double quantisation
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # compute type of the base model
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the base model's products; auto: what is fast there
     lora_rank: Few = 16
     lora_alpha: Count = 32  # LoRA scaling is lora_alpha / lora_rank
     gradient_checkpointing: bool | Auto = "auto"  # auto: where activations would not fit
@@ -256,7 +256,7 @@ class RunConfig(metaclass=_Checked):
             if f.name in _LATER and getattr(self, f.name) == _BEFORE.get(f.name, f.default)
         ]
         settings = {k: v for k, v in self.to_dict().items() if k not in others and k not in unset}
-        return settings | {k: v for k, v in _UNCUT.items() if settings[k] == "auto"}
+        return settings | {k: v for k, v in _AUTO.items() if settings[k] == "auto"}
 
 
 def _shown(value: Any) -> str:

@@ -229,6 +229,7 @@ def test_how_a_step_is_cut_names_no_other_run():
     assert RunConfig(max_packed_tokens="2048").max_packed_tokens == 2048
     assert RunConfig(max_packed_tokens=2048).differences(RunConfig()) == {"max_packed_tokens": (2048, 4096)}
     assert RunConfig(gradient_checkpointing=True).run_id() != RunConfig().run_id()
+    assert RunConfig(dtype="bfloat16").run_id() == RunConfig().run_id() != RunConfig(dtype="float32").run_id()
 
 
 def test_method_defaults_give_way_to_explicit_values():

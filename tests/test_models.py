@@ -41,10 +41,20 @@ def make_dense(policy):
     return replaced
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_is_bfloat16_where_the_cpu_has_products_in_it(monkeypatch, native):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    policy = load_policy("tiny", quantization="none", device="cpu")
+    assert policy.dtype == (torch.bfloat16 if native else torch.float32)
+    assert policy.abilities()["products"] == ("bfloat16" if native else "float32")
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):  # what is asked for counts
+        assert load_policy("tiny", quantization="none", dtype=name, device="cpu").dtype == dtype
+
+
 @pytest.mark.parametrize("name", TINIES)
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_tiny_policies_load_without_files(name, quantization):
-    policy = load_policy(name, quantization=quantization)
+    policy = load_policy(name, quantization=quantization, dtype="bfloat16")
     assert policy.dtype == torch.bfloat16 and policy.device.type in ("cpu", "cuda")
     assert policy.max_context == 8192
     four_bit = [m for m in policy.decoder.modules() if isinstance(m, bnb.nn.Linear4bit)]

@@ -66,10 +66,10 @@ def test_weights_adapter_and_optimiser_take_what_the_plan_says(model, quantizati
 
 @pytest.mark.parametrize("model", TINIES)
 def test_keys_and_values_take_what_the_plan_says(model):
-    policy = load_policy(model, quantization="none", lora_rank=0, device="cpu")
+    policy = load_policy(model, quantization="none", dtype="bfloat16", lora_rank=0, device="cpu")
     config = RunConfig(
-        model=model, quantization="none", questions_per_step=2, rollouts_per_question=3, max_trace_tokens=7,
-        gradient_checkpointing=False, max_packed_tokens=46,
+        model=model, quantization="none", dtype="bfloat16", questions_per_step=2, rollouts_per_question=3,
+        max_trace_tokens=7, gradient_checkpointing=False, max_packed_tokens=46,
     )  # fmt: skip
     tokens = Tokens.of(config, shared=10, question=5, answer=3)
     assert tokens.prompts == 46  # and of no more there is a forward
@@ -299,6 +299,15 @@ def test_on_a_cpu_auto_is_what_was_fixed_before_where_it_fits():
     chosen = plan(device=cpu).config
     assert (chosen.gradient_checkpointing, chosen.max_packed_tokens) == (False, 4096)
     assert "launches" not in plan(device=cpu).seconds
+
+
+def test_the_dtype_of_auto_is_the_devices():
+    """Machines without products in bfloat16 compute, and are planned, in float32."""
+    old = dataclasses.replace(HERE, dtype="float32")
+    made, wanted = plan(device=old), plan(device=old, dtype="float32")
+    assert made.config.dtype == "float32" and made.memory == wanted.memory and made.seconds == wanted.seconds
+    assert plan(device=HERE).memory == plan(device=HERE, dtype="bfloat16").memory != made.memory
+    assert plan(device=old, dtype="bfloat16").config.dtype == "bfloat16"
 
 
 def test_the_hosts_time_for_kernels_counts_where_they_are_short():

@@ -5,6 +5,7 @@ import torch
 from helpers import adapter_change, move_adapter, text_gradients, text_ids, text_logits
 from peft import PeftModel
 
+from covrl_lab.train.limits import fast_dtype
 from covrl_lab.train.models import TINY, load_policy
 from covrl_lab.train.policy import load_adapter, save_adapter
 from covrl_lab.types import ConfigError
@@ -36,6 +37,7 @@ def test_a_policy_says_how_it_computes(monkeypatch):
         "scores": "packed trees",
         "decodes": "plain steps",
         "weights": "dequantised once and kept",
+        "products": fast_dtype("cpu"),
         "attention": "blocks of the tree",
     }
     monkeypatch.setattr("covrl_lab.train.limits.MAX_UNPACKED_BYTES", 0)

@@ -58,7 +58,7 @@ def test_the_run_folder_is_complete(reference):
         "traces",
     ]
     assert load_run(run).abilities == "scores: packed trees; decodes: plain steps; weights: not quantised; " + (
-        "attention: blocks of the tree"
+        "products: float32; attention: blocks of the tree"
     )
     assert RunConfig.load(run / "config.json") == reference.config
     assert steps_in(run / "traces") == list(range(1, 9))

@@ -120,13 +120,13 @@ def loading(config: RunConfig, name: str) -> str:
         lines += [f"policy = load_policy({model}, {settings}, lora_rank=0)"]
         lines += ["base, tokenizer = policy.model, policy.tokenizer"]
     else:
-        packed = config.quantization == "nf4"
+        packed, dtype = config.quantization == "nf4", config.dtype.replace("auto", "bfloat16")  # as most are stored
         names = "AutoModelForCausalLM, AutoTokenizer" + ", BitsAndBytesConfig" * packed
         lines = ["import torch", "from peft import PeftModel", f"from transformers import {names}", ""]
         if packed:
             lines += ["packed = BitsAndBytesConfig(", "    load_in_4bit=True,", '    bnb_4bit_quant_type="nf4",']
-            lines += ["    bnb_4bit_use_double_quant=True,", f"    bnb_4bit_compute_dtype=torch.{config.dtype},", ")"]
-        options = f"dtype=torch.{config.dtype}" + ", quantization_config=packed" * packed
+            lines += ["    bnb_4bit_use_double_quant=True,", f"    bnb_4bit_compute_dtype=torch.{dtype},", ")"]
+        options = f"dtype=torch.{dtype}" + ", quantization_config=packed" * packed
         lines += [f"base = AutoModelForCausalLM.from_pretrained({model}, {options})"]
         lines += [f"tokenizer = AutoTokenizer.from_pretrained({model})"]
     return "\n".join([*lines, f"model = PeftModel.from_pretrained(base, {where})"])

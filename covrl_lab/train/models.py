@@ -35,6 +35,7 @@ from transformers import (
 
 from ..types import ConfigError, did_you_mean
 from .embedded import EMBEDDED, embedded_model_path, quiet
+from .limits import fast_dtype
 from .lora import fuse
 from .policy import Policy
 
@@ -113,7 +114,7 @@ def load_policy(
     name: str,
     *,
     quantization: str = "nf4",
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     lora_rank: int = 16,
     lora_alpha: int = 32,
     seed: int = 0,
@@ -128,7 +129,7 @@ def load_policy(
     lost in bfloat16, and starts at zero change, its random half drawn from `seed`. With `lora_rank` 0 there is none.
     `memory_gib` is what there is of a GPU, if not all of it. Raises ConfigError.
     """
-    for field, value, valid in (("quantization", quantization, ("nf4", "none")), ("dtype", dtype, _DTYPES)):
+    for field, value, valid in (("quantization", quantization, ("nf4", "none")), ("dtype", dtype, ("auto", *_DTYPES))):
         if value not in valid:
             raise ConfigError(f"{field}={value!r} is not known{did_you_mean(value, valid)}")
     if lora_rank < 0 or lora_alpha <= 0:
@@ -137,7 +138,9 @@ def load_policy(
     if lora_rank > width:
         raise ConfigError(f"lora_rank={lora_rank} is above {width}, the width of {name!r}, and adds nothing; lower it")
     tokenizer = load_tokenizer(name)
-    model = _load_frozen(name, quantization, _DTYPES[dtype], _pick_device(device))
+    picked = _pick_device(device)
+    dtype = fast_dtype(picked.type) if dtype == "auto" else dtype
+    model = _load_frozen(name, quantization, _DTYPES[dtype], picked)
     if model.device.type == "cuda":
         fuse_norms(model)
     policy = Policy(model, tokenizer, name)

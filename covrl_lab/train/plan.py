@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from ..config import RunConfig
 from ..types import ConfigError, Prompt, did_you_mean
-from .limits import BLOCK, MAX_LOGITS_BYTES, MAX_MATMUL_KEYS, has_room
+from .limits import BLOCK, MAX_LOGITS_BYTES, MAX_MATMUL_KEYS, fast_dtype, has_room
 from .shapes import Shape, shape_of
 
 GIB = 2**30
@@ -46,6 +46,7 @@ class Device:
     share: float = GPU_SHARE  # of ``rate`` that a whole step's products reach
     unpacks: bool = True  # whether large NF4 models are unpacked at every use, as on GPUs
     launch: float = LAUNCH  # the host's seconds to start a kernel; 0 on CPUs, whose share of the rate holds it
+    dtype: str = "bfloat16"  # what "auto" stands for there
 
 
 # Dense bfloat16 rate and memory bandwidth as published by the vendor.
@@ -79,19 +80,20 @@ def find_device(device: str = "auto") -> Device:
 
     if device != "cpu" and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0 if device == "auto" else device).total_memory
-        return Device(torch.cuda.get_device_name(), memory, math.nan, math.nan)
+        return Device(torch.cuda.get_device_name(), memory, math.nan, math.nan, dtype=fast_dtype("cuda"))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**50  # Windows
     name = f"CPU, {torch.get_num_threads()} threads"
-    return Device(name, memory, math.nan, math.nan, share=CPU_SHARE, unpacks=False, launch=0)
+    settings = {"share": CPU_SHARE, "unpacks": False, "launch": 0, "dtype": fast_dtype("cpu")}
+    return Device(name, memory, math.nan, math.nan, **settings)
 
 
 @cache
 def measure_device(seconds: float = 1.0) -> Device:
-    """This machine: the best bfloat16 matrix rate and read bandwidth seen in about ``seconds`` each."""
+    """This machine: the best matrix rate, in its fast dtype, and read bandwidth seen in about ``seconds`` each."""
     import torch
 
     device, n = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 1024)
-    a = torch.randn(n, n, dtype=torch.bfloat16, device=device)
+    a = torch.randn(n, n, dtype=getattr(torch, fast_dtype(device)), device=device)
     numbers = torch.ones(64 * 2**20, device=device)  # 256 MiB, more than any cache
     with torch.no_grad():
         rate = 2 * n**3 / fastest(lambda: a @ a, seconds)
@@ -226,7 +228,7 @@ def _duration(seconds: float) -> str:
 def keeps_unpacked(config: RunConfig, shape: Shape, device: Device) -> bool:
     """Whether 4-bit matrices stay in memory unpacked, too (``lora.fuse``)."""
     gpu = device.memory if device.unpacks else None
-    return config.quantization == "nf4" and has_room(shape.parameters, 2 if config.dtype == "bfloat16" else 4, gpu)
+    return config.quantization == "nf4" and has_room(shape.parameters, 4 if config.dtype == "float32" else 2, gpu)
 
 
 def memory_parts(
@@ -237,7 +239,7 @@ def memory_parts(
     adapter: float32 parameters, gradients and AdamW's two moments. contexts: the forward of what rows begin with, in
     judging and evaluation whole traces, and the keys and values that it leaves.
     """
-    e = 2 if config.dtype == "bfloat16" else 4
+    e = 4 if config.dtype == "float32" else 2
     h, q, kv, rows = shape.hidden, shape.q, shape.kv, rows or tokens.rows
     c, length = min(tokens.nodes, max(config.max_packed_tokens, tokens.rollout)), tokens.context + tokens.length
     scored = min(tokens.scored, c)
@@ -300,7 +302,7 @@ def step_seconds(
     they do. ``ideal`` leaves out what is done beyond the step's own arithmetic: unpacking, attention to masked tokens,
     and shared keys and values read more than once.
     """
-    e = 2 if config.dtype == "bfloat16" else 4
+    e = 4 if config.dtype == "float32" else 2
     p, head = shape.parameters, shape.embedding
     n, part, length = tokens.nodes, config.max_packed_tokens, tokens.context + tokens.length
     group = tokens.rollout + (config.rollouts_per_question - 1) * tokens.scored / tokens.rows
@@ -336,6 +338,7 @@ def step_seconds(
 
 def make_plan(config: RunConfig, shape: Shape, tokens: Tokens, device: Device) -> Plan:
     """The plan with the first of the settings that "auto" stands for that fit, or the last that might have."""
+    config = replace(config, dtype=device.dtype) if config.dtype == "auto" else config
     if config.memory_gib:
         device = replace(device, memory=config.memory_gib * GIB)
     sizes = [size for size in PACKED if device.unpacks or size <= CPU_PACKED]

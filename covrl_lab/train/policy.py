@@ -74,6 +74,7 @@ class Policy:
             "scores": "packed trees" if self.packs else "padded rows",
             "decodes": "recorded steps (CUDA graphs)" if self.graphs else "plain steps",
             "weights": kept if quantised else "not quantised",
+            "products": str(self.dtype).removeprefix("torch."),
             "attention": ("FlexAttention" if self.flex else "blocks of the tree") if self.packs else "the model's own",
         }
 

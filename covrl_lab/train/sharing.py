@@ -166,7 +166,8 @@ def write_gguf(path: Path, state: Mapping[str, torch.Tensor], alpha: float, fami
 
 def _merge(config: RunConfig, folder: Path) -> None:
     """Write ``folder/merged``: the adapter in ``folder`` added to the base, which is not quantised."""
-    base = load_policy(config.model, quantization="none", dtype=config.dtype, lora_rank=0, device="cpu")
+    dtype = config.dtype.replace("auto", "bfloat16")  # as most models are stored
+    base = load_policy(config.model, quantization="none", dtype=dtype, lora_rank=0, device="cpu")
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
         PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload().save_pretrained(folder / "merged")

@@ -46,6 +46,7 @@ from tqdm.auto import tqdm
 
 from covrl_lab.config import RunConfig
 from covrl_lab.files import write_whole
+from covrl_lab.train.limits import fast_dtype
 from covrl_lab.train.plan import GIB, Device, fastest, measure_device, plan
 from covrl_lab.train.shapes import shape_of
 from covrl_lab.types import ConfigError, did_you_mean
@@ -91,7 +92,16 @@ def machine(threads: int) -> dict[str, Any]:
         if importlib.util.find_spec(package)
     }
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    name += f", {torch.backends.cpu.get_cpu_capability()}"  # a name such as "AMD EPYC" stands for many
     return {"cpu": name, "cores": os.cpu_count(), "threads": threads, "gpu": gpu, **versions}
+
+
+def _dtype(config: RunConfig) -> Any:
+    """Torch's dtype of a run's products on this machine."""
+    import torch
+
+    fast = fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
+    return getattr(torch, fast if config.dtype == "auto" else config.dtype)
 
 
 class Results:
@@ -240,7 +250,8 @@ def _trl(channel, settings: dict[str, Any], steps: int) -> None:
 
     config = RunConfig(**settings)
     source = str(embedded_model_path()) if config.model == EMBEDDED else config.model
-    dtype = getattr(torch, config.dtype)
+    cuda = torch.cuda.is_available()
+    dtype = _dtype(config)
     quantized = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -248,7 +259,6 @@ def _trl(channel, settings: dict[str, Any], steps: int) -> None:
         bnb_4bit_compute_dtype=dtype,
     )
     logging.disable_progress_bar()
-    cuda = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=dtype,
@@ -271,7 +281,7 @@ def _trl(channel, settings: dict[str, Any], steps: int) -> None:
             temperature=config.temperature,
             learning_rate=config.learning_rate,
             beta=0.0,
-            bf16=config.dtype == "bfloat16",
+            bf16=dtype == torch.bfloat16,
             use_cpu=not cuda,
             gradient_checkpointing=False,
             shuffle_dataset=False,
@@ -398,8 +408,7 @@ def _limits(settings: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(settings["threads"])
     config = RunConfig(**settings["config"])
     device, shape = measure_device(3.0), shape_of(config.model)
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, config.dtype)
+    place, dtype = "cuda" if torch.cuda.is_available() else "cpu", _dtype(config)
     layers = [
         torch.randn(out, size, dtype=dtype, device=place) for _ in range(shape.layers) for size, out in shape.matrices
     ]
