@@ -107,6 +107,8 @@ class LoraGroup:
         return torch.cat(a).to(dtype), torch.block_diag(*b).to(dtype)
 
     def _output(self, i: int, x: Tensor) -> Tensor:
+        if len(self.layers) == 1:
+            return self._compute(x)
         if x is not self.x or i not in self.waiting:
             self.x, self.waiting = x, dict(enumerate(self._compute(x).split(self.sizes, dim=-1)))
         y = self.waiting.pop(i)
@@ -115,12 +117,16 @@ class LoraGroup:
         return y
 
     def _compute(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
+        rows = x.reshape(-1, x.shape[-1])
         if self.layers[0].disable_adapters:
             y = self.weight.forward(rows)
         else:
-            y = _LoraLinear.apply(rows, self.weight, *(self.cached or self.adapter(x.dtype)))
-        return y.unflatten(0, x.shape[:-1])
+            a, b = self.cached or self.adapter(x.dtype)
+            if torch.is_grad_enabled():
+                y = _LoraLinear.apply(rows, self.weight, a, b)
+            else:  # without autograd's own cost, which counts for few rows
+                y = self.weight.forward(rows).addmm_(rows @ a.T, b.T)
+        return y.view(*x.shape[:-1], -1)
 
 
 def fuse(model: torch.nn.Module, memory: float | None = None) -> list[LoraGroup]:

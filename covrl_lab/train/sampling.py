@@ -167,26 +167,28 @@ class PackedRows:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, layer: int) -> Tensor:
         """query (rows, heads, 1, size), own key, value (rows, key heads, t, size)."""
         prompt_key, prompt_value = self.prompts[layer]  # (b key heads, m, size)
-        (rows, heads), size = key.shape[:2], query.shape[-1]
-        own = query.reshape(rows, heads, -1, size)
-        shared_mask, own_mask = self._mask(attention_window(self.config, layer), heads, own.shape[2])
-        shared = self._blocks(own).reshape(len(prompt_key), -1, size)  # a block's rows as its queries
+        (rows, heads, width), size = key.shape[:3], query.shape[-1]
+        groups, blocks = query.shape[1] // heads, len(self.seen)
+        each, shape = (rows * heads, -1, size), (blocks, heads, self.block, groups, -1)
+        shared_mask, own_mask = self._mask(attention_window(self.config, layer), heads, groups)
+        own = query.reshape(rows, heads, groups, size)
+        shared = self._blocks(own).reshape(blocks * heads, -1, size)  # a block's rows as its queries
         shared = torch.baddbmm(shared_mask, shared, prompt_key.mT, alpha=scaling)
-        own = torch.baddbmm(own_mask, own.flatten(0, 1), key.flatten(0, 1).mT, alpha=scaling)
-        own = self._blocks(own.unflatten(0, (rows, heads)))
-        weights = torch.cat([shared.view(*own.shape[:4], -1), own], dim=-1).softmax(-1)  # (b, key heads, r, g, m + t)
-        shared, own = weights.split([prompt_key.shape[1], key.shape[2]], dim=-1)
-        shared = torch.bmm(shared.flatten(2, 3).flatten(0, 1), prompt_value).view(*own.shape[:4], -1)
-        own = own.transpose(1, 2).flatten(0, 1)[:rows].flatten(0, 1)
-        own = torch.bmm(own, value.flatten(0, 1)).unflatten(0, (rows, heads))
-        out = (self._blocks(own) + shared).transpose(1, 2).flatten(0, 1)
-        return out[:rows].reshape(rows, 1, -1, size)
+        own = torch.baddbmm(own_mask, own.view(each), key.reshape(each).mT, alpha=scaling)
+        own = self._blocks(own.view(rows, heads, groups, width))
+        weights = torch.cat([shared.view(shape), own], dim=-1).softmax(-1)  # (b, key heads, r, g, m + t)
+        shared, own = weights[..., :-width], weights[..., -width:]
+        shared = torch.bmm(shared.reshape(blocks * heads, self.block * groups, -1), prompt_value).view(shape)
+        own = own.transpose(1, 2).reshape(-1, groups, width)[: rows * heads]
+        own = torch.bmm(own, value.reshape(each)).view(rows, heads, groups, size)
+        out = (self._blocks(own) + shared).transpose(1, 2)
+        return out.reshape(-1, 1, heads * groups, size)[:rows]
 
     def _blocks(self, x: Tensor) -> Tensor:
         """(rows, n, ...) -> (b, n, r, ...), r rows to a block; the last is filled."""
         missing = len(self.seen) * self.block - len(x)
         x = pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) if missing else x
-        return x.unflatten(0, (-1, self.block)).transpose(1, 2)
+        return x.reshape(-1, self.block, *x.shape[1:]).transpose(1, 2)
 
     def step(self, token: Tensor, alive: Sequence[int] | None = None, new: Sequence[int] = ()) -> Tensor:
         """Append token (k,) to the rows at ``alive`` of those before (None: all), then begin with contexts ``new``.
