@@ -18,7 +18,7 @@ from .config import RunConfig, field_type
 from .types import ConfigError, did_you_mean
 
 _WORDS = {"None": None, "True": True, "False": False}
-_EVALUATED = ("max_answer_tokens", "device")  # what evaluate may change, besides eval_*
+_EVALUATED = ("max_answer_tokens", "device", "dtype")  # what evaluate may change, besides eval_*
 _TOKENS = ("prompt_tokens", "question_tokens", "answer_tokens", "trace_tokens")  # of plan: counts it would estimate
 _SHARED = {  # flags of share
     "merged": "also the merged model, for plain transformers",

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from covrl_lab.train.embedded import EMBEDDED
+from covrl_lab.train.limits import fast_dtype
 from covrl_lab.train.models import TINY, check_model, fuse_norms, load_config, load_policy, load_tokenizer
 from covrl_lab.types import ConfigError
 
@@ -47,6 +48,8 @@ def test_auto_is_bfloat16_where_the_cpu_has_products_in_it(monkeypatch, native):
     policy = load_policy("tiny", quantization="none", device="cpu")
     assert policy.dtype == (torch.bfloat16 if native else torch.float32)
     assert policy.abilities()["products"] == ("bfloat16" if native else "float32")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    assert fast_dtype("cuda") == fast_dtype("cpu") == policy.abilities()["products"]
     for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):  # what is asked for counts
         assert load_policy("tiny", quantization="none", dtype=name, device="cpu").dtype == dtype
 
