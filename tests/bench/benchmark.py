@@ -36,7 +36,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import accumulate
 from operator import itemgetter
 from pathlib import Path
@@ -351,8 +351,9 @@ def _serve(channel, name: str, settings: dict[str, Any], threads: int, steps: in
     torch.set_num_threads(threads)
     if name == "trl":
         _trl(channel, settings, steps)
-    else:
-        fixed, changes = VARIANTS[name]["fixed"], {k: v for k, v in VARIANTS[name].items() if k != "fixed"}
+        return
+    fixed, changes = VARIANTS[name]["fixed"], {k: v for k, v in VARIANTS[name].items() if k != "fixed"}
+    with suppress(KeyboardInterrupt):  # what the trainer makes of the signal that ends this process
         _ours(channel, settings | changes, fixed)
 
 
