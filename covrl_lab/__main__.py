@@ -86,7 +86,8 @@ def evaluate(settings: dict[str, Any], options: argparse.Namespace) -> None:
     from .train.benchmark import evaluate_checkpoint
 
     record, path = evaluate_checkpoint(options.run_dir, settings, options.step)
-    print(*(f"{name:48} {value:.4g}" for name, value in record.items() if name != "settings"), sep="\n")
+    told = ((name, value) for name, value in record.items() if name != "settings")
+    print(*(f"{name:48} {value:{'.4g' if isinstance(value, float) else ''}}" for name, value in told), sep="\n")
     print(f"Appended to: {path}")
 
 

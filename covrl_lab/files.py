@@ -124,6 +124,14 @@ def locked(path: Path) -> bool | None:
     return False
 
 
+def written(path: Path) -> float:
+    """When a file or folder was last written, 0 where there is none."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
 def refuse_links(folder: Path) -> None:
     """ConfigError where a run folder, or what a run writes into, is a link: it would write to another place."""
     places = [folder, *(folder / name for name in ("traces", "evaluations", "benchmarks", "checkpoints"))]
@@ -189,6 +197,6 @@ class Owner:
                 os.kill(os.getpid(), self._ended)
 
     @classmethod
-    def gone(cls, folder: Path) -> bool:
-        """Whether the process that owned a run has gone; False where nobody can know."""
-        return locked(folder / cls.NAME) is False
+    def held(cls, folder: Path) -> bool | None:
+        """Whether the process that owns a run lives; None where nobody can know."""
+        return locked(folder / cls.NAME)

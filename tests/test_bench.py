@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,6 +126,21 @@ def test_the_bench_asks_before_and_after_training(trained):
     first, _ = opened(trained, step=1)
     expected = probe_question(first, prompter, **ASK, **settings)
     assert bench.frames["after training"]["logp"].tolist() == expected["logp"].tolist()
+
+
+def test_a_checkpoint_that_has_gone_meanwhile_is_said_and_the_others_are_offered(trained, tmp_path):
+    """A run that goes on keeps its last ones only."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    bench = PromptBench(checkpoint=run, k=1, max_tokens=3, **ASK)
+    bench.step.value = 1
+    shutil.rmtree(run / "checkpoints" / "step_00001")
+    bench.generate.click()
+    bench.wait(300)
+    assert bench.message.value.count("the checkpoint of step 1 is gone; choose one of [2]") == 1 and not bench.frames
+    assert bench.step.value == 2
+    bench.generate.click()
+    bench.wait(300)
+    assert "done" in bench.message.value and list(bench.frames) == ["before training", "after training"]
 
 
 def test_a_given_policy_stays_as_it_is(tiny_policy, prompter):

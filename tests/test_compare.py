@@ -344,6 +344,18 @@ def test_what_cannot_be_compared_is_one_sentence(runs):
         compare.performance(frame)
 
 
+def test_runs_of_two_tasks_that_answered_one_set_need_names(runs):
+    for task in ("arithmetic", "shop"):
+        folder = write_run(runs / "sets" / task, answers(1, 0, 0, 0), task=task)
+        file = folder / "evaluations/step_00004.parquet"
+        pd.read_parquet(file).assign(set="gsm8k").to_parquet(file)
+    frame = compare.scores(compare.find_runs("sets/*"))
+    with pytest.raises(ConfigError, match="two runs of 'all runs' with one seed answered the same questions of gsm8k"):
+        compare.performance(frame)
+    named = compare.scores(compare.find_runs("A: sets/arithmetic, B: sets/shop"))
+    assert compare.performance(named)["mean"].tolist() == [0.25, 0.25]
+
+
 # --- for readers
 
 

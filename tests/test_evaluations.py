@@ -182,6 +182,29 @@ def test_a_growing_run_is_read_again_and_steps_without_evaluations_are_refused(t
         EvaluationBrowser(run)
 
 
+def test_a_refresh_follows_an_evaluation_that_went_and_a_file_that_was_restored(tmp_path):
+    run = shutil.copytree(EXAMPLE_RUN, tmp_path / "run")
+    browser, last = EvaluationBrowser(run), run / "evaluations" / "step_00030.parquet"
+    assert browser.after.value == 30
+    whole = last.read_bytes()
+    last.write_bytes(b"PAR1")
+    browser.refresh()
+    assert "step_00030.parquet" in browser.change.value and browser.after.value == 20
+    last.write_bytes(whole)
+    browser.refresh()
+    assert "⚠" not in browser.change.value
+    browser.after.value = 30
+    last.unlink()  # a run that was killed before its checkpoint evaluates that step anew
+    browser.refresh()
+    assert browser.after.value == 20 and "from step 0" not in browser.question.value
+    browser.after.value = 10
+    assert browser.listed["after"].tolist() == [browser_answer(run, 10, name) for name in browser.listed["id"]]
+
+
+def browser_answer(run, step, name):
+    return answers(run)[step][name]["prediction"]
+
+
 @pytest.fixture
 def hostile(tmp_path):
     """A run whose questions, answers, traces and predictions are hostile strings."""

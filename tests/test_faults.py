@@ -202,3 +202,35 @@ def test_alarms_of_faults():
 def test_the_limit_of_skipped_steps_may_change_in_a_folder():
     one, other = RunConfig(max_skipped_steps=3), RunConfig()
     assert not one.differences(other) and one.run_id() == other.run_id()
+
+
+def test_a_run_whose_steps_were_all_left_out_resumes(tmp_path):
+    """AdamW has no moments then, and its file is empty."""
+    trainer = make_trainer(tmp_path / "run", FEW, max_skipped_steps=1)
+    with_fault(trainer, {1, 2}, math.nan)
+    stops(trainer, "of step 2 is not finite", "raise max_skipped_steps to resume")
+    assert steps_in(tmp_path / "run" / "checkpoints") == [1]
+    again = make_trainer(tmp_path / "run", FEW, max_skipped_steps=2)
+    with_fault(again, {2}, math.nan)
+    assert again.run().step == 5
+    assert load_run(tmp_path / "run").metrics["skipped"].tolist() == [1, 1, 0, 0, 0]
+
+
+def test_an_evaluation_that_ends_a_step_left_out_leaves_no_checkpoint_without_its_line(tmp_path, monkeypatch):
+    settings = FEW | {"eval_every": 3, "checkpoint_every": 5}
+    trainer = make_trainer(tmp_path / "run", settings, max_skipped_steps=1)
+    with_fault(trainer, {3}, math.nan)
+    evaluate = trainer.evaluate
+
+    def interrupted():
+        if trainer.step == 3:
+            raise KeyboardInterrupt
+        return evaluate()
+
+    monkeypatch.setattr(trainer, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert len(load_run(tmp_path / "run").metrics) == 2 and steps_in(tmp_path / "run" / "checkpoints") in ([], [2])
+    again = make_trainer(tmp_path / "run", settings, max_skipped_steps=1)
+    with_fault(again, {3}, math.nan)
+    assert again.run().step == 5 and load_run(tmp_path / "run").metrics["skipped"].tolist() == [0, 0, 1, 0, 0]

@@ -125,6 +125,15 @@ def test_unfinished_traces_earn_nothing_and_a_group_without_evidence_is_left_alo
     none = TraceBatch(batch.ids, batch.mask, from_prior, torch.zeros(4, dtype=torch.bool), 4)
     credit = covrl_credit(none, old, RunConfig(method="covrl"), {})
     assert not credit.advantage.any() and not credit.answer_weight.any()
+    # Also where c is too small for a number.
+    tiny = RunConfig(method="covrl", evidence_floor=1e5)
+    credit = covrl_credit(none, old, tiny, {})
+    assert not credit.advantage.any() and not credit.answer_weight.any()
+    alone = TraceBatch(batch.ids, batch.mask, from_prior, torch.tensor([False, True, False, False]), 4)
+    credit = covrl_credit(alone, old, tiny, {})
+    assert credit.advantage.isfinite().all() and credit.answer_weight.tolist() == pytest.approx(
+        [0, 4, 0, 0]
+    )  # e / mean e
 
 
 def guess_or_reason(

@@ -2,13 +2,15 @@
 
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from helpers import EXAMPLE_RUN, made_up_run, random_frame
 
-from covrl_lab import MixingRatio, RunConfig, load_run, reweight
+from covrl_lab import MixingRatio, RunConfig, TraceComparison, TraceExplorer, load_run, reweight
 from covrl_lab.runs.folder import write_parquet
+from covrl_lab.views.report import page as page_of
 from covrl_lab.views.token_figures import plot_mixing
 from covrl_lab.views.widgets import Plot
 
@@ -133,3 +135,48 @@ def test_where_alpha_adapts_it_is_that_of_the_step(tmp_path, monkeypatch):
     mixing.step.value = 1
     assert mixing.sides[0].settings.alpha == 0.5 and len(drawn) == 4
     assert f"α {mixing.sides[0].alpha.value:g}" in mixing.html()
+
+
+def test_setting_a_has_the_runs_own_bounds_until_they_are_moved(tmp_path):
+    run = made_up_run(tmp_path, steps=2)
+    bounds = {"clip_range": 0.2, "clip_range_high": 0.28}
+    settings = RunConfig(method="covrl_published", model="tiny", **bounds).to_dict()
+    (run.path / "config.json").write_text(json.dumps(settings))
+    mixing = MixingRatio(run, 2)
+    own = reweight.Settings.of(run.config)
+    assert mixing.sides[0].settings == own and own.clip_bounds == (0.8, 1.28)
+    traces = reweight.Traces.of(run.traces(2))
+    assert mixing.summary["A"] == pytest.approx(reweight.summarise_traces(traces, own), nan_ok=True)
+    assert "ppo clip 0.8 to 1.28" in mixing.html()
+    mixing.sides[0].clip_range.value = 0.3
+    assert mixing.sides[0].settings.clip_bounds == (0.7, 1.3) and "ppo clip ±0.3" in mixing.html()
+
+
+def test_a_damaged_step_says_so_and_the_others_are_shown(tmp_path):
+    run = made_up_run(tmp_path, steps=3)
+    (run.path / "config.json").write_text(json.dumps(RunConfig(model="tiny").to_dict()))
+    (run.path / "traces" / "step_00002.parquet").write_bytes(b"PAR1")
+    mixing = MixingRatio(load_run(run.path), 3)
+    whole = mixing.table.value
+    mixing.step.value = 2
+    assert mixing.mixed.layout.display == "none" and "step_00002.parquet" in mixing.note.value
+    (page,) = mixing.static()
+    assert "step_00002.parquet" in page.data and "gradient" not in page.data
+    mixing.step.value = 3
+    assert mixing.mixed.layout.display == "" and mixing.table.value == whole
+    both = TraceComparison(run.path, step_a=1, step_b=3)
+    assert "step_00002.parquet" in both.heading.value
+
+
+def test_the_alpha_of_a_step_is_the_share_of_its_prior_traces_where_it_adapts(tmp_path):
+    run = made_up_run(tmp_path, steps=1)
+    frame = run.traces(1)
+    frame["source"] = ["prior"] * (len(frame) - 1) + ["posterior"]
+    for rate, alpha in ((0.0, 0.5), (0.3, round(1 - 1 / len(frame), 2))):
+        settings = RunConfig(method="covrl", model="tiny", alpha_rate=rate).to_dict()
+        assert reweight.Settings.at(settings, frame) == replace(reweight.Settings.of(settings), alpha=alpha)
+    (run.path / "config.json").write_text(json.dumps(settings))
+    write_parquet(frame, run.path / "traces" / "step_00001.parquet")
+    explorer = TraceExplorer(load_run(run.path), 1)
+    assert explorer.settings.alpha == alpha and f"α {alpha:g}" in explorer.heading.value
+    assert f"step 1: α = {alpha:g}" in page_of(load_run(run.path).forgiving())

@@ -42,16 +42,37 @@ def make_dense(policy):
     return replaced
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_auto_is_bfloat16_where_the_cpu_has_products_in_it(monkeypatch, native):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+@pytest.mark.parametrize(
+    ("onednn", "supported", "avx512", "avx512_bf16", "native"),
+    [
+        (True, True, True, True, True),
+        (True, True, True, False, False),  # it says that it can, and emulates
+        (True, True, False, False, True),  # ARM
+        (True, False, False, False, False),  # AVX2
+        (False, None, False, False, False),  # macOS on ARM, which lacks the question, too
+    ],
+)
+def test_auto_is_bfloat16_where_the_cpu_has_products_in_it(
+    monkeypatch, onednn, supported, avx512, avx512_bf16, native
+):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    asked = None if supported is None else lambda: supported
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", asked)
     policy = load_policy("tiny", quantization="none", device="cpu")
     assert policy.dtype == (torch.bfloat16 if native else torch.float32)
     assert policy.abilities()["products"] == ("bfloat16" if native else "float32")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
-    assert fast_dtype("cuda") == fast_dtype("cpu") == policy.abilities()["products"]
     for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):  # what is asked for counts
         assert load_policy("tiny", quantization="none", dtype=name, device="cpu").dtype == dtype
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
+def test_auto_is_float32_on_gpus_that_emulate_bfloat16(monkeypatch, capability, dtype):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: capability if device.index == 1 else (8, 0)
+    )
+    assert fast_dtype(torch.device("cuda:1")) == dtype
 
 
 @pytest.mark.parametrize("name", TINIES)

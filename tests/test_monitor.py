@@ -284,6 +284,25 @@ def test_threads_end_with_their_widget(folder):
     until(lambda: threading.active_count() <= before)
 
 
+def test_a_living_process_is_neither_stopped_nor_gone(folder):
+    """Its last step's checkpoint is there before that step's evaluation, which may take long."""
+    with Owner(folder):
+        assert snapshot(folder, now=time.time() + 600).status == "stalled"
+        message = snapshot(folder, now=time.time() + 600).message
+        assert "its process is there" in message and "start it again" not in message
+        age(folder, 10)
+        (folder / "STOP").touch()
+        os.utime(folder / "STOP", (time.time() - 5,) * 2)
+        (folder / "checkpoints/step_00005").mkdir(parents=True)
+        assert snapshot(folder).status == "stopping"
+    assert snapshot(folder).status == "stopped"
+    for name in ("metrics.jsonl", "evaluations.jsonl", "checkpoints"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    with Owner(folder):
+        assert snapshot(folder).message == "asked to stop: it ends after its first evaluation"
+
+
 def test_a_run_whose_process_has_died_is_not_running(folder):
     held = Owner(folder)
     held.__enter__()

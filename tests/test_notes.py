@@ -135,3 +135,14 @@ def test_rows_get_their_own_notes(run):
         (1, 0, True),
         (2, 1, False),
     ]
+
+
+def test_after_a_refresh_the_note_beside_the_starred_trace_stays(run):
+    """Both panels show the same question; what one of them read before is not written again."""
+    one, other = TraceExplorer(run, 1), TraceExplorer(run, 1)
+    at, shown = list(one.view.selected), [trace["id"] for trace in one.view.notes]
+    second = told(other, 1, note="other")
+    one.refresh()
+    assert one.view.selected == at and [trace["id"] for trace in one.view.notes] == shown
+    first = told(one, 0, starred=True)
+    assert stored(run) == {first: {"starred": True, "note": ""}, second: {"starred": False, "note": "other"}}

@@ -128,12 +128,12 @@ def test_without_locks_a_file_that_one_process_alone_can_make_stands_in(tmp_path
 
     monkeypatch.setattr(files.fcntl, "flock", none)
     with Owner(tmp_path):
-        assert not Owner.gone(tmp_path), "nobody can know"
+        assert Owner.held(tmp_path) is None, "nobody can know"
         with pytest.raises(ConfigError, match=f"process {os.getpid()} on .*; if it was killed, delete 'held.lock'"):
             Owner(tmp_path).__enter__()
     with Owner(tmp_path):
         pass
-    assert [path.name for path in tmp_path.iterdir()] == ["owner.lock"] and not Owner.gone(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["owner.lock"] and Owner.held(tmp_path) is None
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
@@ -170,7 +170,7 @@ def test_a_notebook_under_papermill_that_is_ended_saves_first(reference_numbers,
     for pid in (*children, process.pid):
         os.kill(pid, signal.SIGTERM)
     assert process.wait(300) != 0
-    until(lambda: Owner.gone(run), "the kernel's end")
+    until(lambda: Owner.held(run) is False, "the kernel's end")
     done = len(lines(run / "metrics.jsonl"))
     assert 2 <= done < 8 and (steps_in(run / "checkpoints") in ([done], []))
     assert not any(secret.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

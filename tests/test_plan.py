@@ -18,6 +18,7 @@ from covrl_lab.train.plan import (
     Device,
     Plan,
     Tokens,
+    measure_device,
     memory_parts,
     plan,
     room_of,
@@ -308,6 +309,28 @@ def test_the_dtype_of_auto_is_the_devices():
     assert made.config.dtype == "float32" and made.memory == wanted.memory and made.seconds == wanted.seconds
     assert plan(device=HERE).memory == plan(device=HERE, dtype="bfloat16").memory != made.memory
     assert plan(device=old, dtype="bfloat16").config.dtype == "bfloat16"
+
+
+def test_the_rate_is_measured_on_the_device_and_in_the_dtype_of_the_run(monkeypatch):
+    asked = []
+
+    def measured(**settings):
+        asked.append(settings)
+        return HERE
+
+    monkeypatch.setattr("covrl_lab.train.plan.measure_device", measured)
+    plan(device="cpu", dtype="float32")
+    plan(RunConfig(device="cpu"))
+    plan(device="cpu", config=RunConfig(device="cuda", dtype="bfloat16"))
+    assert asked == [{"device": "cpu", "dtype": dtype} for dtype in ("float32", "auto", "bfloat16")]
+    monkeypatch.undo()
+    a, matrices = torch.randn, []
+    monkeypatch.setattr(torch, "randn", lambda *size, **how: matrices.append(how) or a(*size, **how))
+    assert measure_device(0.01, "cpu", "bfloat16").rate > 0
+    assert (matrices[0]["dtype"], str(matrices[0]["device"])) == (torch.bfloat16, "cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="torch sees no CUDA GPU here"):
+            plan(device="cuda")
 
 
 def test_the_hosts_time_for_kernels_counts_where_they_are_short():

@@ -37,7 +37,7 @@ def test_a_policy_says_how_it_computes(monkeypatch):
         "scores": "packed trees",
         "decodes": "plain steps",
         "weights": "dequantised once and kept",
-        "products": fast_dtype("cpu"),
+        "products": fast_dtype(torch.device("cpu")),
         "attention": "blocks of the tree",
     }
     monkeypatch.setattr("covrl_lab.train.limits.MAX_UNPACKED_BYTES", 0)

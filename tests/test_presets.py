@@ -1,5 +1,6 @@
 """Presets: every loader on a small file of its schema (invented content), answers right, wrong and tricky."""
 
+import dataclasses
 import json
 import logging
 
@@ -551,6 +552,11 @@ def test_a_stored_checkpoint_is_evaluated_beside_the_runs_own(tmp_path, referenc
     stored = path.read_bytes()
     evaluate_checkpoint(folder, {}, step=0, progress=False)  # as after a kill between its line and its end
     assert path.read_bytes() == stored, "the same evaluation once more adds no line"
+    # What "auto" stood for is not known later, so a dtype that was asked for is a setting of the line.
+    config = RunConfig.load(folder / "config.json")
+    dataclasses.replace(config, dtype="auto").save(folder / "config.json")
+    record, path = evaluate_checkpoint(folder, {"dtype": "bfloat16"}, step=0, progress=False)
+    assert record["settings"] == {"dtype": "bfloat16"}
     with pytest.raises(ConfigError, match=r"no checkpoint of step 5; it has \[6, 8\]"):
         evaluate_checkpoint(folder, {}, step=5)
 

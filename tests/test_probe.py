@@ -1,5 +1,7 @@
 """The probe and the coherence curve equal plain forwards of single rows."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -97,7 +99,7 @@ def plain(policy, context, answer):
 def test_each_value_is_that_of_a_plain_forward(tiny_policies, name, style):
     policy = tiny_policies(name)
     prompter, prompt, trace = setup(policy, style)
-    found = coherence(policy, prompter, prompt, trace)
+    found = coherence(policy, prompt, trace)
     end = policy.tokenizer("\n" if style == "few_shot" else "</think>", add_special_tokens=False)["input_ids"]
     expected = [
         plain(
@@ -111,25 +113,35 @@ def test_each_value_is_that_of_a_plain_forward(tiny_policies, name, style):
     np.testing.assert_allclose(found, expected, atol=TOLERANCE)
 
 
+def test_a_cut_trace_ends_as_traces_end_in_the_prompts(tiny_policy):
+    """Some tokenizers encode an end marker alone in other tokens than within a text."""
+    _, prompt, trace = setup(tiny_policy, "few_shot")
+    prompt = dataclasses.replace(prompt, empty_trace=(11, 12))
+    value = coherence(tiny_policy, prompt, trace)[1]
+    assert value == pytest.approx(
+        plain(tiny_policy, [*prompt.prior, trace[0], 11, 12, *prompt.seam], prompt.answer), abs=TOLERANCE
+    )
+
+
 def test_one_forward_unless_the_budget_cuts_it(tiny_policy, monkeypatch):
     prompter, prompt, trace = setup(tiny_policy, "few_shot")
     sizes, run_tree = [], scoring.run_tree
     monkeypatch.setattr(scoring, "run_tree", lambda p, tree: sizes.append(len(tree)) or run_tree(p, tree))
-    whole = coherence(tiny_policy, prompter, prompt, trace)
+    whole = coherence(tiny_policy, prompt, trace)
     assert len(sizes) == 1
     budget = sizes.pop() * 2 // 3
-    np.testing.assert_allclose(coherence(tiny_policy, prompter, prompt, trace, budget), whole, atol=TOLERANCE)
+    np.testing.assert_allclose(coherence(tiny_policy, prompt, trace, budget), whole, atol=TOLERANCE)
     assert len(sizes) > 1 and max(sizes) <= budget
-    np.testing.assert_allclose(coherence(tiny_policy, prompter, prompt, trace, 1), whole, atol=TOLERANCE)
+    np.testing.assert_allclose(coherence(tiny_policy, prompt, trace, 1), whole, atol=TOLERANCE)
 
 
 def test_a_model_that_runs_no_tree_gets_plain_rows(tiny_policy, monkeypatch):
     prompter, prompt, trace = setup(tiny_policy, "few_shot")
-    packed = coherence(tiny_policy, prompter, prompt, trace)
+    packed = coherence(tiny_policy, prompt, trace)
     monkeypatch.setattr(tiny_policy, "packs", False)
     monkeypatch.delattr(scoring, "run_tree")
     for budget in (4096, 300):
-        rows = coherence(tiny_policy, prompter, prompt, trace, budget)
+        rows = coherence(tiny_policy, prompt, trace, budget)
         np.testing.assert_allclose(rows, packed, atol=TOLERANCE)
 
 
@@ -137,8 +149,8 @@ def test_a_model_that_runs_no_tree_gets_plain_rows(tiny_policy, monkeypatch):
 def test_later_tokens_change_nothing_before_them(tiny_policies, name):
     policy = tiny_policies(name)
     prompter, prompt, trace = setup(policy, "few_shot")
-    whole, k = coherence(policy, prompter, prompt, trace), len(trace) // 2
-    poisoned = coherence(policy, prompter, prompt, [*trace[:k], *[7] * (len(trace) - k)])
+    whole, k = coherence(policy, prompt, trace), len(trace) // 2
+    poisoned = coherence(policy, prompt, [*trace[:k], *[7] * (len(trace) - k)])
     np.testing.assert_allclose(poisoned[: k + 1], whole[: k + 1], atol=TOLERANCE)
     assert np.abs(poisoned[k + 1 :] - whole[k + 1 :]).min() > 100 * TOLERANCE
 
@@ -149,7 +161,7 @@ def test_the_last_value_is_the_scored_answer_of_every_rollout(tiny_policy):
     ids = torch.tensor([trace, [*trace[:5], *[0] * (len(trace) - 5)]])  # the second is truncated
     mask = torch.arange(len(trace)) < torch.tensor([[len(trace)], [5]])
     batch = TraceBatch(ids, mask, torch.tensor([True, False]), torch.tensor([True, False]), group_size=1)
-    curves = [coherence(tiny_policy, prompter, own, batch.trace(i)) for i, own in enumerate([prompt, other])]
+    curves = [coherence(tiny_policy, own, batch.trace(i)) for i, own in enumerate([prompt, other])]
     answers = trace_logprobs(tiny_policy, [prompt, other], batch).answer.sum(1)
     assert [len(curve) for curve in curves] == [len(trace) + 1, 6]
     np.testing.assert_allclose([curve[-1] for curve in curves], answers.detach(), atol=TOLERANCE)

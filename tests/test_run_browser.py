@@ -76,3 +76,9 @@ def test_what_a_panel_lacks_is_said_below(runs):
     assert browser.panel is None and "has no evaluations yet" in browser.below.children[0].value
     empty = RunBrowser(runs / "nowhere")
     assert empty.picked == "" and "no runs in" in empty.table.note and all(b.disabled for b in empty.buttons)
+
+
+def test_a_file_that_goes_while_the_folder_is_listed_hides_no_run(runs):
+    (runs / "first" / "notes.json.123.tmp").symlink_to("nowhere")
+    found = list_runs(["runs"])
+    assert len(found) == 3 and (found["written"] != "").all()

@@ -456,6 +456,13 @@ def test_what_the_hub_holds_is_asked_and_evaluated(shared, policy, monkeypatch, 
     (line,) = lines(kept / "benchmarks.jsonl")
     assert line["step"] == 8 and line["eval_questions"] == 2
     assert load_run(kept).benchmarks["step"].tolist() == [8]
+    # An earlier step that is shared later is what counts from then on.
+    about = json.loads((shared / SHARED).read_text())
+    hub.holds = shutil.copytree(shared, tmp_path / "earlier")
+    (tmp_path / "earlier" / SHARED).write_text(json.dumps(about | {"step": 6}))
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["evaluate", "hub:someone/ours", "--eval_questions", "2"])
+    assert load_run(kept).benchmarks["step"].tolist() == [8, 6]
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,9 @@ def _tables(frame: pd.DataFrame) -> dict[str, Tables]:
     """Scores of each method, in the order of the frame."""
     found: dict[str, dict[str, pd.DataFrame]] = {method: {} for method in frame["method"].unique()}
     for (method, task), own in frame.groupby(["method", "task"]):
+        if own.duplicated(["seed", "example_id"]).any():
+            problem = f"two runs of {method!r} with one seed answered the same questions of {task}"
+            raise ConfigError(f"{problem}; name them apart as in 'NAME: PATTERN', or leave one out")
         found[method][task] = own.pivot(index="seed", columns="example_id", values="score")
     return found
 

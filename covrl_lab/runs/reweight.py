@@ -5,7 +5,7 @@ of the longest; padding and what is not known are NaN.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any, Self
 
@@ -60,6 +60,14 @@ class Settings:
         """Those of a run (``Run.config``); the defaults where it does not say."""
         given = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
         return cls(**given, whole_traces=config.get("method") == "covrl" and "evidence_floor" in config)
+
+    @classmethod
+    def at(cls, config: Mapping[str, Any], frame: pd.DataFrame) -> Self:
+        """Those of a step, whose traces are ``frame``: where alpha adapts, it is the prior's share of them."""
+        own = cls.of(config)
+        if not config.get("alpha_rate") or frame.empty:
+            return own
+        return replace(own, alpha=round(float(frame["source"].eq("prior").mean()), 2))
 
     @property
     def clip_bounds(self) -> tuple[float, float]:

@@ -39,6 +39,8 @@ def evaluate_checkpoint(
         load_adapter(policy, step_file(run.path / "checkpoints", step, ""))
     results, summary = evaluate_sets(policy, prompter, sets, config, progress)
     changed = {name: new for name, (_, new) in stored.differences(config).items()}
+    if config.dtype != stored.dtype:  # "auto" names no other run, but what was asked for here is another number
+        changed["dtype"] = config.dtype
     name = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
     write_parquet(results, step_file(run.path / "benchmarks", step, f"-{name}.parquet"))
     record, path = {"step": step, "settings": changed, **summary}, run.path / "benchmarks.jsonl"

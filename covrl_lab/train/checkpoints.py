@@ -142,7 +142,7 @@ def load_checkpoint(run_dir: Path, policy: Policy, optimizer: torch.optim.Optimi
     load_adapter(policy, folder)
     stored = load_file(folder / OPTIMIZER)
     with readable(repr(str(folder / OPTIMIZER))):
-        for name, parameter in policy.trainable():
+        for name, parameter in policy.trainable() if stored else ():  # nothing, where every step was left out
             moments = {key: stored[f"{name}/{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": stored[f"{name}/step"]} | moments
     if skipped:

@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import functional as F
 
-from .limits import has_room
+from .limits import has_onednn_bfloat16, has_room
 
 # Layers of one module that get the same input.
 SHARED_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
@@ -59,7 +59,7 @@ def _dense(layer: torch.nn.Module) -> Tensor:
 def _product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """x -> x W' + bias, from a weight repacked once if the CPU has instructions for its dtype."""
     mkldnn = torch.ops.mkldnn
-    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported():
+    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and has_onednn_bfloat16():
         packed = mkldnn._reorder_linear_weight(weight.contiguous(), 128)
         return lambda x: mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return partial(F.linear, weight=weight, bias=bias)

@@ -46,7 +46,8 @@ def covrl_credit(batch: TraceBatch, old: LogProbs, config: RunConfig, state: Sta
     no_trace = whole_trace(old.no_trace, old.answer_mask)
     prior_weight, posterior_weight = source_weights(old, batch)
     evidence = answer * prior_weight
-    floor = (config.evidence_floor * no_trace).exp().view(-1, size)[:, :1]
+    floor = (config.evidence_floor * no_trace).exp().clamp_min(torch.finfo(torch.double).tiny)  # credit is never 0/0
+    floor = floor.view(-1, size)[:, :1]
     credit, baseline = group_credit(evidence.view(-1, size), floor, batch.from_prior.view(-1, size))
     credit, baseline = credit.flatten(), baseline.flatten()
     posterior_advantage = None

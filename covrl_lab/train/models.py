@@ -35,7 +35,7 @@ from transformers import (
 
 from ..types import ConfigError, did_you_mean
 from .embedded import EMBEDDED, embedded_model_path, quiet
-from .limits import fast_dtype
+from .limits import fast_dtype, pick_device
 from .lora import fuse
 from .policy import Policy
 
@@ -138,8 +138,8 @@ def load_policy(
     if lora_rank > width:
         raise ConfigError(f"lora_rank={lora_rank} is above {width}, the width of {name!r}, and adds nothing; lower it")
     tokenizer = load_tokenizer(name)
-    picked = _pick_device(device)
-    dtype = fast_dtype(picked.type) if dtype == "auto" else dtype
+    picked = pick_device(device)
+    dtype = fast_dtype(picked) if dtype == "auto" else dtype
     model = _load_frozen(name, quantization, _DTYPES[dtype], picked)
     if model.device.type == "cuda":
         fuse_norms(model)
@@ -235,20 +235,6 @@ def _tiny_tokenizer() -> PreTrainedTokenizerFast:
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     return tokenizer
-
-
-def _pick_device(device: str) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        picked = torch.device(device)
-        if picked.type != "cuda" or torch.cuda.is_available():
-            torch.zeros(1, device=picked).item()  # "meta", and what this machine has not, fail
-    except Exception as error:
-        raise ConfigError(f"device={device!r} is not known; choose auto, cpu, cuda or cuda:0") from error
-    if picked.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device='cuda', but torch sees no CUDA GPU here; use device='auto' or 'cpu'")
-    return picked
 
 
 @contextmanager

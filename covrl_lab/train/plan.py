@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from ..config import RunConfig
 from ..types import ConfigError, Prompt, did_you_mean
-from .limits import BLOCK, MAX_LOGITS_BYTES, MAX_MATMUL_KEYS, fast_dtype, has_room
+from .limits import BLOCK, MAX_LOGITS_BYTES, MAX_MATMUL_KEYS, fast_dtype, has_room, pick_device
 from .shapes import Shape, shape_of
 
 GIB = 2**30
@@ -75,30 +75,32 @@ def fastest(function: Callable[[], Any], seconds: float) -> float:
 
 
 def find_device(device: str = "auto") -> Device:
-    """The device of a run on this machine and its memory; rate and bandwidth are not known (nan)."""
+    """A device of this machine and its memory; rate and bandwidth are not known (nan). ConfigError without it."""
     import torch  # only here: a plan for another machine needs no torch
 
-    if device != "cpu" and torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0 if device == "auto" else device).total_memory
-        return Device(torch.cuda.get_device_name(), memory, math.nan, math.nan, dtype=fast_dtype("cuda"))
+    picked = pick_device(device)
+    if picked.type == "cuda":
+        card = torch.cuda.get_device_properties(picked)
+        return Device(card.name, card.total_memory, math.nan, math.nan, dtype=fast_dtype(picked))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**50  # Windows
     name = f"CPU, {torch.get_num_threads()} threads"
-    settings = {"share": CPU_SHARE, "unpacks": False, "launch": 0, "dtype": fast_dtype("cpu")}
+    settings = {"share": CPU_SHARE, "unpacks": False, "launch": 0, "dtype": fast_dtype(picked)}
     return Device(name, memory, math.nan, math.nan, **settings)
 
 
 @cache
-def measure_device(seconds: float = 1.0) -> Device:
-    """This machine: the best matrix rate, in its fast dtype, and read bandwidth seen in about ``seconds`` each."""
+def measure_device(seconds: float = 1.0, device: str = "auto", dtype: str = "auto") -> Device:
+    """A device of this machine: the best matrix rate in ``dtype`` and read bandwidth, in about ``seconds`` each."""
     import torch
 
-    device, n = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 1024)
-    a = torch.randn(n, n, dtype=getattr(torch, fast_dtype(device)), device=device)
-    numbers = torch.ones(64 * 2**20, device=device)  # 256 MiB, more than any cache
+    found = find_device(device)
+    place, n = (pick_device(device), 8192) if found.unpacks else ("cpu", 1024)
+    a = torch.randn(n, n, dtype=getattr(torch, found.dtype if dtype == "auto" else dtype), device=place)
+    numbers = torch.ones(64 * 2**20, device=place)  # 256 MiB, more than any cache
     with torch.no_grad():
         rate = 2 * n**3 / fastest(lambda: a @ a, seconds)
         bandwidth = numbers.nbytes / fastest(numbers.sum, seconds)
-    return replace(find_device(), rate=rate, bandwidth=bandwidth)
+    return replace(found, rate=rate, bandwidth=bandwidth)
 
 
 @dataclass(frozen=True)
@@ -395,7 +397,7 @@ def plan(
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be 1 or more, not {value!r}")
     if device in ("auto", "cpu", "cuda"):
-        device = measure_device()
+        device = measure_device(device=config.device if device == "auto" else device, dtype=config.dtype)
     elif isinstance(device, str):
         if device not in DEVICES:
             raise ConfigError(f"unknown device {device!r}{did_you_mean(device, [*DEVICES, 'auto'])}")

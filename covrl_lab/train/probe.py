@@ -93,17 +93,14 @@ def trace_frame(
 
 
 @torch.no_grad()
-def coherence(
-    policy: Policy, prompter: Prompter, prompt: Prompt, trace: Sequence[int], max_packed_tokens: int = PACKED
-) -> np.ndarray:
+def coherence(policy: Policy, prompt: Prompt, trace: Sequence[int], max_packed_tokens: int = PACKED) -> np.ndarray:
     """(T + 1,) log p(y | x, z up to t) in nats at temperature 1, for the T token ids of a trace of either source.
 
     The answer is always scored after the prior prompt, z up to t, and the seam. A trace cut before its end gets the
     style's end marker, as traces have it in training; the whole trace stays as it was sampled, so the last value is the
     log p(y|x,z) that the reward is made of.
     """
-    end = prompter.tokenizer(prompter.style.trace_end, add_special_tokens=False)["input_ids"]
-    prefixes = [[*trace[:t], *end] for t in range(len(trace))] + [list(trace)]
+    prefixes = [[*trace[:t], *prompt.empty_trace] for t in range(len(trace))] + [list(trace)]
     segments = [Segment.of_answer(prompt, prefix) for prefix in prefixes]
     return torch.stack(score_segments(policy, segments, max_packed_tokens)).sum(1).cpu().numpy()
 
@@ -158,7 +155,7 @@ def probe_question(
     for ids in map(tuple, frame["token_ids"]):
         tick(0)
         if ids not in seen:
-            seen[ids] = (coherence(policy, prompter, prompt, ids), alternatives(policy, prompt, ids, temperature))
+            seen[ids] = (coherence(policy, prompt, ids), alternatives(policy, prompt, ids, temperature))
     frame["coherence"], frame["alternatives"] = zip(*(seen[tuple(ids)] for ids in frame["token_ids"]), strict=True)
     return frame
 

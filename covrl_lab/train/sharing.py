@@ -105,7 +105,8 @@ def fetch(name: str | Path) -> Path:
     with readable(f"what {str(name)!r} shares", remedy):
         run, known = Path("runs", "hub", *repo.split("/")), read_object(folder / SHARED, remedy)
         checkpoint = step_file(run / "checkpoints", int(known["step"]), "")
-        checkpoint.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)  # what was shared before
+        checkpoint.mkdir(parents=True)
         for file in files[:2]:
             shutil.copyfile(folder / file, checkpoint / file)
         RunConfig.from_dict(known["settings"] | {"run_dir": str(run)}).save(run / "config.json")

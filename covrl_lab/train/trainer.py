@@ -172,6 +172,7 @@ class Trainer:
                 break
             self._unrecorded = True
             self.optimizer.step()
+        self._unrecorded = True  # also where the update was left out
         self.step += 1
         used = dataclasses.replace(config, alpha=self.method_state.get("alpha", config.alpha))
         self.method_state = self.method_state if skipped else self.method.next_state(batch, old, credit, config)

@@ -242,7 +242,11 @@ class PromptBench(BenchResults):
         from ..train.probe import open_source
 
         source = find_source(self.source.value, **self._settings)
-        checkpoint = source.checkpoints.get(wanted[1] or max(source.checkpoints, default=None))
+        steps = list(source.checkpoints)
+        if wanted[1] and wanted[1] not in steps:  # a run that goes on keeps its last ones only
+            self._list_steps()
+            raise ConfigError(f"the checkpoint of step {wanted[1]} is gone; choose one of {steps}")
+        checkpoint = source.checkpoints.get(wanted[1] or max(steps, default=None))
         if self._opened and wanted[0] == self._opened[0]:
             load_adapter(self._policy, checkpoint)
         else:

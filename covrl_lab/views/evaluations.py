@@ -89,7 +89,7 @@ def question_html(rows: pd.DataFrame) -> str:
             f'<div data-step="{r["step"]}" style="flex: 1 1 140px; max-width: 420px; border-top: 3px solid {colour}; '
             f'overflow-wrap: anywhere"><b>step {r["step"]}</b> {said}{score}'
             f'<br>it said <b class="covrl-said">{html_text(r["prediction"])}</b>{likely}'
-            f'<div style="color: {GREY}">trace, {r["trace_tokens"]} tokens{ended}</div>'
+            f'<div style="color: {GREY}">trace, {html_text(r["trace_tokens"])} tokens{ended}</div>'
             f'<div class="covrl-trace-text">{html_passage(r["trace"])}</div></div>'
         )
     question, answer = (rows[name].iloc[0] for name in ("question", "answer"))
@@ -135,10 +135,12 @@ class EvaluationBrowser(Panel):
 
     def refresh(self) -> None:
         """Read the evaluations again; steps, list and question stay."""
+        self.run = self.run.forgiving()
         self.history = history(self.run)
         self.heat_map = plot_questions(self.history)
-        for choice in (self.before, self.after):
-            offer(choice, step_choices(self.history["step"].unique().tolist())[1:], choice.value, self._list)
+        steps = self.history["step"].unique().tolist()
+        for choice, end in ((self.before, steps[0]), (self.after, steps[-1])):
+            offer(choice, step_choices(steps)[1:], choice.value if choice.value in steps else end, self._list)
         self._list()
         self._open()
 

@@ -221,7 +221,10 @@ class TraceExplorer(Panel):
         _prompter.cache_clear()
         kept = self.step.value
         offer(self.step, self._offered, kept if kept in dict(self._offered).values() else 0, self._list_questions)
+        picked = self.questions.picked
         self._list_questions()
+        if picked and picked == self.questions.picked:
+            _open_again(self, picked)
 
     # --- what is chosen
 
@@ -262,6 +265,7 @@ class TraceExplorer(Panel):
         self._question = step, _ = int(step or 0), example
         if step and step != self._step:
             self._step, self._all = step, _with_right(self.run.traces(step), self.run.config)
+            self.settings = Settings.at(self.run.config, self._all)
         frame = self._all[self._all["example_id"] == example].reset_index(drop=True)
         frame = noted(frame, self.notes).assign(total=answer_logprob(frame), length=frame["tokens"].map(len))
         frame["id"] = frame["rollout"].astype(str)
@@ -337,6 +341,17 @@ class TraceExplorer(Panel):
         table = self.rollouts.html(texts=False)
         tokens = token_html(self.pair(), self.settings, self.view.colour)
         return [HTML(self.heading.value + table + tokens + self.seen.value), self.lines()]
+
+
+def _open_again(explorer: TraceExplorer, question: str) -> None:
+    """Show the same question, traces and token, as the files hold them now."""
+    shown, at = list(explorer._shown.values()), explorer.view.selected
+    explorer.choose(question)
+    for rollout in shown:
+        explorer._pick(rollout)
+    sides = explorer.view.traces[at[0] : at[0] + 1] if at else []
+    if any(at[1] < len(trace["tokens"]) for trace in sides):
+        explorer.view.selected = at
 
 
 def _choose(explorer: TraceExplorer, step: int, question: str, rollouts: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ from IPython.display import HTML
 
 from ..runs import reweight
 from ..runs.folder import Run
-from .html import summary_table
+from .html import alarms_html, summary_table
 from .token_figures import plot_mixing
 from .widgets import HIDDEN, Panel, Plot, field, named, open_run, row, step_choices
 
@@ -43,12 +43,16 @@ class _Side:
 
     @property
     def settings(self) -> reweight.Settings:
-        numbers = self.alpha.value, self.composite_weight.value, self.clip.value, self.clip_range.value
-        return reweight.Settings(*numbers, whole_traces=self.own.whole_traces)
+        own, clip = self.own, self.clip_range.value
+        high = own.clip_range_high if own.clip_range == clip != own.clip_range_high else None  # moved, both bounds are
+        numbers = self.alpha.value, self.composite_weight.value, self.clip.value, clip
+        return reweight.Settings(*numbers, high, own.whole_traces)
 
     def __str__(self) -> str:
         s = self.settings
         clip = "no clip" if s.clip == "none" else f"{s.clip} clip ±{s.clip_range:g}"
+        if s.clip == "ppo" and s.clip_range_high is not None:
+            clip = f"ppo clip {s.clip_bounds[0]:g} to {s.clip_bounds[1]:g}"
         return f"α {s.alpha:g}" + ("" if s.whole_traces else f", w {s.composite_weight:g}, {clip}")
 
 
@@ -81,7 +85,11 @@ class MixingRatio(Panel):
         self._load()
 
     def _load(self, change: Any = None) -> None:
-        frame, self.traces = self.run.traces(self.step.value), None
+        self.run, self.traces = self.run.forgiving(), None
+        frame = self.run.traces(self.step.value)
+        if frame.empty:
+            self.note.value, self.mixed.layout.display = alarms_html(self.run.damage), "none"
+            return
         share = frame["source"].eq("prior").mean()
         if self.run.config.get("alpha_rate"):
             self.sides[0].alpha.value = round(float(share), 2)  # what it was in this step
@@ -119,4 +127,5 @@ class MixingRatio(Panel):
     def static(self) -> list[Any]:
         """Numbers and plots of both settings, as HTML and a plotly figure."""
         note = f"<p>step {self.step.value}: {self.note.value}</p>"
-        return [HTML(note)] if self.traces.logq is None else [HTML(note + self.html()), self._figure(self.sides)]
+        hidden = self.mixed.layout.display == "none"
+        return [HTML(note)] if hidden else [HTML(note + self.html()), self._figure(self.sides)]

@@ -19,7 +19,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from IPython.display import HTML
 
-from ..files import Owner, refuse_links
+from ..files import Owner, refuse_links, written
 from ..runs.folder import Run, step_file, steps_in
 from ..types import ConfigError
 from .figures import plot_training_curves
@@ -99,22 +99,24 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
         to_evaluate = 1 + ((steps - 1) // every - step // every if every else 0)
         left = median * (steps - step) + (evaluation or 0.0) * to_evaluate
     names = ("config.json", "metrics.jsonl", "evaluations.jsonl", "traces", "checkpoints")
-    newest, gone = max(_written(run.path / name) for name in names), Owner.gone(run.path)
-    silent, done = gone or now - newest > patience, f"step {step} of {steps}"
+    newest, held = max(written(run.path / name) for name in names), Owner.held(run.path)
+    silent, done = held is False or now - newest > patience, f"step {step} of {steps}"
     if step >= steps and (step or len(evaluations)):
         status, message = "finished", f"finished: {step} of {steps} steps"
     elif (run.path / "STOP").exists():
         # What a run writes last: the checkpoint of its last step, or before any step an evaluation.
         last = step in steps_in(run.path / "checkpoints") if step else len(evaluations) > 0
-        status, message = "stopping", f"asked to stop: it ends and saves a checkpoint after step {step + 1}"
-        if silent or (last and newest >= _written(run.path / "STOP")):
+        ends = f"and saves a checkpoint after step {step + 1}" if step or last else "after its first evaluation"
+        status, message = "stopping", f"asked to stop: it ends {ends}"
+        if not held and (silent or (last and newest >= written(run.path / "STOP"))):
             status, message = "stopped", f"stopped after {done}; allow it to resume, then start it again as before"
-    elif gone:
+    elif held is False:
         status, message = "stopped", f"its process has ended, after {done}; start it again as before, and it resumes"
     elif silent:
         since = f"{time.strftime('%H:%M:%S', time.localtime(newest))} ({_duration(now - newest)})"
-        message = f"nothing written since {since}: it takes long, or its process has ended; "
-        status, message = "stalled", message + "start it again and it resumes from its last checkpoint"
+        why = "it takes long, or its process has ended; start it again and it resumes from its last checkpoint"
+        why = "its process is there, and takes long or hangs" if held else why
+        status, message = "stalled", f"nothing written since {since}: {why}"
     else:
         status, message = "running", f"running: {step} of {steps} steps" if step else "running: before its first step"
     return Snapshot(run, status, message, step, steps, metrics, evaluations, left, evaluation, run.alarms)
@@ -124,20 +126,12 @@ def _evaluation_seconds(run: Run) -> float | None:
     """Median time between a step's traces and its evaluation, which a run writes one after the other."""
     folder, stored = run.path / "evaluations", set(run.steps)
     took = [
-        _written(step_file(folder, step)) - _written(step_file(run.path / "traces", step))
+        written(step_file(folder, step)) - written(step_file(run.path / "traces", step))
         for step in steps_in(folder)
         if step in stored
     ]
     took = [seconds for seconds in took if seconds > 0]  # else the traces are those of a second attempt
     return float(np.median(took)) if took else None
-
-
-def _written(path: Path) -> float:
-    """When a file or folder was last written, 0 where there is none."""
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
 
 
 def _duration(seconds: float) -> str:

@@ -61,10 +61,10 @@ def report(run: Run | str | Path, path: str | Path | None = None) -> Path:
 def page(run: Run) -> str:
     """The report as one HTML document."""
     config, metrics, evaluations = run.config, run.metrics, run.evaluations
-    settings = Settings.of(config)
-    starred = _starred(run, settings)  # first: what is damaged stands in the head
+    starred = _starred(run)  # first: what is damaged stands in the head
     traces = {step: run.traces(step) for step in sorted({*run.steps[:1], *run.steps[-1:]})}
     traces = {step: frame for step, frame in traces.items() if len(frame)}
+    settings = {step: Settings.at(config, frame) for step, frame in traces.items()}
     rows = history(run) if len(steps_in(run.path / "evaluations")) > 1 else pd.DataFrame({"step": []})
     curves = _figure(plot_training_curves(metrics, evaluations, reward_unit(config)))
     parts = [_head(run, config, metrics, evaluations), "<h2>Training</h2>", curves]
@@ -76,10 +76,10 @@ def page(run: Run) -> str:
         parts += ["<h2>Held-out questions</h2>", f'<div class="wide">{change}</div>', _figure(plot_questions(rows))]
     parts += starred
     for step, frame in traces.items():
-        parts += [f"<h2>Traces of step {step}</h2>", *_traces(frame, settings)]
+        parts += [f"<h2>Traces of step {step}</h2>", *_traces(frame, settings[step])]
     if traces:
-        header = [f"α = {settings.alpha:g}, w = {settings.composite_weight:g}", *(f"step {step}" for step in traces)]
-        numbers = [summarise_traces(Traces.of(frame), settings) for frame in traces.values()]
+        header = ["", *(f"step {n}: α = {s.alpha:g}, w = {s.composite_weight:g}" for n, s in settings.items())]
+        numbers = [summarise_traces(Traces.of(frame), settings[step]) for step, frame in traces.items()]
         parts += ["<h2>Prior against posterior</h2>", f'<div class="wide">{summary_table(header, numbers)}</div>']
     versions = {"python": platform.python_version(), "covrl_lab": __version__}
     versions |= {name: version(name) for name in ("numpy", "pandas", "plotly")}
@@ -149,7 +149,7 @@ def _question(group: pd.DataFrame, where: str = "") -> str:
     return f"<h3>{where}{html_passage(question)}reference answer <code>{html_text(answer)}</code></h3>"
 
 
-def _starred(run: Run, settings: Settings) -> list[str]:
+def _starred(run: Run) -> list[str]:
     """The traces that readers starred, with their notes; also a note whose trace is gone."""
     notes = {key: entry for key, entry in read_notes(run).items() if entry["starred"]}
     parts, stored = ["<h2>Starred traces</h2>"] * bool(notes), set(run.steps)
@@ -158,6 +158,7 @@ def _starred(run: Run, settings: Settings) -> list[str]:
         frame = run.traces(step) if step in stored else pd.DataFrame({"rollout": []})
         own, where = frame[frame["rollout"] == rollout], f"step {step}, rollout {rollout}: "
         gone = f"<h3>{where}its trace is not stored</h3><p>★ <i>{html_text(notes[key]['note'])}</i></p>"
+        settings = Settings.at(run.config, frame)
         parts += [_question(own, where), token_html(noted(own, notes), settings)] if len(own) else [gone]
     return parts
 

@@ -12,6 +12,7 @@ import ipywidgets as widgets
 import pandas as pd
 from IPython.display import HTML
 
+from ..files import written
 from ..runs.folder import FOLDERS, run_folders
 from ..types import ConfigError
 from .bench import PromptBench
@@ -63,11 +64,12 @@ def list_runs(folders: Sequence[str | Path] = FOLDERS, depth: int = 3) -> pd.Dat
             line |= {"before": scores.iloc[0], "accuracy": scores.iloc[-1]} if len(scores) else {}
         except (OSError, ValueError, KeyError, TypeError) as error:
             line["state"] = f"cannot be read: {error}"
-        rows.append(line | {"time": max(file.stat().st_mtime for file in path.iterdir())})
+        files = path.iterdir() if path.is_dir() else ()  # a run may be moved meanwhile
+        rows.append(line | {"time": max(map(written, files), default=0.0)})
     columns = [column["name"] for column in _COLUMNS]
     frame = pd.DataFrame(rows, columns=["id", *columns[:-1], "time"]).sort_values("time", ascending=False)
-    written = [time.strftime("%Y-%m-%d %H:%M", time.localtime(moment)) for moment in frame.pop("time")]
-    return frame.assign(written=written).reset_index(drop=True)
+    times = [time.strftime("%Y-%m-%d %H:%M", time.localtime(moment)) for moment in frame.pop("time")]
+    return frame.assign(written=times).reset_index(drop=True)
 
 
 class RunBrowser(Panel):

@@ -14,7 +14,7 @@ from ..runs.folder import Run
 from ..runs.reweight import Settings
 from ..types import ConfigError, did_you_mean
 from .explorer import offered, source_field, trace_index
-from .html import html_number, html_passage, html_text
+from .html import alarms_html, html_number, html_passage, html_text
 from .token_view import TokenView, align, payload, traces_html
 from .widgets import HIDDEN, Panel, Table, field, named, offer, open_run, row, step_choices, table_column
 
@@ -33,9 +33,9 @@ class _Side:
     """Which traces one side offers, and the one that is shown. Of a run of many files it first reads one step's."""
 
     def __init__(self, name: str, run: Run, step: int | None, source: str) -> None:
-        self.name, (self.run, shown), self.settings = name, open_run(run, step), Settings.of(run.config)
+        self.name, (self.run, shown) = name, open_run(run, step)
         self.only = shown * run.long  # the step that has been read; 0: all have been
-        self.index = trace_index(run, *[shown] * run.long)
+        self.index = trace_index(self.run, *[shown] * run.long)
         steps = step_choices(run.steps)
         self.step = field(widgets.Dropdown, f"{name}'s step", self.only or step or 0, "110px", HIDDEN, options=steps)
         known = source in set(self.index["source"])
@@ -63,8 +63,8 @@ class _Side:
         if self.trace.value is None:
             return []
         step, rollout = self.trace.value
-        frame = self.run.traces(step).query("rollout == @rollout")
-        (trace,) = payload(frame, self.settings)
+        frame = self.run.traces(step)
+        (trace,) = payload(frame.query("rollout == @rollout"), Settings.at(self.run.config, frame))
         return [trace | {"title": f"{self.name}: {trace['title']}, step {step}"}]
 
 
@@ -150,7 +150,7 @@ class TraceComparison(Panel):
     def _heading(self, traces: Sequence[dict[str, Any]]) -> str:
         first = self.listed[self.listed["id"] == self.questions.picked].iloc[0]
         lengths, (common, moved) = [len(trace["tokens"]) for trace in traces], self.agreement
-        return (
+        return alarms_html(self.a.run.damage | self.b.run.damage) + (
             f'<div style="line-height: 1.5; overflow-wrap: anywhere">{html_passage(first["question"])}'
             f"reference answer <b><bdi>{html_text(first['answer'])}</bdi></b><br>"
             f"<b>{common}</b> tokens in common, of {lengths[0]} in A and {lengths[1]} in B; over them log p in B is "

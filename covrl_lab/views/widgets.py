@@ -227,7 +227,7 @@ class Panel:
 
 def open_run(run: Run | str | Path, step: int | None) -> tuple[Run, int]:
     """A run and the step to start with, its last unless given. ConfigError without traces of it."""
-    run = run if isinstance(run, Run) else load_run(run)
+    run = (run if isinstance(run, Run) else load_run(run)).forgiving()
     steps = run.steps
     if not steps:
         raise ConfigError(f"{run.path} has no traces yet; train a step first")

@@ -46,7 +46,7 @@ from tqdm.auto import tqdm
 
 from covrl_lab.config import RunConfig
 from covrl_lab.files import write_whole
-from covrl_lab.train.limits import fast_dtype
+from covrl_lab.train.limits import fast_dtype, pick_device
 from covrl_lab.train.plan import GIB, Device, fastest, measure_device, plan
 from covrl_lab.train.shapes import shape_of
 from covrl_lab.types import ConfigError, did_you_mean
@@ -100,7 +100,7 @@ def _dtype(config: RunConfig) -> Any:
     """Torch's dtype of a run's products on this machine."""
     import torch
 
-    fast = fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
+    fast = fast_dtype(pick_device("auto"))
     return getattr(torch, fast if config.dtype == "auto" else config.dtype)
 
 

@@ -221,7 +221,7 @@ class Check:
             seconds = [next(steps).seconds for _ in range(2)]
             used = torch.cuda.max_memory_allocated() / GIB if self.device == "cuda" else None
             prompts = trainer._prompts(trainer._questions(0))
-        measured = measure_device(0.5)
+        measured = measure_device(0.5, self.device)
         planned = make_plan(config, shape_of(config.model), Tokens.of_prompts(config, prompts), measured)
         bytes_planned = (planned.peak - planned.memory["runtime"]) / GIB
         sizes = {"step": [questions, rollouts, tokens], "rows": planned.rows, "parts": planned.memory}
