@@ -85,8 +85,7 @@ class MixingRatio(Panel):
         self._load()
 
     def _load(self, change: Any = None) -> None:
-        self.run, self.traces = self.run.forgiving(), None
-        frame = self.run.traces(self.step.value)
+        frame, self.traces = self.run.traces(self.step.value), None
         if frame.empty:
             self.note.value, self.mixed.layout.display = alarms_html(self.run.damage), "none"
             return
