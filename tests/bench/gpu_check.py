@@ -104,7 +104,7 @@ class Check:
 
     def other(self) -> dict[str, Any]:
         found = {name: apart(*(scored(*small(name, d)) for d in ("cpu", self.device))) for name in TINIES}
-        policy = load_policy("tiny", quantization="none", lora_rank=0, device=self.device)
+        policy = load_policy("tiny", quantization="none", dtype="bfloat16", lora_rank=0, device=self.device)
         hidden = torch.randn(64, policy.head.in_features, generator=torch.Generator().manual_seed(0))
         hidden = hidden.to(self.device, torch.bfloat16)
         exact = hidden.double() @ policy.head.weight.double().T
