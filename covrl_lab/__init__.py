@@ -34,7 +34,7 @@ _NAMES = {
     "train.tasks": "load_task",
     "train.trainer": "Trainer",
     "types": "ConfigError Example",
-    "views.ablation": "Ablation sweep_curves sweep_results",
+    "views.ablation": "Ablation describe_cost sweep_curves sweep_results",
     "views.bench": "PromptBench",
     "views.comparison": "export plot_against_alpha plot_intervals plot_value_by_use readable",
     "views.evaluations": "EvaluationBrowser",
@@ -46,7 +46,6 @@ _NAMES = {
     "views.report": "report",
     "views.run_browser": "RunBrowser list_runs",
     "views.side_by_side": "TraceComparison",
-    "views.sweep_cost": "describe_cost",
     "views.token_figures": "plot_coherence plot_token_comparison",
     "views.token_view": "token_html",
 }

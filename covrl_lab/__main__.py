@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import RunConfig, field_type
+from .files import readable
 from .types import ConfigError, did_you_mean
 
 _WORDS = {"None": None, "True": True, "False": False}
@@ -54,14 +55,8 @@ def sweep(settings: dict[str, Any], options: argparse.Namespace) -> int:
     for argument in options.grid:
         name, _, values = argument.partition("=")
         grid[name] = [_WORDS.get(value, value) for value in listed(values)]
-    runs = Sweep(
-        options.folder,
-        settings or None,
-        grid or None,
-        notebook=options.notebook,
-        threads=options.threads,
-        timeout_minutes=options.timeout_minutes,
-    )
+    more = {name: getattr(options, name) for name in ("notebook", "threads", "timeout_minutes")}
+    runs = Sweep(options.folder, settings or None, grid or None, **more)
     if options.retry:
         runs.retry()
     try:
@@ -178,11 +173,8 @@ def _read_config(name: str) -> dict[str, Any]:
     import yaml
 
     own = Path(__file__).with_name("configs") / f"{name}.yaml"
-    try:
+    with readable(f"--config {name!r}", "give a YAML file, or covrl-7b", "holds no settings"):
         return dict(yaml.safe_load((own if own.is_file() else Path(name)).read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--config {name!r} holds no settings ({reason}); give a YAML file, or covrl-7b") from error
 
 
 def _interrupt(number: int, frame: Any) -> None:

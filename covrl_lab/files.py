@@ -38,15 +38,15 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def readable(what: str, remedy: str = "restore it") -> Iterator[None]:
-    """Whatever fails inside is a ConfigError: ``what`` cannot be read, why, and the remedy."""
+def readable(what: str, remedy: str = "restore it", problem: str = "cannot be read") -> Iterator[None]:
+    """Whatever fails inside is a ConfigError: ``what`` has this problem, why, and the remedy."""
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:  # damaged bytes fail in many ways, and each library has kinds of its own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ConfigError(f"{what} cannot be read ({reason}); {remedy}") from error
+        raise ConfigError(f"{what} {problem} ({reason}); {remedy}") from error
 
 
 def read_object(path: str | Path, remedy: str = "restore it") -> dict[str, Any]:

@@ -254,16 +254,17 @@ def test_a_prompt_needs_an_answer():
         (Prompt(prior=(1,) * 28, posterior=(1,) * 30, seam=(2,), answer=(3, 3)), 31),
     ],
 )
-def test_check_length_is_exact(tokenizer, prompt, longest):
-    prompter = Prompter(tokenizer)
-    prompter.check_length(prompt, max_trace_tokens=20, max_context=longest + 20, example_id="e5")
+def test_the_length_that_fits_is_exact(tokenizer, prompt, longest, monkeypatch):
+    monkeypatch.setattr(Prompter, "__call__", lambda self, example: prompt)
+    prompter, example = Prompter(tokenizer), Example("e5", "x?", "y")
+    assert prompter.fitting(example, max_trace_tokens=20, max_context=longest + 20) is prompt
     with pytest.raises(ConfigError, match=rf"'e5' needs {longest} .*20.*context of {longest + 19}"):
-        prompter.check_length(prompt, max_trace_tokens=20, max_context=longest + 19, example_id="e5")
+        prompter.fitting(example, max_trace_tokens=20, max_context=longest + 19)
     # An evaluation's own answer may be longer than the reference: prompt, seam and 9 tokens, then.
     longer = max(len(prompt.posterior), len(prompt.prior) + 1 + 9)
-    prompter.check_length(prompt, 20, longer + 20, max_answer_tokens=9)
+    prompter.fitting(example, 20, longer + 20, max_answer_tokens=9)
     with pytest.raises(ConfigError, match=f"needs {longer} "):
-        prompter.check_length(prompt, 20, longer + 19, max_answer_tokens=9)
+        prompter.fitting(example, 20, longer + 19, max_answer_tokens=9)
 
 
 # --- reading traces and answers back

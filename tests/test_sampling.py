@@ -10,10 +10,11 @@ import pytest
 import torch
 from helpers import TINIES
 
+from covrl_lab.config import RunConfig
 from covrl_lab.runs.alarms import alarms
 from covrl_lab.runs.stats import bootstrap_interval, share_interval
 from covrl_lab.train import evaluation, sampling
-from covrl_lab.train.evaluation import evaluate, predict, summarise
+from covrl_lab.train.evaluation import EvalSet, evaluate, predict, summarise
 from covrl_lab.train.models import load_policy, load_tokenizer
 from covrl_lab.train.prompts import Prompter
 from covrl_lab.train.sampling import PackedRows, _pick, draw_sources, generate, sample_traces, waves
@@ -326,10 +327,8 @@ def test_a_bound_on_the_tokens_of_a_forward_changes_nothing_else(
 
     def drawn():
         batch = sampled(policy, prompter, prompts, max_tokens=16)
-        frame = evaluate(
-            policy, prompter, ALWAYS_RIGHT, examples, max_trace_tokens=16, max_answer_tokens=4, samples=1,
-            progress=False,
-        )  # fmt: skip
+        config = RunConfig(alpha=1.0, max_trace_tokens=16, max_answer_tokens=4)
+        frame = evaluate(policy, prompter, EvalSet("", ALWAYS_RIGHT, examples, 1), config, progress=False)
         return batch, frame, verifier_rewards(policy, prompter, task, examples, prompts, batch, 4)
 
     with forwards(policy) as free:
@@ -551,16 +550,16 @@ def test_predict_is_greedy_trace_seam_greedy_answer(tiny_policies, prompter, nam
 ALWAYS_RIGHT = SimpleNamespace(score=lambda prediction, example: 1.0)
 
 
-def evaluated(policy, prompter, task=ALWAYS_RIGHT, **settings):
-    settings = {"max_trace_tokens": 6, "max_answer_tokens": 4, "samples": 2, "seed": 5} | settings
-    return evaluate(policy, prompter, task, EXAMPLES, progress=False, **settings)
+def evaluated(policy, prompter, task=ALWAYS_RIGHT, samples=2, **settings):
+    config = RunConfig(**{"alpha": 1.0, "max_trace_tokens": 6, "max_answer_tokens": 4, "seed": 5} | settings)
+    return evaluate(policy, prompter, EvalSet("", task, EXAMPLES, samples), config, progress=False)
 
 
 def test_evaluate_says_how_much_answers_depend_on_traces(tiny_policies, prompter, bias):
     """Against one plain forward for each answer: after its own trace, the next question's, and an empty one."""
     policy = tiny_policies("tiny")
     bias(policy, newline=4.0)
-    frame = evaluated(policy, prompter, posterior=True)
+    frame = evaluated(policy, prompter, alpha=0.5)
     greedy = frame[frame["sample"] < 0]
     prompts = [prompter(example) for example in EXAMPLES]
     results = predict(policy, prompter, prompts, max_trace_tokens=6, max_answer_tokens=4)

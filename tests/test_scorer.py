@@ -10,7 +10,7 @@ import pytest
 import reasoning_gym
 
 from covrl_lab import load_task
-from covrl_lab.train.answers import gym_scorer, match_answer
+from covrl_lab.train.answers import match_answer, match_gym
 from covrl_lab.train.scorer import MEMORY, Scorer, scorer
 from covrl_lab.types import Example
 
@@ -176,6 +176,6 @@ def test_a_hostile_answer_is_a_score_and_no_more(name, tmp_path, monkeypatch):
     else:
         entry = reasoning_gym.create_dataset(name, seed=0, size=1)[0]
         example = Example("a", entry["question"] or "?", str(entry["answer"]) or "?", entry["metadata"])
-        scores = [gym_scorer(name)(text, example) for text in ANSWERS]
+        scores = [match_gym(name, text, example) for text in ANSWERS]
     assert len(ANSWERS) >= 40 and all(0 <= score <= 1 for score in scores)
     assert not list(tmp_path.iterdir())

@@ -81,9 +81,7 @@ def _matches(pattern: str) -> list[Run]:
 
 def _natural(path: str) -> list[Any]:
     """Sorts seed 10 after seed 9."""
-    parts: list[Any] = re.split(r"(\d+)", path)
-    parts[1::2] = map(int, parts[1::2])
-    return parts
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
 
 
 def _each(methods: Methods) -> Iterator[tuple[str, Run, RunConfig]]:
@@ -244,8 +242,7 @@ class Resampling:
                 counts = random.multinomial(questions, np.full(questions, 1 / questions), self.resamples)
                 means = counts @ table.to_numpy().T / questions
             if self.over != "questions":
-                random = np.random.default_rng([0, k, 1, stream])
-                chosen = random.integers(runs, size=(self.resamples, runs))
+                chosen = np.random.default_rng([0, k, 1, stream]).integers(runs, size=(self.resamples, runs))
                 means = np.take_along_axis(means, chosen, axis=1)
             drawn.append(means)
         return drawn

@@ -122,8 +122,7 @@ def read_lines(path: Path) -> Lines:
     for number, record in enumerate(records, start=1):
         step = record and record["step"]
         if record is None or (step != reach + 1 if metrics else step < reach):
-            found = "cannot be read" if record is None else f"is of step {step}, after step {reach}"
-            fault = f"line {number} {found}"
+            fault = f"line {number} " + ("cannot be read" if not record else f"is of step {step}, after step {reach}")
             break
         reach = step
     else:
@@ -289,9 +288,7 @@ class Run:
     def traces(self, *steps: int) -> pd.DataFrame:
         """One row a rollout of the given steps (all without arguments); ``TRACE_COLUMNS`` says what is in it."""
         chosen = steps or self.steps
-        files = [step_file(self.path / "traces", step) for step in chosen]
-        missing = [step for step, file in zip(chosen, files, strict=True) if not file.exists()]
-        if missing:
+        if missing := [step for step in chosen if not step_file(self.path / "traces", step).exists()]:
             raise ConfigError(f"{self.path} has no traces of step {missing[0]}; it has {self.steps}")
         tables = self._tables("traces", chosen)
         return self._joined(tables).to_pandas() if tables else pd.DataFrame(columns=list(TRACE_COLUMNS))

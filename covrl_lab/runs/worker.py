@@ -230,14 +230,8 @@ def limit_cells(minutes: float) -> None:
     events.register("post_run_cell", lambda _: signal.setitimer(signal.ITIMER_REAL, 0))
 
 
-def main() -> None:
-    """Execute one run for ``supervise``."""
+if __name__ == "__main__":  # as ``supervise`` starts it
     _die_with_parent()
     if os.getppid() != int(os.environ["COVRL_LAB_PARENT"]):
         sys.exit("the process that supervises this run has gone")
-    folder, notebook, lock, sockets = sys.argv[1:]
-    execute(Path(folder), Path(notebook), int(lock), sockets)
-
-
-if __name__ == "__main__":
-    main()
+    execute(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -1,7 +1,8 @@
 """How right an answer is: comparison with the reference, or another package's scorer. No torch."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
 
 from ..types import Example
@@ -54,23 +55,15 @@ def _value(text: str) -> Fraction | None:
     unit = "" if percent else _UNIT
     for pattern, read in (
         (rf"{_SIGNED}{unit}", lambda s, n: (s, Fraction(n.replace(",", "")))),
-        (rf"([-+]?)\s*(\d+)\s*/\s*(\d+){unit}", lambda s, n, d: (s, _ratio(n, d))),
-        (rf"{_LATEX_FRACTION}{unit}", lambda s, n, d: (s, _ratio(n, d))),
-        (rf"([-+]?)\s*(\d+) (\d+)\s*/\s*(\d+){unit}", lambda s, w, n, d: (s, _mixed(w, n, d))),
+        (rf"([-+]?)\s*(\d+)\s*/\s*(\d+){unit}", lambda s, n, d: (s, Fraction(int(n), int(d)))),
+        (rf"{_LATEX_FRACTION}{unit}", lambda s, n, d: (s, Fraction(int(n), int(d)))),
+        (rf"([-+]?)\s*(\d+) (\d+)\s*/\s*(\d+){unit}", lambda s, w, n, d: (s, int(w) + Fraction(int(n), int(d)))),
     ):
         if (found := re.fullmatch(pattern, text)) is not None:
-            sign, number = read(*found.groups())
-            return None if number is None else scale * (-number if sign == "-" else number)
+            with suppress(ZeroDivisionError):
+                sign, number = read(*found.groups())
+                return scale * (-number if sign == "-" else number)
     return None
-
-
-def _ratio(numerator: str, denominator: str) -> Fraction | None:
-    return Fraction(int(numerator), int(denominator)) if int(denominator) else None
-
-
-def _mixed(whole: str, numerator: str, denominator: str) -> Fraction | None:
-    part = _ratio(numerator, denominator)
-    return None if part is None else int(whole) + part
 
 
 def _same_list(prediction: str, reference: str) -> bool:
@@ -212,14 +205,10 @@ def _harmless(name: str, prediction: str) -> bool:
     return True
 
 
-def gym_scorer(name: str) -> Callable[[str, Example], float]:
-    """The scorer of the reasoning-gym data set ``name``: 0..1, and 0 for text that is no data."""
-
-    def score(prediction: str, example: Example) -> float:
-        prediction = prediction.strip()
-        if not prediction or not _harmless(name, prediction):
-            return 0.0
-        entry = {"question": example.question, "answer": example.answer, "metadata": example.metadata}
-        return scorer(name, prediction, entry)
-
-    return score
+def match_gym(name: str, prediction: str, example: Example) -> float:
+    """The score, 0..1, by the scorer of the reasoning-gym data set ``name``; 0 for text that is no data."""
+    prediction = prediction.strip()
+    if not prediction or not _harmless(name, prediction):
+        return 0.0
+    entry = {"question": example.question, "answer": example.answer, "metadata": example.metadata}
+    return scorer(name, prediction, entry)

@@ -55,12 +55,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def shared_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings that decided the run's numbers: what the method reads, without what was left open."""
-    read = settings_read(config.method, config.to_dict())
-    return {name: value for name, value in read.items() if value is not None and name not in NO_SETTINGS}
-
-
 def versions() -> dict[str, str]:
     names = ("torch", "transformers", "peft", "bitsandbytes", "gguf", "huggingface_hub")
     return {"covrl_lab": __version__, **{name: version(name) for name in names}}
@@ -81,7 +75,8 @@ def model_card(run: Run, config: RunConfig, step: int, name: str, extras: Sequen
         model_name=name,
         eval_results=list(_results(sets, config, step)) or None,
     )
-    settings, usual = shared_settings(config), RunConfig(method=config.method)
+    read, usual = settings_read(config.method, config.to_dict()), RunConfig(method=config.method)
+    settings = {k: v for k, v in read.items() if v is not None and k not in NO_SETTINGS}  # they decided the numbers
     rows = [[code(k), code(v), "" if v == getattr(usual, k) else "yes"] for k, v in settings.items()]
     files = {k: v for k, v in FILES.items() if k in extras or k in ALWAYS}
     near = f" (nearly {code(on_hub)}: its weights went through a 4-bit file)" if on_hub != config.model else ""

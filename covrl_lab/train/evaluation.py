@@ -92,32 +92,21 @@ def predict_answers(
 
 
 def evaluate(
-    policy: Policy,
-    prompter: Prompter,
-    task: Task,
-    examples: Sequence[Example],
-    *,
-    max_trace_tokens: int,
-    max_answer_tokens: int,
-    samples: int = 0,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    posterior: bool = False,
-    progress: bool = True,
-    ranks: Ranks = ALONE,
+    policy: Policy, prompter: Prompter, one: EvalSet, config: RunConfig, progress: bool = True, ranks: Ranks = ALONE
 ) -> pd.DataFrame:
-    """One row per generation: one greedy generation a question (sample -1), then ``samples`` sampled ones.
+    """One row per generation: one greedy generation a question (sample -1), then ``one.samples`` sampled ones.
 
     Columns: example_id, sample, question, answer, trace, prediction, finished, trace_tokens, score (0..1, by the task's
     own scorer; 0 if the trace did not finish), scoring_cut (a limit of the scorer ended it, and so gave 0). Greedy rows
     also have answer_logp, other_trace_logp and no_trace_logp: the reference answer's log-probability in nats after the
     model's own trace, after that of the next question, and after none; guess_score: what the same answer scores on
-    other questions, on average; and, with ``posterior``, posterior_score: the score after a greedy trace from the
+    other questions, on average; and, with alpha below 1, posterior_score: the score after a greedy trace from the
     posterior prompt. Sampled rows have answer_logp, too, and vote, by which answers count as the same in a majority.
     """
-    prompts = [prompter(e) for e in examples]
-    limits = {"max_trace_tokens": max_trace_tokens, "max_answer_tokens": max_answer_tokens}
+    task, examples, posterior = one.task, one.examples, config.alpha < 1
+    prompts, names = [prompter(e) for e in examples], ("temperature", "top_p", "max_trace_tokens")
+    temperature, top_p, longest = (getattr(config, f"eval_{name}") or getattr(config, name) for name in names)
+    limits = {"max_trace_tokens": longest, "max_answer_tokens": config.max_answer_tokens}
 
     # On a GPU waiting questions take the seats of finished ones; a CPU drops finished rows, which is as fast.
     count, at_once = len(examples), ROWS if policy.device.type == "cpu" else 8 * ROWS
@@ -147,12 +136,12 @@ def evaluate(
         return answer_logprobs(policy, prompts[part], traces[part]).tolist()
 
     rows, own = [], ranks.share(count)
-    total = (own.stop - own.start) * (1 + samples + posterior)
+    total = (own.stop - own.start) * (1 + one.samples + posterior)
     with tqdm(total=total, desc="evaluate", disable=not progress, leave=False) as bar:
-        for sample in range(-1, samples):
+        for sample in range(-1, one.samples):
             how = {"sample": sample, "temperature": temperature, "top_p": top_p}
             if sample >= 0:
-                generator = torch.Generator().manual_seed(seed * 1000 + sample + 1)
+                generator = torch.Generator().manual_seed(config.seed * 1000 + sample + 1)
                 how["uniforms"] = torch.rand(count, sum(limits.values()), generator=generator, dtype=torch.float64)
             drawn = ranks.map(count, partial(generated, **how), at_once)
             traces = [row.pop("trace_ids") for row in drawn]
@@ -199,12 +188,9 @@ def evaluate_sets(
 
     A set's accuracy is ``NAME/accuracy``, and so on. A lone set without a name gives what ``summarise`` gives.
     """
-    settings, frames = {"max_answer_tokens": config.max_answer_tokens, "seed": config.seed, "ranks": ranks}, []
-    for name in ("temperature", "top_p", "max_trace_tokens"):
-        settings[name] = getattr(config, f"eval_{name}") or getattr(config, name)
+    frames = []
     for one in sets:
-        options = {"samples": one.samples, "posterior": config.alpha < 1}
-        frame = evaluate(policy, prompter, one.task, one.examples, **settings, **options, progress=progress)
+        frame = evaluate(policy, prompter, one, config, progress, ranks)
         frames.append(frame.assign(set=one.name) if one.name else frame)
     rows = pd.concat(frames, ignore_index=True)
     if rows.duplicated(["example_id", "sample"]).any():  # two files of one name, or of one preset

@@ -37,8 +37,7 @@ def open_examples(
     longest, wrapper = max(config.max_trace_tokens, config.eval_max_trace_tokens or 0), []
 
     def graded(example: Example) -> None:
-        prompt = prompter(example)
-        prompter.check_length(prompt, longest, max_context, example.place, config.max_answer_tokens)
+        prompt = prompter.fitting(example, longest, max_context, config.max_answer_tokens)
         needed = len(prompt.answer)
         if needed > config.max_answer_tokens:
             raise ConfigError(
@@ -51,8 +50,7 @@ def open_examples(
         wrapper[1:] or wrapper.extend(map(len, vars(prompter(example)).values()))  # more than any row's own
         size = sum(wrapper) + len(example.question.encode()) + 2 * len(example.answer.encode())
         if size + config.max_trace_tokens + config.max_answer_tokens > max_context:
-            limits = (config.max_trace_tokens, max_context, example.place, config.max_answer_tokens)
-            prompter.check_length(prompter(example), *limits)
+            prompter.fitting(example, config.max_trace_tokens, max_context, config.max_answer_tokens)
 
     def fault(task: Task, check: Callable[[Example], None], example: Example) -> str:
         """Why an example cannot be used, "" where it can. ConfigError where bad rows are refused."""

@@ -56,9 +56,3 @@ class ChatPreset:
 _TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 PRESETS = {name: Preset(**fields) for name, fields in _TABLE["data"].items()}
 CHATS = {name: ChatPreset(**fields) for name, fields in _TABLE["chats"].items()}
-
-
-def find_preset(name: str) -> tuple[str, Preset | None, str | None]:
-    """(name, preset, file) of ``NAME`` or ``NAME@FILE``; (name, None, None) where it is no preset."""
-    short, _, file = name.partition("@")
-    return (short, PRESETS[short], file or None) if short in PRESETS else (name, None, None)

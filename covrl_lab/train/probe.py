@@ -46,9 +46,7 @@ def probe(
     """
     if k < 1 or max_tokens < 1 or not 0 < temperature < math.inf:
         raise ConfigError("k and max_tokens must be 1 or more, temperature a number above 0")
-    prompts = [prompter(example) for example in examples]
-    for prompt, example in zip(prompts, examples, strict=True):
-        prompter.check_length(prompt, max_tokens, policy.max_context, example.id)
+    prompts = [prompter.fitting(example, max_tokens, policy.max_context) for example in examples]
     from_prior = torch.tensor(([True] * k + [False] * k) * len(examples))
     settings = {"max_tokens": max_tokens, "temperature": temperature, "tick": tick}
     generator = torch.Generator().manual_seed(seed)

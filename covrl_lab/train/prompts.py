@@ -178,18 +178,18 @@ class Prompter:
         # From the first token that goes into the answer to the one that completes it; a character may take several.
         return tuple(len(after) > start and not before[start:].startswith(answer) for before, after in pairwise(read))
 
-    def check_length(
-        self, prompt: Prompt, max_trace_tokens: int, max_context: int, example_id: str = "", max_answer_tokens: int = 0
-    ) -> None:
-        """Raise ``ConfigError`` if prompt, trace and answer do not fit the model's context (tokens)."""
+    def fitting(self, example: Example, max_trace_tokens: int, max_context: int, max_answer_tokens: int = 0) -> Prompt:
+        """An example's prompt. ConfigError if it does not fit the model's context (tokens) with trace and answer."""
+        prompt = self(example)
         answer = len(prompt.seam) + max(len(prompt.answer), max_answer_tokens)
         longest = max(len(prompt.posterior), len(prompt.prior) + answer)
         if longest + max_trace_tokens > max_context:
             raise ConfigError(
-                f"example {example_id!r} needs {longest} prompt and answer tokens plus {max_trace_tokens} "
+                f"example {example.place!r} needs {longest} prompt and answer tokens plus {max_trace_tokens} "
                 f"trace tokens, more than the model's context of {max_context}; shorten the questions, "
                 "use fewer demonstrations, or lower max_trace_tokens"
             )
+        return prompt
 
     def ends(self, ids: Sequence[int], end: str) -> bool:
         """Whether the last of ``ids`` completes the text ``end`` (looks at the tail only)."""

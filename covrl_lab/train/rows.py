@@ -51,11 +51,8 @@ def read_hub(name: str, preset: Preset) -> tuple[list[str], Iterable[dict[str, A
     source, where = preset.source, {"revision": preset.revision} if preset.revision else {}
     if source.startswith("https://"):
         source, where = "json", {"data_files": source}
-    try:
+    with readable(repr(name), "check the name and the network", "cannot be loaded"):  # config or split, too
         data = datasets.load_dataset(source, preset.config, split=preset.split or "train", **where)
-    except Exception as error:  # network, name, config or split: the hub's own words say which
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{name!r} cannot be loaded ({reason}); check the name and the network") from error
     names, read = data.column_names, {path.split(".")[0] for path in preset.columns} | set(preset.columns)
     data = data.select_columns([column for column in names if column in read])
     for column, feature in data.features.items():

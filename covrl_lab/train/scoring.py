@@ -8,7 +8,7 @@ A model that cannot run a tree gets one padded row a sequence; so do the tests, 
 import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -38,11 +38,6 @@ class Segment:
     def of_answer(cls, prompt: Prompt, trace: Sequence[int]) -> Self:
         """The answer after a trace. It is a likelihood of the model itself: always at temperature 1."""
         return cls.of([*prompt.prior, *trace, *prompt.seam], prompt.answer)
-
-    @property
-    def read(self) -> list[int]:
-        """The ids a forward needs: all but the last, which predicts nothing."""
-        return self.ids[:-1]
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -92,7 +87,7 @@ def score_segments(policy: Policy, segments: Sequence[Segment], limit: float = m
     device = policy.device
     # ``before`` is the row of ``hidden`` (n, size) that predicts each of the k scored tokens.
     if policy.packs:
-        tree = build_tree([s.read for s in segments])
+        tree = build_tree([s.ids[:-1] for s in segments])  # the last id predicts nothing
         hidden = run_tree(policy, tree)
         before = [path[s.start - 1 :] for s, path in zip(segments, tree.paths, strict=True)]
     else:  # rows padded on the right, as every trainer computes them
@@ -195,7 +190,7 @@ def reference(
 def packed_tokens(prompts: Sequence[Prompt], batch: TraceBatch, posterior: bool = True) -> tuple[int, int]:
     """(tokens a packed forward computes, tokens plain padded rows would compute)."""
     segments = [s for part in _segments(prompts, batch, 1.0, posterior).values() for s in part]
-    return count_nodes([s.read for s in segments]), sum(len(s.ids) for s in segments)
+    return count_nodes([s.ids[:-1] for s in segments]), sum(len(s.ids) for s in segments)
 
 
 @dataclass(frozen=True)
@@ -229,13 +224,15 @@ def micro_batches(
     return cut(rows) if len(rows) else []
 
 
-def join(parts: Sequence[LogProbs]) -> LogProbs:
-    """The log-probabilities of micro-batches as those of the whole step, in row order."""
-    found = {}
-    for name in (f.name for f in fields(LogProbs)):
-        columns = [getattr(part, name) for part in parts]
-        found[name] = None if columns[0] is None else pad_rows([row for column in columns for row in column])
-    return LogProbs(**found)
+def join(parts: Sequence[Any]) -> Any:
+    """The ``LogProbs`` or ``Credit`` of micro-batches as those of the whole step, in row order."""
+
+    def column(values: list[Any]) -> Any:
+        if not isinstance(values[0], Tensor):  # None, or a method's state
+            return values[0]
+        return pad_rows([row for value in values for row in value]) if values[0].dim() > 1 else torch.cat(values)
+
+    return type(parts[0])(**{f.name: column([getattr(part, f.name) for part in parts]) for f in fields(parts[0])})
 
 
 def pad_rows(rows: Sequence[Tensor], width: int = 0) -> Tensor:

@@ -197,11 +197,8 @@ def _repository(name: str) -> str:
 
 def _asked(method: str, remedy: str, **arguments: Any) -> Any:
     """What the Hub answers to a method of ``HfApi``."""
-    try:
+    with readable("the Hub", remedy, "refuses"):  # the network, its rules, the token
         return getattr(HfApi(library_name="covrl_lab", library_version=__version__), method)(**arguments)
-    except Exception as error:  # of the network, of its rules, of the token: each has kinds of its own
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ConfigError(f"the Hub refuses ({reason}); {remedy}") from error
 
 
 def _upload(repo: str, folder: Path, private: bool) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -98,18 +98,12 @@ def add_gradient(
         loss.backward()
         measured.append({name: float(value) for name, value in {"loss": loss.detach(), **terms}.items()})
     if once:
-        old, credit = join(ranks.gather(scored)), _joined(ranks.gather(earned))
+        old, credit = join(ranks.gather(scored)), join(ranks.gather(earned))
     losses: dict[str, float] = {}
     for terms in ranks.gather(measured):
         for name, value in terms.items():
             losses[name] = losses.get(name, 0.0) + value
     return old, credit, losses
-
-
-def _joined(parts: Sequence[Credit]) -> Credit:
-    """The credit of all rollouts from that of parts in order."""
-    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Credit)}
-    return Credit(**{name: torch.cat(c) if isinstance(c[0], Tensor) else c[0] for name, c in columns.items()})
 
 
 def must_skip(config: RunConfig, loss: float, norm: float, records: Sequence[Mapping[str, float]]) -> bool:

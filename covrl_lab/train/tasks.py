@@ -18,9 +18,9 @@ from typing import Any, Self
 
 from ..config import RunConfig
 from ..types import ConfigError, Demonstration, Example, did_you_mean
-from .answers import gym_scorer, match_answer, match_benchmark
+from .answers import match_answer, match_benchmark, match_gym
 from .builtin_tasks import RANGES, TASKS
-from .presets import PRESETS, Preset, find_preset
+from .presets import PRESETS, Preset
 from .rows import FILE_SUFFIXES, BadRow, cell, check_columns, lookup, read_file, read_hub, to_question
 
 HELD_OUT_EVERY = 5  # one question in five is held out
@@ -220,7 +220,7 @@ def _gym_task(name: str) -> Task:
             return None
         return (entry["question"], entry["answer"], entry["metadata"]) if (entry["answer"] or "").strip() else None
 
-    return _Stream(name=name, score=gym_scorer(short), draw=draw)
+    return _Stream(name=name, score=partial(match_gym, short), draw=draw)
 
 
 # --- files and Hugging Face data sets
@@ -269,9 +269,9 @@ def _row_task(name: str, rows: Iterable[dict], preset: Preset, shown: int, skip:
 
 def _preset(given: RunConfig) -> tuple[str, Preset, str | None]:
     """(name, how rows are read, file if it is one) of a preset, a file or an hf/ data set."""
-    name, (short, preset, file) = given.task, find_preset(given.task)
-    if preset:
-        return short, preset, file
+    name, (short, _, file) = given.task, given.task.partition("@")
+    if short in PRESETS:
+        return short, PRESETS[short], file or None
     columns = (given.question_column or "question", given.answer_column or "answer", given.trace_column)
     own = Preset(name.removeprefix("hf/"), *columns, given.dataset_config, given.dataset_split)
     return name, own, None if name.startswith("hf/") else name
@@ -287,8 +287,9 @@ def check_task(config: RunConfig) -> None:
     if difficulty is not None and difficulty not in RANGES:
         raise ConfigError(f"difficulty must be a whole number from 1 to {max(RANGES)}, not {difficulty!r}")
     columns = (config.question_column, config.answer_column, config.trace_column)
-    _, preset, file = find_preset(name)
-    on_hub, is_file = name.startswith("hf/"), not preset and Path(name).suffix in FILE_SUFFIXES
+    short, _, file = name.partition("@")
+    preset, on_hub = short in PRESETS, name.startswith("hf/")
+    is_file = not preset and Path(name).suffix in FILE_SUFFIXES
     if any(columns) and not (on_hub or is_file):
         raise ConfigError(f"columns are for files and hf/ data sets, not {name!r}")
     if (config.dataset_config or config.dataset_split) and not on_hub:
@@ -297,7 +298,7 @@ def check_task(config: RunConfig) -> None:
     if name in TASKS or preset and not file:
         return
     if preset or is_file:
-        path = Path(file or name)
+        path = Path(file if preset else name)
         if not os.path.isfile(path):
             raise ConfigError(f"data file {str(path)!r} does not exist; check the path")
         if path.suffix not in FILE_SUFFIXES:

@@ -193,11 +193,8 @@ class Trainer:
 
     def _prompts(self, examples: Sequence[Example]) -> list[Prompt]:
         """Their prompts. ConfigError where one does not fit the model's context."""
-        config, prompts = self.config, [self.prompter(example) for example in examples]
-        for prompt, example in zip(prompts, examples, strict=True):
-            limits = config.max_trace_tokens, self.max_context
-            self.prompter.check_length(prompt, *limits, example.place, config.max_answer_tokens)
-        return prompts
+        limits = self.config.max_trace_tokens, self.max_context, self.config.max_answer_tokens
+        return [self.prompter.fitting(example, *limits) for example in examples]
 
     def sample(self, step: int, draw: int = 0) -> tuple[list[Example], list[Prompt], TraceBatch]:
         """The questions of a step (from 0) and traces drawn for them by the current policy.

@@ -3,8 +3,6 @@
 Frames and figures come from the run folders of a ``Sweep``; the panel adds no numbers of its own.
 """
 
-from __future__ import annotations
-
 import html
 import threading
 import time
@@ -14,21 +12,22 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import ipywidgets as widgets
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from IPython.display import HTML
 
 from ..config import RunConfig
 from ..defaults import METHOD_DEFAULTS
+from ..files import read_object
 from ..runs.compare import curves
-from ..runs.folder import Run, load_run
+from ..runs.folder import Run, load_run, read_lines
 from ..runs.sweep import Sweep
 from ..runs.worker import ENDS
 from ..types import ConfigError
 from .comparison import plot_against_alpha
 from .explorer import TraceExplorer
 from .figures import plot_evaluation_curve
-from .sweep_cost import describe_cost, step_time_settings
 from .widgets import Panel, Plot, Table, aside, button, field, row, table_column
 
 SIGNS = {"queued": "◦", "running": "▸", "done": "✓", "cancelled": "⊘", "failed": "✗"}
@@ -67,6 +66,59 @@ def sweep_curves(sweep: Sweep) -> dict[str, pd.DataFrame]:
 
 def _results(sweep: Sweep) -> list[go.Figure]:
     return [plot_against_alpha(sweep_results(sweep)), plot_evaluation_curve(sweep_curves(sweep))]
+
+
+# --- what is left to do, and how long it takes
+
+# Runs that agree in these take about the same time for a step.
+STEP_TIME_SETTINGS = """
+model quantization dtype device task questions_per_step rollouts_per_question max_trace_tokens
+""".split()
+
+
+def step_time_settings(config: RunConfig) -> tuple[Any, ...]:
+    """The settings that decide how long a step takes."""
+    return tuple(getattr(config, name) for name in STEP_TIME_SETTINGS)
+
+
+def measured(sweep: Sweep) -> tuple[float, float, int] | None:
+    """(seconds of a step, seconds of a run around its steps, steps seen) of like runs in the sweep's folder.
+
+    Medians; start-up and evaluations are around the steps, 0 until a run has finished. None: no step yet.
+    """
+    wanted = {step_time_settings(config) for config in sweep.runs.values()}
+    seconds, around = [], []
+    for path in sweep.folder.glob("*/config.json"):
+        if step_time_settings(RunConfig.load(path)) in wanted:
+            own = [record["seconds"] for record in read_lines(path.parent / "metrics.jsonl").records]
+            seconds += own
+            done = path.parent / "done.json"
+            if done.exists() and not (ended := read_object(done)).get("first_step"):
+                around.append(max(0.0, ended.get("seconds", 0.0) - sum(own)))
+    return (float(np.median(seconds)), float(np.median(around or [0.0])), len(seconds)) if seconds else None
+
+
+def describe_cost(sweep: Sweep, workers: int, step_seconds: float | None = None) -> str:
+    """What is left to do and how long it takes, in one sentence that says where the time comes from.
+
+    ``step_seconds`` is an estimate for where no step of such a run has been measured.
+    """
+    frame = sweep.table()
+    left = frame[~frame["status"].isin(ENDS)]
+    steps, at_once = int((left["steps"] - left["step"]).sum()), min(workers, len(left))
+    text = f"{len(frame)} run{'s' * (len(frame) != 1)}, {len(left)} to do with {steps} steps in all"
+    if left.empty:
+        return text
+    if seen := measured(sweep):
+        step, around, count = seen
+        source = f"{count} measured steps of {step:.2g} s (median), and {around:.0f} s around them a run"
+    elif step_seconds is not None:
+        step, around = step_seconds, 0.0
+        source = f"an estimated step of {step:.2g} s, start-up and evaluations not counted"
+    else:
+        return f"{text}; no step of such a run has been measured here yet"
+    minutes = (steps * step + len(left) * around) / at_once / 60
+    return f"{text}; about {minutes:.1f} minutes with {at_once} at once, from {source}"
 
 
 # --- the table of runs
@@ -314,7 +366,7 @@ class Ablation(Panel):
             return
         frame = table(self.sweep)
         self._statuses = dict(zip(frame["id"], frame["status"], strict=True))
-        self.table.fill(frame, len(frame), [self.table.picked])
+        self.table.fill(frame, len(frame))
         self._enable()
         self._show_cost()
         self._draw(frame if frame["step"].any() else None)

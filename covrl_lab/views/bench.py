@@ -1,10 +1,9 @@
 """The prompt bench: traces of your own question from both prompts, before and after training."""
 
-from __future__ import annotations
-
 import contextlib
 import html
 import threading
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -68,10 +67,6 @@ def find_source(name: str | Path, **settings: Any) -> Source:
     if not found:
         raise ConfigError(f"{str(name)!r} holds no checkpoint yet; a run writes one every few steps")
     return Source(RunConfig.load(run_dir / "config.json"), found)
-
-
-class _Cancelled(Exception):
-    pass
 
 
 def summary_html(frames: dict[str, pd.DataFrame]) -> str:
@@ -172,8 +167,8 @@ class PromptBench(BenchResults):
 
     def __init__(
         self,
-        policy: Policy | None = None,
-        prompter: Prompter | None = None,
+        policy: "Policy | None" = None,
+        prompter: "Prompter | None" = None,
         *,
         model: str = "smollm2-135m",
         checkpoint: str | Path | None = None,
@@ -199,7 +194,9 @@ class PromptBench(BenchResults):
         self._cancel, self._thread = threading.Event(), None
 
         name = "this policy" if policy else str(checkpoint or model)
-        known = ["smollm2-135m", "tiny", *_with_checkpoints()]
+        found = [path for path in run_folders() if steps_in(path / "checkpoints")]  # where ``RunBrowser`` looks
+        found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        known = ["smollm2-135m", "tiny", *map(str, found)]
         self.source = _field(widgets.Combobox, "model or run", name, options=known, disabled=self._given)
         self.step = _field(widgets.Dropdown, "checkpoint", None, _NARROW)
         self.question = _field(widgets.Textarea, "question x", question, rows=2)
@@ -284,7 +281,7 @@ class PromptBench(BenchResults):
             self._show()
             self.bar.value = 100
             self._say("done")
-        except _Cancelled:
+        except CancelledError:
             self._say("cancelled")
         except ConfigError as error:
             self._say(str(error), wrong=True)
@@ -303,7 +300,7 @@ class PromptBench(BenchResults):
         def tick(done: int) -> None:
             nonlocal decoded, scored
             if self._cancel.is_set():
-                raise _Cancelled
+                raise CancelledError
             decoded, scored = decoded + done, scored + (done == 0)
             part = scored / (2 * k + 1) if scored else decoded / (2 * k * self.max_tokens.value)
             self.bar.value = round(100 * (start + (end - start) * min(1.0, (part + (scored > 0)) / 2)))
@@ -315,9 +312,3 @@ class PromptBench(BenchResults):
     def _say(self, text: str, wrong: bool = False) -> None:
         colour = POSTERIOR if wrong else "inherit"
         self.message.value = f'<span style="color: {colour}">{html_text(text)}</span>'
-
-
-def _with_checkpoints() -> list[str]:
-    """Run folders with a checkpoint where ``RunBrowser`` looks for runs, newest first."""
-    found = [path for path in run_folders() if steps_in(path / "checkpoints")]
-    return [str(path) for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]

@@ -1,7 +1,5 @@
 """Comparisons of runs as figures and as text: what ``runs.compare`` finds, for readers."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Mapping
 from pathlib import Path

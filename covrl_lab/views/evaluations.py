@@ -1,7 +1,5 @@
 """Held-out questions through training: which the model learned, gained and lost, and what it wrote each time."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +146,7 @@ class EvaluationBrowser(Panel):
         pair = self.before.value, self.after.value
         self.listed = listed = between(self.history, *pair).rename(columns={"example_id": "id"})
         kept = listed if self.show.value == _ALL else listed[listed["outcome"] == self.show.value]
-        self.questions.fill(kept, _MOST_ROWS, [self.questions.picked])
+        self.questions.fill(kept, _MOST_ROWS)
         self.change.value = alarms_html(self.run.damage or {}) + change_html(listed, *pair)
 
     def _open(self, change: Any = None) -> None:

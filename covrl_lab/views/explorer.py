@@ -1,7 +1,5 @@
 """The trace explorer: prior against posterior traces of a run, token by token."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,12 +128,6 @@ def prompts_html(run: Run, rows: pd.DataFrame) -> str:
     return f'<div style="display: flex; flex-wrap: wrap; gap: 10px">{"".join(boxes)}</div>'
 
 
-def _gained(index: pd.DataFrame) -> Any:
-    """Which traces are of a question whose prior traces are all wrong, and one of the posterior's is right."""
-    best = index.pivot_table("right", _GROUP, "source", "max").query("prior == 0 and posterior == 1")
-    return pd.MultiIndex.from_frame(index[_GROUP]).isin(best.index)
-
-
 def _clipped(run: Run, settings: Settings, frame: pd.DataFrame, held: dict[int, set[int]]) -> pd.DataFrame:
     """The rows whose traces hold a token that the clip holds back; ``held`` keeps what was read of each step."""
     for step in set(frame["step"]) - set(held):
@@ -236,7 +228,8 @@ class TraceExplorer(Panel):
         if show in _SHOWS:
             keep &= self.index.eval(_SHOWS[show])
         if show == _GAINED:
-            keep &= _gained(self.index)
+            best = self.index.pivot_table("right", _GROUP, "source", "max").query("prior == 0 and posterior == 1")
+            keep &= pd.MultiIndex.from_frame(self.index[_GROUP]).isin(best.index)
         frame = self.index[keep]
         return _clipped(self.run, self.settings, frame, self._held) if show == _CLIPPED else frame
 
@@ -250,9 +243,7 @@ class TraceExplorer(Panel):
         self.found.value = f"{steps:,} step{'s' * (steps != 1)}{total}{left}"
         listed = frame.drop_duplicates(_GROUP)[[*_GROUP, "question", "answer"]].merge(self._means, on=_GROUP)
         listed["id"] = listed["step"].astype(str) + "/" + listed["example_id"].astype(str)
-        self.questions.fill(listed, _MOST_QUESTIONS, [self.questions.picked])
-        if listed.empty:
-            self.questions.note = "no trace fits; clear the search, or choose other filters"
+        self.questions.fill(listed, _MOST_QUESTIONS, empty="no trace fits; clear the search, or choose other filters")
         if self.questions.picked not in set(listed["id"]):
             self.questions.picked = self.questions.rows[0]["id"] if len(listed) else ""
         elif change is None or change["name"] == "value":

@@ -5,8 +5,6 @@ made visible and escaped wherever it enters hover text or tick labels. Backgroun
 mid-grey, so that figures fit light and dark themes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

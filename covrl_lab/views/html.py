@@ -1,7 +1,5 @@
 """Text and data frames as HTML: model text is escaped, and its invisible characters are shown by a sign."""
 
-from __future__ import annotations
-
 import html
 import math
 import re

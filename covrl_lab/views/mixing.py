@@ -1,7 +1,5 @@
 """The mixing ratio by hand: what other mixtures would make of a step's stored traces."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

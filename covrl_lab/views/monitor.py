@@ -4,8 +4,6 @@ Everything shown comes from files, so a closed browser tab or a restarted kernel
 ``RunMonitor`` shows the same. No torch.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ asks nothing of any server, and a Content-Security-Policy holds it to that: only
 it names may run, plotly.js and the lines that draw.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import platform

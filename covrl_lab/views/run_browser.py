@@ -1,7 +1,5 @@
 """Every run below some folders in one table, and the chosen one in any panel."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -112,10 +110,9 @@ class RunBrowser(Panel):
         sought, texts = self.search.value.strip().lower(), self.runs[["name", "method", "task", "state"]].fillna("")
         fits = [sought in " ".join(line).lower() for line in texts.itertuples(index=False)]
         self.kept = self.runs.loc[pd.Series(fits, self.runs.index, dtype=bool)]
-        self.table.fill(self.kept, len(self.kept), [self.picked])
-        if self.kept.empty:
-            places = ", ".join(str(Path(folder).absolute()) for folder in self.folders)
-            self.table.note = "no run fits; clear the search" if len(self.runs) else f"no runs in {places}"
+        places = ", ".join(str(Path(folder).absolute()) for folder in self.folders)
+        empty = "no run fits; clear the search" if len(self.runs) else f"no runs in {places}"
+        self.table.fill(self.kept, len(self.kept), empty=empty)
 
     def _pick(self, change: Any = None) -> None:
         self.table.marked = [self.picked]

@@ -1,7 +1,5 @@
 """Two traces of one question beside each other, aligned by their tokens: of two runs, two steps, or both sources."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -122,9 +120,8 @@ class TraceComparison(Panel):
         listed = pd.concat(means, axis=1, join="inner").join(texts)
         listed = listed.assign(gain=listed["b"] - listed["a"]).rename_axis("id").reset_index()
         self.listed = listed.astype({"id": str})
-        self.questions.fill(self.listed, _MOST_QUESTIONS, [self.questions.picked])
-        if listed.empty:
-            self.questions.note = "the two sides have no question in common; choose other steps or sources"
+        empty = "the two sides have no question in common; choose other steps or sources"
+        self.questions.fill(self.listed, _MOST_QUESTIONS, empty=empty)
         if self.questions.picked not in set(self.listed["id"]):
             self.questions.picked = self.questions.rows[0]["id"] if len(listed) else ""
         elif change is not None and change["name"] == "value":

@@ -1,7 +1,5 @@
 """What all figures share: colours, the plotly template, lines and error bars."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Plotly figures of tokens: one trace along its tokens, coherence curves, and the mixture of p and q."""
 
-from __future__ import annotations
-
 import html
 import textwrap
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ tells prior from posterior, purple to green where it tells less from more. Both 
 common colour-vision deficiencies.
 """
 
-from __future__ import annotations
-
 import codecs
 import difflib
 import html

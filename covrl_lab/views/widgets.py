@@ -4,8 +4,6 @@ Plots are redrawn by the plotly.js that is already in the page. A ``FigureWidget
 and store them in executed notebooks. An ``Output`` would draw each figure anew.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -68,8 +66,8 @@ class Table(anywidget.AnyWidget):
     picked = traitlets.Unicode().tag(sync=True)
     marked = traitlets.List().tag(sync=True)
 
-    def fill(self, frame: pd.DataFrame, limit: int, marked: Sequence[str] = ()) -> None:
-        """Show the first ``limit`` rows of ``frame`` (with a column "id") in the order asked for."""
+    def fill(self, frame: pd.DataFrame, limit: int, marked: Sequence[str] | None = None, empty: str = "") -> None:
+        """Show ``limit`` rows of ``frame`` (with a column "id") in the order asked for, or say that it is ``empty``."""
         by, descending = self.sort
         if by in frame:
             frame = frame.sort_values(by, ascending=not descending, kind="stable", na_position="last")
@@ -80,9 +78,9 @@ class Table(anywidget.AnyWidget):
         rows = known.where(known.notna(), None).to_dict("records")
         rows = [record | {name: visible(record[name] or "") for name in text} for record in rows]
         with self.hold_sync():
-            self.rows, self.marked = rows, list(marked)
-            left = len(frame) - len(shown)
-            self.note = f"{len(shown):,} of {len(frame):,} shown; search to narrow" if left else ""
+            self.rows, self.marked = rows, [self.picked] if marked is None else list(marked)
+            left = f"{len(shown):,} of {len(frame):,} shown; search to narrow" if len(shown) < len(frame) else ""
+            self.note = empty if frame.empty else left
 
     def html(self, texts: bool = True) -> str:
         """The rows as plain HTML, or without the columns of text."""
