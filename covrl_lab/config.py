@@ -207,7 +207,7 @@ class RunConfig(metaclass=_Checked):
     # --- JSON in and out
     def to_dict(self) -> dict[str, Any]:
         """Every field with its resolved value."""
-        return dataclasses.asdict(self)
+        return dict(vars(self))
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> Self:

@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -238,14 +239,19 @@ class Resampling:
                 problem = f"the runs on {task} were asked different held-out questions"
                 raise ConfigError(f"{problem}, which cannot be drawn together; use over='seeds'")
             else:
-                random = np.random.default_rng([0, k, 0])
-                counts = random.multinomial(questions, np.full(questions, 1 / questions), self.resamples)
-                means = counts @ table.to_numpy().T / questions
+                means = _question_counts(k, questions, self.resamples) @ table.to_numpy().T / questions
             if self.over != "questions":
                 chosen = np.random.default_rng([0, k, 1, stream]).integers(runs, size=(self.resamples, runs))
                 means = np.take_along_axis(means, chosen, axis=1)
             drawn.append(means)
         return drawn
+
+
+@lru_cache(maxsize=16)
+def _question_counts(task: int, questions: int, resamples: int) -> np.ndarray:
+    """(resamples, questions) how often each question is in each resample of a task, for whatever runs."""
+    random = np.random.default_rng([0, task, 0])
+    return random.multinomial(questions, np.full(questions, 1 / questions), resamples).astype(np.uint16)
 
 
 RESAMPLING = Resampling()
