@@ -1,4 +1,4 @@
-"""Sizes that decide memory, where they act and where ``plan`` counts them. torch is imported where it is asked only."""
+"""The device of a run: which it is, what it multiplies in, and sizes that decide memory. torch is imported on use."""
 
 from typing import TYPE_CHECKING
 
