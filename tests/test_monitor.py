@@ -15,6 +15,7 @@ from helpers import TINY_RUN, lines, start_training, until
 from covrl_lab import RunConfig, load_run
 from covrl_lab.files import Owner
 from covrl_lab.runs import folder as folders
+from covrl_lab.runs.folder import Run
 from covrl_lab.views.monitor import (
     RunMonitor,
     numbers_html,
@@ -351,3 +352,22 @@ def test_a_monitor_waits_where_there_is_no_run_yet(tmp_path):
     assert monitor.snapshot.status == "waiting" and str(tmp_path / "run") in monitor.status.value
     assert monitor.snapshot.alarms == {}
     monitor.close()
+
+
+def test_a_run_that_ends_while_it_is_read_is_not_called_ended_with_old_numbers(folder, monkeypatch):
+    """The lock is looked at first: the last line and the end may come between two reads."""
+    held, metrics = Owner(folder), Run.metrics.fget
+    held.__enter__()
+
+    def read(run):
+        found = metrics(run)
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 6, "seconds": 1.0}\n')
+        held.__exit__()
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "metrics", property(read))
+        shot = snapshot(folder)
+    assert (shot.step, shot.status) == (5, "running")
+    assert "after step 6 of" in snapshot(folder).message and snapshot(folder).status == "stopped"

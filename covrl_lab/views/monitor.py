@@ -83,6 +83,7 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
         return Snapshot(run, "waiting", f"waiting for a run in {str(run.path.absolute())!r}")
     if run.foreign:
         return Snapshot(run, "waiting", run.foreign)
+    held = Owner.held(run.path)  # before the files are read: a process that has ended writes nothing more
     config, metrics, evaluations = run.config, run.metrics, run.evaluations
     step, steps, left, median = 0, int(config["steps"]), None, 0.0
     # Nothing is written while an evaluation runs, and before the first step a model is loaded as well.
@@ -97,7 +98,7 @@ def snapshot(run_dir: str | Path, now: float | None = None) -> Snapshot:
         to_evaluate = 1 + ((steps - 1) // every - step // every if every else 0)
         left = median * (steps - step) + (evaluation or 0.0) * to_evaluate
     names = ("config.json", "metrics.jsonl", "evaluations.jsonl", "traces", "checkpoints")
-    newest, held = max(written(run.path / name) for name in names), Owner.held(run.path)
+    newest = max(written(run.path / name) for name in names)
     silent, done = held is False or now - newest > patience, f"step {step} of {steps}"
     if step >= steps and (step or len(evaluations)):
         status, message = "finished", f"finished: {step} of {steps} steps"
