@@ -45,6 +45,8 @@ def has_text(lab, selector, text, seconds=120):
 
 
 def test_the_monitor_follows_and_stops_a_run(lab, running):
+    from playwright.sync_api import expect  # waits where a bare assert would look once
+
     lab.write("monitor.ipynb", "from covrl_lab import RunMonitor\nRunMonitor('run')")
     lab.open("monitor.ipynb")
     lab.run_all()
@@ -61,11 +63,10 @@ def test_the_monitor_follows_and_stops_a_run(lab, running):
     last = run.metrics.iloc[-1]
     assert (run.path / "STOP").exists() and 1 <= last["step"] < 5000
     assert f"stopped after step {last['step']:.0f} of 5000" in page.locator(".covrl-monitor").inner_text()
-    for column in ("reward_prior", "reward_posterior", "kl", "trace_tokens_prior", "gradient_norm"):
-        shown = page.locator(f'.covrl-monitor [data-column="{column}"]').inner_text()
-        assert shown == f"{last[column]:.4g}".replace("-", "−"), column
-    accuracy = page.locator('.covrl-monitor [data-column="accuracy"]').inner_text()
-    assert accuracy == f"{run.evaluations['accuracy'].iloc[-1]:.1%}"
+    said = {name: f"{last[name]:.4g}" for name in "reward_prior reward_posterior kl trace_tokens_prior".split()}
+    said |= {"gradient_norm": f"{last['gradient_norm']:.4g}", "accuracy": f"{run.evaluations['accuracy'].iloc[-1]:.1%}"}
+    for column, text in said.items():  # the page gets them after the sentence above
+        expect(page.locator(f'.covrl-monitor [data-column="{column}"]')).to_have_text(text.replace("-", "−"))
     series = (
         "() => { const plot = document.querySelector('.covrl-monitor .js-plotly-plot');"
         " return plot?.calcdata?.[plot.data.findIndex(d => d.name === 'prior')]?.map(p => p.y) || []; }"
