@@ -64,7 +64,10 @@ def test_the_monitor_follows_and_stops_a_run(lab, running):
     assert (run.path / "STOP").exists() and 1 <= last["step"] < 5000
     assert f"stopped after step {last['step']:.0f} of 5000" in page.locator(".covrl-monitor").inner_text()
     said = {name: f"{last[name]:.4g}" for name in "reward_prior reward_posterior kl trace_tokens_prior".split()}
-    said |= {"gradient_norm": f"{last['gradient_norm']:.4g}", "accuracy": f"{run.evaluations['accuracy'].iloc[-1]:.1%}"}
+    said |= {
+        "gradient_norm": f"{last['gradient_norm']:.4g}",
+        "accuracy": f"{run.evaluations['accuracy'].iloc[-1]:.1%}",
+    }
     for column, text in said.items():  # the page gets them after the sentence above
         expect(page.locator(f'.covrl-monitor [data-column="{column}"]')).to_have_text(text.replace("-", "−"))
     series = (
