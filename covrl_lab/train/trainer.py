@@ -86,8 +86,9 @@ class Trainer:
         self.max_context = context_length(config.model)
         self.task, self.eval_sets = open_examples(config, self.task, self.prompter, self._judges, self.max_context)
         prompts = self._prompts([*self._questions(0), *self._questions(1)])
-        self.plan = fit(config, prompts[: config.questions_per_step], self.ranks.here)
-        policy = open_policy(dataclasses.replace(self.plan.config, device=device), made=self.plan)
+        own = dataclasses.replace(config, device=device)
+        self.plan = fit(own, prompts[: config.questions_per_step], self.ranks.here)
+        policy = open_policy(self.plan.config, made=self.plan)
         trained = [p for _, p in policy.trainable()]
         self.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.run_dir.mkdir(parents=True, exist_ok=True)
