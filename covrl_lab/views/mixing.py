@@ -89,7 +89,7 @@ class MixingRatio(Panel):
             return
         share = frame["source"].eq("prior").mean()
         if self.run.config.get("alpha_rate"):
-            self.sides[0].alpha.value = round(float(share), 2)  # what it was in this step
+            self.sides[0].alpha.value = reweight.Settings.at(self.run.config, frame).alpha  # what it was in this step
         self.traces = reweight.Traces.of(frame)
         drawn = f"{len(frame)} traces, {self.traces.mask.sum():,} tokens, {share:.0%} drawn from the prior"
         if self.traces.logq is None:
