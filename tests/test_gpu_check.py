@@ -8,7 +8,10 @@ import pytest
 import torch
 from helpers import ROOT, checkout_environment
 
+from covrl_lab.train import lora
+from covrl_lab.train.models import load_policy
 from tests.bench import gpu_check, speed
+from tests.bench.benchmark import random_model
 
 
 def run(tmp_path, *options):
@@ -30,6 +33,20 @@ def test_every_part_runs_and_passes_on_a_cpu(tmp_path):
     assert list(table.index) == list(gpu_check.PARTS) and table["ok"].all()
     assert "largest gap" in table.loc["scores", "found"] and "tokens/s" in table.loc["speed", "found"]
     assert str(tmp_path) not in json.dumps(found)  # nothing of this machine but its kind
+
+
+def test_a_token_of_28_layers_is_at_most_1000_operations(tmp_path, monkeypatch):
+    """As on CUDA: norms are one each, and weights that are kept unpacked are plain matrices."""
+    monkeypatch.setattr(lora, "has_onednn_bfloat16", lambda: False)
+    random_model(tmp_path, "tiny", num_hidden_layers=28)
+    policy = load_policy(str(tmp_path), dtype="bfloat16", device="cpu")
+    contexts = [[*range(3, 103), 110 + row % 8] for row in range(64)]
+    norms = [module for module in policy.model.modules() if type(module).__name__ == "LlamaRMSNorm"]
+    for norm in norms:
+        norm.forward = torch.tanh  # one operation, and bounded
+    assert len(norms) == 57 and all(group.kept for group in policy.lora)
+    gpu_check.endless(policy)
+    assert 900 < gpu_check.kernels(policy, contexts) <= 1000
 
 
 def test_a_part_that_fails_is_named_and_the_others_run(tmp_path, monkeypatch):

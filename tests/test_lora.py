@@ -108,6 +108,9 @@ def test_biases_are_kept(monkeypatch, tmp_path, biased):
         assert len(fused.lora[0].layers) == len(biased)
         expected, ours = states_and_gradients(plain)[0], states_and_gradients(fused)[0]
         assert float((ours - expected).norm() / expected.norm()) < tolerance
+        with torch.no_grad(), lora.cached_adapters(fused.lora, fused.dtype):
+            cached = fused.decoder(torch.arange(3, 43).reshape(2, 20), use_cache=False).last_hidden_state.float()
+        assert float((cached - expected).norm() / expected.norm()) < tolerance
         for group in fused.lora:
             group.weight.forward = partial(_without_bias, group.weight.forward)
         assert float((states_and_gradients(fused)[0] - expected).norm() / expected.norm()) > 0.1
@@ -127,9 +130,10 @@ def test_while_steady_the_adapter_is_read_once(monkeypatch):
     with torch.no_grad():
         before = states()
         with lora.cached_adapters(policy.lora, policy.dtype):
-            torch.testing.assert_close(states(), before, rtol=0, atol=1e-6)
+            inside = states()  # sums in another order, as W and A are one matrix
+            assert float((inside - before).norm() / before.norm()) < 1e-5
             policy.trainable()[0][1].mul_(3)
-            torch.testing.assert_close(states(), before, rtol=0, atol=1e-6)
+            assert torch.equal(states(), inside)
         assert float((states() - before).abs().max()) > 1e-3  # after it, as it is now
 
 

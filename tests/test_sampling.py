@@ -178,8 +178,9 @@ def test_greedy_equals_transformers_where_rows_stop_early(tiny_policies, prompts
     policy, blocks, share = tiny_policies(name), [], PackedRows._share
 
     def spy(rows, paths):
-        share(rows, paths)
-        blocks.append(len(rows.seen))
+        nodes = share(rows, paths)
+        blocks.append(len(nodes))
+        return nodes
 
     monkeypatch.setattr(PackedRows, "_share", spy)
     monkeypatch.setattr(sampling, "MAX_NODES_PER_PATH", waste)
@@ -350,14 +351,14 @@ def test_a_bound_on_the_tokens_of_a_forward_changes_nothing_else(
 @pytest.mark.parametrize("seats", [None, 4])
 def test_keys_and_values_keep_within_the_room(tiny_policies, prompts, monkeypatch, seats):
     """Contexts of very different lengths, some of them the same: what is there at each change of seats is counted."""
-    policy, kept, share = tiny_policies("tiny"), [], PackedRows._share
+    policy, kept, seat = tiny_policies("tiny"), [], PackedRows._seat
 
-    def spy(rows, paths):
-        share(rows, paths)
-        (keys, _), (blocks, _) = rows.layers[0], rows.prompts[0]
-        kept.append(keys.shape[2] + len(blocks) * blocks.shape[2] + len(rows.seats) * 6)
+    def spy(rows, new=()):
+        seat(rows, new)
+        (keys, _), (blocks, _) = rows.layers[0], rows.prompts[0]  # of two heads
+        kept.append(keys.shape[2] + len(blocks) // 2 * blocks.shape[1] + rows.rows * 6)
 
-    monkeypatch.setattr(PackedRows, "_share", spy)
+    monkeypatch.setattr(PackedRows, "_seat", spy)
     contexts = [(*p.prior, *range(40, 40 + n)) for p in prompts for n in (0, 0, 1, 9, 13, 160)]
     uniforms = torch.rand(18, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     settings = {"max_tokens": 6, "uniforms": uniforms, "ended": lambda ids: len(ids) > ids[0] % 6}
@@ -464,15 +465,10 @@ def test_chat_traces_end_with_the_closing_tag(tiny_policies, monkeypatch):
     end = len(policy.tokenizer.encode(" so it is</think>", add_special_tokens=False))
     step = iter(trace)
 
-    def scripted(hidden):
-        return (
-            torch.nn.functional.one_hot(torch.tensor([next(step)]), policy.head.weight.shape[0])
-            .float()
-            .to(hidden.device)
-            * 100
-        )
+    def scripted(policy, hidden):
+        return 100 * torch.nn.functional.one_hot(torch.tensor([next(step)]), len(policy.head.weight)).float()
 
-    monkeypatch.setattr(policy.head, "forward", scripted)
+    monkeypatch.setattr(sampling, "final_logits", scripted)
     batch = sample_traces(policy, prompter, [prompt], torch.tensor([True]), max_tokens=20)
     assert batch.ids.tolist() == [trace[:end]] and batch.finished.tolist() == [True]
 

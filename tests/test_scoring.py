@@ -433,9 +433,9 @@ def test_head_chunks_change_nothing(policies, prompts, batch, monkeypatch):
     policy = policies("tiny")
     whole = unpadded(trace_logprobs(policy, prompts, batch), batch)
     reference = gradients(policy, weighted(whole))
-    sizes, head = [], policy.head.forward
+    sizes, logits = [], scoring.final_logits
     monkeypatch.setitem(scoring.MAX_LOGITS_BYTES, "cpu", 3 * 4 * VOCABULARY)
-    monkeypatch.setattr(policy.head, "forward", lambda x: sizes.append(len(x)) or head(x))
+    monkeypatch.setattr(scoring, "final_logits", lambda policy, x: sizes.append(len(x)) or logits(policy, x))
     rows = unpadded(trace_logprobs(policy, prompts, batch), batch)
     # Each distinct (context, token) is scored once: rollouts 3 and 6 repeat others, 5 starts one.
     contexts = set()

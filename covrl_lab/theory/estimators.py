@@ -8,7 +8,8 @@ and the temperature (``World.between``). Nothing here plots.
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 import torch
@@ -192,7 +193,7 @@ def group_splits(world: World, size: int = 4, floor: float = -2.5) -> pd.DataFra
 
     alpha: the prior's share; gap: nats by which the bound lies below log(c + p(y|x)); noise: root of the summed
     variances of one group's gradient over all logits, as a multiple of its expectation's norm. Sums over all
-    groups, so for one-token worlds.
+    groups, so for one-token worlds; groups that differ in the order of their traces are computed once.
     """
     _need_one_token(world)
     config, method, rows = RunConfig(method="covrl", evidence_floor=1.0, posterior_weight=0.0), METHODS["covrl"], []
@@ -201,20 +202,27 @@ def group_splits(world: World, size: int = 4, floor: float = -2.5) -> pd.DataFra
     old, chances = new.detach(), torch.cat([world.prior_probs(), world.posterior_probs()]).detach()
     limit = (math.exp(floor) + world.log_evidence().exp()).log().item()
     for posterior in range(size + 1):
-        sources = [range(count)] * (size - posterior) + [range(count, 2 * count)] * posterior
+        drawn = (range(count), size - posterior), (range(count, 2 * count), posterior)
+        halves = itertools.product(*itertools.starmap(itertools.combinations_with_replacement, drawn))
         bound, probs, gradients = 0.0, [], []
-        for group in map(list, itertools.product(*sources)):
+        for half in halves:
+            group = [*half[0], *half[1]]
             part, part_old = dataclasses.replace(world.batch().rows(group), group_size=size), old.rows(group)
             credit = method.credit(part, part_old, config, {})
             totals = Totals.of(part, part_old.answer_mask)
             gradients.append(-world.gradient(method.loss(new.rows(group), part_old, part, credit, totals, config)[0]))
-            probs.append(chances[group].prod())
+            probs.append(chances[group].prod() * math.prod(map(_orders, half)))
             bound += (probs[-1] * (math.exp(floor) + credit.reward.mean()).log()).item()
         probs, gradients = torch.stack(probs), torch.stack(gradients)
         mean = probs @ gradients
         noise = (probs @ (gradients - mean).square().sum(1)).sqrt() / mean.norm()
         rows.append({"alpha": 1 - posterior / size, "gap": limit - bound, "noise": noise.item()})
     return pd.DataFrame(rows)
+
+
+def _orders(traces: Sequence[int]) -> int:
+    """The orders in which traces, some of them alike, can be drawn."""
+    return math.factorial(len(traces)) // math.prod(map(math.factorial, Counter(traces).values()))
 
 
 # --- ratios and responsibilities

@@ -71,8 +71,9 @@ def waves(policy: Policy, contexts: Sequence[Sequence[int]], max_tokens: int) ->
 class PackedRows:
     """Rows that grow by one token a step; what they share of their prompts is computed and stored once.
 
-    A row attends to its own tokens, and b blocks of r rows have the same m prompt nodes for keys, of which a row sees
-    those on its path. It stands in for transformers' cache.
+    A row attends to its own t tokens, and in each of b blocks r rows have the same m prompt nodes for keys, of which a
+    row sees those on its path. Heads come first, then rows, so that both are plain products. It stands in for
+    transformers' cache.
 
     The rows of a step have seats, in the order of their contexts. Every seat writes its own keys and values to the
     same slot of a ring of ``capacity`` slots, which doubles up to the most tokens a row may have. Between two changes
@@ -102,7 +103,7 @@ class PackedRows:
         self.place: list[int] = []  # the seats of the rows that go on
         self.capacity, self.written, self.slot = 0, 0, torch.zeros(1, dtype=torch.int64, device=device)
         self.length = torch.zeros(0, dtype=torch.int64, device=device)  # tokens of its own that each row has
-        self.own = [[x.new_zeros(0, len(x[0]), 0, x.shape[-1]) for x in layer] for layer in self.layers]
+        self.own = [[x.new_zeros(len(x[0]), 0, 0, x.shape[-1]) for x in layer] for layer in self.layers]
         self.prompts: list[list[Tensor]] = [[]] * len(self.own)
         self.record: tuple | None = None  # CUDA graph of a step, and its output
 
@@ -110,53 +111,61 @@ class PackedRows:
         """Let the rows at ``place`` stay, and new contexts follow them."""
         kept = torch.tensor(self.place, dtype=torch.int64, device=self.policy.device)
         self.seats = [self.seats[i] for i in self.place] + list(new)
-        self.place, self.length = list(range(len(self.seats))), pad(self.length[kept], (0, len(new)))
-        self.fed = torch.zeros(len(self.seats), 1, dtype=torch.int64, device=kept.device)
+        self.place, paths = list(range(len(self.seats))), [self.paths[row] for row in self.seats]
+        nodes = self._share(paths)
+        self.length = pad(self.length[kept], (0, self.rows - len(kept)))
+        self.fed = torch.zeros(self.rows, 1, dtype=torch.int64, device=kept.device)
         self.index = torch.arange(len(self.seats), device=kept.device)
         self._move(kept, self.capacity)
-        self._share([self.paths[row] for row in self.seats])
+        for i, layer in enumerate(self.layers):
+            place = nodes[None, :, :, None].expand(layer[0].shape[1], -1, -1, layer[0].shape[3])
+            self.prompts[i] = [
+                x[0, :, None].expand(-1, len(nodes), -1, -1).gather(2, place).flatten(0, 1) for x in layer
+            ]
 
     def _move(self, kept: Tensor, capacity: int) -> None:
-        """Put keys, then values, of the rows ``kept`` in buffers for all seats and ``capacity`` tokens, layer by layer.
+        """Put keys, then values, of the rows ``kept`` in buffers for all rows and ``capacity`` tokens, layer by layer.
 
         Zeros and not just any numbers behind them: slots that nobody has written are masked, not left out.
         """
         self.record = None
         for layer in self.own:
             for i, x in enumerate(layer):
-                layer[i] = x.new_zeros(len(self.seats), x.shape[1], capacity, x.shape[3])
-                torch.index_select(x, 0, kept, out=layer[i][: len(kept), :, : self.capacity])
+                layer[i] = x.new_zeros(len(x), self.rows, capacity, x.shape[3])
+                torch.index_select(x, 1, kept, out=layer[i][:, : len(kept), : self.capacity])
         self.capacity = capacity
 
-    def _share(self, paths: list[Tensor]) -> None:
-        """Halve the rows into blocks until each has at most MAX_NODES_PER_PATH x the longest path nodes."""
-        rows, longest, total = len(paths), max(map(len, paths)), len(self.position)
-        self.block = 2 * rows
+    def _share(self, paths: list[Tensor]) -> Tensor:
+        """Halve the rows into blocks until each has at most MAX_NODES_PER_PATH x the longest path nodes; these (b, m).
+
+        The last block is filled with rows that nobody reads.
+        """
+        longest, total = max(map(len, paths)), len(self.position)
+        self.block = 2 * len(paths)
         while True:
             self.block = -(-self.block // 2)
-            parts = [torch.cat(paths[i : i + self.block]).unique() for i in range(0, rows, self.block)]
+            parts = [torch.cat(paths[i : i + self.block]).unique() for i in range(0, len(paths), self.block)]
             if self.block == 1 or max(map(len, parts)) <= MAX_NODES_PER_PATH * longest:
                 break
+        self.rows = len(parts) * self.block
         nodes = pad_sequence(parts, batch_first=True, padding_value=total)  # (b, m)
-        on_path = torch.zeros(len(parts) * self.block, total + 1, dtype=torch.bool)
+        on_path = torch.zeros(self.rows, total + 1, dtype=torch.bool)
         for row, path in enumerate(paths):
             on_path[row, path] = True
-        seen = on_path.unflatten(0, (len(parts), self.block)).gather(2, nodes[:, None].expand(-1, self.block, -1))
+        seen = on_path.unflatten(0, (-1, self.block)).gather(2, nodes[:, None].expand(-1, self.block, -1))
         nodes, device = nodes.clamp_max(total - 1), self.policy.device
         self.seen = seen.to(device)
+        self.unseen = additive(self.seen, self.policy.dtype)
         # Tokens from a row's next one back to each of its prompt nodes, for sliding windows.
-        lengths = torch.tensor([len(path) for path in paths] + [0] * (len(parts) * self.block - rows))
-        self.back = (lengths.reshape(-1, self.block, 1) - self.position[nodes][:, None]).to(device)
-        self.lengths = lengths[:rows].to(device)
-        index = nodes.to(device)[:, None, :, None]
-        for i, layer in enumerate(self.layers):
-            place = index.expand(-1, layer[0].shape[1], -1, layer[0].shape[3])
-            self.prompts[i] = [x.expand(len(nodes), -1, -1, -1).gather(2, place).flatten(0, 1) for x in layer]
+        self.lengths = torch.tensor([len(path) for path in paths] + [0] * (self.rows - len(paths)))
+        self.back = (self.lengths.view(-1, self.block, 1) - self.position[nodes][:, None]).to(device)
+        self.lengths = self.lengths.to(device)
+        return nodes.to(device)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append a layer's (rows, key heads, 1, size) keys and values; views of all the rows' own."""
+        """Append a layer's (rows, key heads, 1, size) keys and values; all of them, (key heads, rows, t, size)."""
         for own, x in zip(self.own[layer], (keys, values), strict=True):
-            own.index_copy_(2, self.slot, x)
+            own.index_copy_(2, self.slot, x.transpose(0, 1))
         k, v = self.own[layer]
         return k[:, :, : self.width], v[:, :, : self.width]
 
@@ -165,30 +174,19 @@ class PackedRows:
         return self.width - 1
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, layer: int) -> Tensor:
-        """query (rows, heads, 1, size), own key, value (rows, key heads, t, size)."""
-        prompt_key, prompt_value = self.prompts[layer]  # (b key heads, m, size)
-        (rows, heads, width), size = key.shape[:3], query.shape[-1]
-        groups, blocks = query.shape[1] // heads, len(self.seen)
-        each, shape = (rows * heads, -1, size), (blocks, heads, self.block, groups, -1)
+        """query (rows, heads, 1, size), own key, value (key heads, rows, t, size)."""
+        prompt_key, prompt_value = self.prompts[layer]  # (key heads b, m, size)
+        (heads, rows, _, size), nodes = key.shape, prompt_key.shape[1]
+        groups = query.shape[1] // heads
         shared_mask, own_mask = self._mask(attention_window(self.config, layer), heads, groups)
-        own = query.reshape(rows, heads, groups, size)
-        shared = self._blocks(own).reshape(blocks * heads, -1, size)  # a block's rows as its queries
+        own = query.reshape(rows, heads, groups, size).transpose(0, 1).reshape(heads * rows, groups, size)
+        shared = own.view(len(prompt_key), -1, size)  # a block's rows as its queries
         shared = torch.baddbmm(shared_mask, shared, prompt_key.mT, alpha=scaling)
-        own = torch.baddbmm(own_mask, own.view(each), key.reshape(each).mT, alpha=scaling)
-        own = self._blocks(own.view(rows, heads, groups, width))
-        weights = torch.cat([shared.view(shape), own], dim=-1).softmax(-1)  # (b, key heads, r, g, m + t)
-        shared, own = weights[..., :-width], weights[..., -width:]
-        shared = torch.bmm(shared.reshape(blocks * heads, self.block * groups, -1), prompt_value).view(shape)
-        own = own.transpose(1, 2).reshape(-1, groups, width)[: rows * heads]
-        own = torch.bmm(own, value.reshape(each)).view(rows, heads, groups, size)
-        out = (self._blocks(own) + shared).transpose(1, 2)
-        return out.reshape(-1, 1, heads * groups, size)[:rows]
-
-    def _blocks(self, x: Tensor) -> Tensor:
-        """(rows, n, ...) -> (b, n, r, ...), r rows to a block; the last is filled."""
-        missing = len(self.seen) * self.block - len(x)
-        x = pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) if missing else x
-        return x.reshape(-1, self.block, *x.shape[1:]).transpose(1, 2)
+        own = torch.baddbmm(own_mask, own, key.flatten(0, 1).mT, alpha=scaling)
+        weights = torch.cat([shared.view(heads * rows, groups, nodes), own], dim=-1).softmax(-1)
+        out = torch.bmm(weights[..., nodes:], value.flatten(0, 1)).view(len(prompt_key), -1, size)
+        out.baddbmm_(weights[..., :nodes].reshape(len(prompt_key), -1, nodes), prompt_value)
+        return out.view(heads, rows, groups, size).transpose(0, 1).reshape(rows, 1, -1)
 
     def step(self, token: Tensor, alive: Sequence[int] | None = None, new: Sequence[int] = ()) -> Tensor:
         """Append token (k,) to the rows at ``alive`` of those before (None: all), then begin with contexts ``new``.
@@ -204,11 +202,11 @@ class PackedRows:
         if new:
             self._seat(new)
             hidden.append(torch.stack([self.hidden[row] for row in new]))
-        return torch.cat(hidden)
+        return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
 
     def _append(self, token: Tensor) -> Tensor:
         if self.written == self.capacity < self.max_tokens:
-            every = torch.arange(len(self.seats), device=self.fed.device)
+            every = torch.arange(self.rows, device=self.fed.device)
             self._move(every, min(max(BUCKET, 2 * self.capacity), self.max_tokens))
         self.fed[self.index, 0] = token
         self.slot.fill_(self.written % self.capacity)
@@ -232,21 +230,22 @@ class PackedRows:
         return hidden[self.index, 0]
 
     def _forward(self) -> Tensor:
-        """Hidden states (rows, 1, size) after one more token in every seat."""
+        """Hidden states (rows, 1, size) after one more token in every row."""
         self.masks.clear()
         return forward(self.policy, self.fed, (self.lengths + self.length)[:, None], self, self)
 
     def _mask(self, window: int | None, heads: int, groups: int) -> tuple[Tensor, Tensor]:
-        """Additive, of prompt nodes (b key heads, r g, m) and of the rows' own tokens (rows key heads, g, t)."""
+        """Additive, of prompt nodes (key heads b, r g, m) and of the rows' own tokens (key heads rows, g, t)."""
         if (window, heads, groups) not in self.masks:
             age = (self.slot - torch.arange(self.width, device=self.slot.device)) % self.capacity
-            own, seen = age <= self.length[:, None], self.seen  # (rows, t), (b, r, m)
+            own, seen = age <= self.length[:, None], self.unseen  # (rows, t), (b, r, m)
             if window:
                 own = own & (age < window)
-                seen = seen & (self.back + self._blocks(self.length[:, None]).mT < window)
-            seen, own = (additive(x, self.policy.dtype) for x in (seen, own))
-            seen = seen[:, None, :, None].expand(-1, heads, -1, groups, -1).flatten(2, 3).flatten(0, 1)
-            own = own[:, None, None].expand(-1, heads, groups, -1).flatten(0, 1)
+                near = self.back + self.length.view(-1, self.block, 1) < window
+                seen = additive(self.seen & near, self.policy.dtype)
+            own = additive(own, self.policy.dtype)
+            seen = seen[None, :, :, None].expand(heads, -1, -1, groups, -1).flatten(2, 3).flatten(0, 1)
+            own = own[None, :, None].expand(heads, -1, groups, -1).flatten(0, 1)
             self.masks[window, heads, groups] = seen, own
         return self.masks[window, heads, groups]
 

@@ -28,6 +28,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..types import ConfigError
 from .limits import BLOCK, MAX_MATMUL_KEYS
+from .lora import linear
 
 if TYPE_CHECKING:
     from .policy import Policy
@@ -278,9 +279,12 @@ def logit_scale(policy: Policy) -> float:
 def final_logits(policy: Policy, hidden: Tensor) -> Tensor:
     """The output head on hidden states (k, hidden): float32 logits (k, vocabulary), on CUDA without gradients."""
     head, cap = policy.head, logit_cap(policy)
-    # CPUs have no such product: their logits are rounded to bfloat16 first, as the model's own are.
-    exact = hidden.is_cuda and hidden.dtype == torch.bfloat16 and type(head) is torch.nn.Linear and head.bias is None
-    logits = torch.mm(hidden, head.weight.T, out_dtype=torch.float32) if exact else head(hidden).float()
+    if type(head) is not torch.nn.Linear or head.bias is not None:
+        logits = head(hidden).float()
+    elif hidden.is_cuda and hidden.dtype == torch.bfloat16:
+        logits = torch.mm(hidden, head.weight.T, out_dtype=torch.float32)
+    else:  # CPUs have no such product: their logits are rounded to bfloat16 first, as the model's own are
+        logits = linear(hidden, head.weight).float().contiguous()
     if (scale := logit_scale(policy)) != 1:
         logits = logits * scale
     return logits if cap is None else cap * torch.tanh(logits / cap)
