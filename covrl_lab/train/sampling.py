@@ -53,6 +53,7 @@ def waves(policy: Policy, contexts: Sequence[Sequence[int]], max_tokens: int) ->
 
     ``policy.room`` counts the tokens that have keys and values: nodes as computed, nodes in the blocks of the rows that
     share them (no more than a longest context for each seat, or twice the nodes if all were as long), and new tokens.
+    The rows that fill a last block, at most the root of the seats, are not counted: few blocks leave more than that.
     """
 
     def needed(part: list[int]) -> float:
@@ -138,7 +139,7 @@ class PackedRows:
     def _share(self, paths: list[Tensor]) -> Tensor:
         """Halve the rows into blocks until each has at most MAX_NODES_PER_PATH x the longest path nodes; these (b, m).
 
-        The last block is filled with rows that nobody reads.
+        The last block is filled with rows that nobody reads. Sets ``rows``, all of them.
         """
         longest, total = max(map(len, paths)), len(self.position)
         self.block = 2 * len(paths)
