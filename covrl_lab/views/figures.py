@@ -140,7 +140,7 @@ def plot_training_curves(
         )
         if noisy:
             mean = frame[column].rolling(window, center=True, min_periods=1).mean()
-            hover = f"mean of {window} steps: %{{y:.3g}} {unit}<extra>{name}</extra>"
+            hover = f"mean of {window} points: %{{y:.3g}} {unit}<extra>{name}</extra>"
             look = {"mode": "lines", "hovertemplate": hover, "showlegend": in_legend}
             add_line(figure, frame["step"], mean, name, colour, 2.5, **look, **place)
         share = {"tickformat": ".0%", "rangemode": "tozero"} if unit.startswith("share") else {}
