@@ -222,10 +222,12 @@ def test_long_paths_are_left_to_the_fused_kernel(policies, width):
             kernels.append("flash_attention" in op.name())
             return op(*args, **(kwargs or {}))
 
+    tree = build_tree([[7 + i % 200 for i in range(width)]])
     with Kernels():
-        run_tree(policy, build_tree([[7 + i % 200 for i in range(width)]]))
-    layers = policy.decoder.config.num_hidden_layers
-    assert sum(kernels) == (layers if width + BLOCK > tree_module.MAX_MATMUL_KEYS else 0)
+        run_tree(policy, tree)
+    layers, parts = policy.decoder.config.num_hidden_layers, TreeAttention(tree, policy).keys
+    assert [keys.shape[1] for keys in parts] == list(range(BLOCK, width + 1, BLOCK))  # blocks of as many keys together
+    assert sum(kernels) == (layers * len(parts) if width > tree_module.MAX_MATMUL_KEYS else 0)
 
 
 @pytest.mark.parametrize("name", [*TINIES, *FAMILIES])
@@ -287,9 +289,10 @@ def test_work_of_attention_grows_with_depth_and_not_with_the_tree(policies):
     tree = build_tree([root + [draw.randrange(1000) for _ in range(20)] for _ in range(300)])
     assert len(tree) > 6000
     attention = TreeAttention(tree, policies("tiny"))
-    blocks, keys = attention.keys.shape
-    assert keys <= BLOCK + 120 and (blocks - 1) * BLOCK < len(tree) <= blocks * BLOCK
-    assert attention.mask(None, 1).numel() == blocks * BLOCK * keys < len(tree) ** 2 / 20
+    blocks, computed = len(attention.order), sum(keys.numel() for keys in attention.keys)
+    assert computed <= blocks * (BLOCK + 120) and (blocks - 1) * BLOCK < len(tree) <= blocks * BLOCK
+    assert sum(mask.numel() for mask in attention.masks(None, 1)) == BLOCK * computed < len(tree) ** 2 / 20
+    assert all(keys.shape[1] <= BLOCK + 120 for keys in attention.keys)
 
 
 class TestModelsThatCannotPack:

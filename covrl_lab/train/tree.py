@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -108,49 +108,57 @@ def cut(items: list, limit: float, size: Callable[[list], int] = count_nodes) ->
 
 
 class TreeAttention:
-    """A tree's attention for one forward (all layers): b blocks of BLOCK queries with their m keys each.
+    """A tree's attention for one forward (all layers): blocks of BLOCK queries, those with about as many keys together.
 
-    keys (b, m) are node numbers, masks (b, groups * BLOCK, m) additive; short blocks are padded.
+    order (b,) are the blocks of all parts, by their number of keys, and place (b,) is the way back; of each part, keys
+    (b_i, m_i) are node numbers, masks (b_i, groups * BLOCK, m_i) additive. Keys are padded within a part.
     """
 
     def __init__(self, tree: TokenTree, policy: Policy) -> None:
         self.tree, self.device, self.dtype = tree, policy.device, policy.dtype
         self.config = policy.decoder.config
-        starts = range(0, len(tree), BLOCK)
-        nodes = torch.arange(len(starts) * BLOCK).reshape(-1, BLOCK)
-        rows = [torch.cat([tree.path(start), block]) for start, block in zip(starts, nodes, strict=True)]
-        self._query, self._key = nodes, pad_sequence(rows, batch_first=True, padding_value=len(tree))
-        self.keys = self._key.clamp_max(len(tree) - 1).to(self.device)
-        self._masks: dict[tuple[int | None, int], Tensor] = {}
+        blocks = torch.arange(-(-len(tree) // BLOCK) * BLOCK).reshape(-1, BLOCK)
+        rows = [torch.cat([tree.path(int(block[0])), block]) for block in blocks]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        parts = [list(part) for _, part in groupby(order, lambda i: -(-len(rows[i]) // BLOCK))]
+        self.order = torch.tensor(order, device=self.device)
+        self.place = self.order.argsort()
+        self._query = [blocks[part] for part in parts]
+        self._key = [pad_sequence([rows[i] for i in p], batch_first=True, padding_value=len(tree)) for p in parts]
+        self.keys = [key.clamp_max(len(tree) - 1).to(self.device) for key in self._key]
+        self._masks: dict[tuple[int | None, int], list[Tensor]] = {}
 
-    def mask(self, window: int | None, groups: int) -> Tensor:
+    def masks(self, window: int | None, groups: int) -> list[Tensor]:
         """For layers with this sliding window (tokens) and this many query heads a key head."""
         if (window, groups) not in self._masks:
-            tree, device = self.tree, self.device
-            query, key = self._query.to(device)[:, :, None], self._key.to(device)[:, None]
-            end, position = (pad(x, (0, 2 * BLOCK)).to(device) for x in (tree.end, tree.position))
-            allowed = (key <= query) & (query < end[key])
-            if window:
-                allowed &= position[query] - position[key] < window
-            self._masks[window, groups] = additive(allowed, self.dtype).repeat(1, groups, 1)
+            end, position = (pad(x, (0, 2 * BLOCK)).to(self.device) for x in (self.tree.end, self.tree.position))
+            self._masks[window, groups] = found = []
+            for nodes, keys in zip(self._query, self._key, strict=True):
+                query, key = nodes.to(self.device)[:, :, None], keys.to(self.device)[:, None]
+                allowed = (key <= query) & (query < end[key])
+                if window:
+                    allowed &= position[query] - position[key] < window
+                found.append(additive(allowed, self.dtype).repeat(1, groups, 1))
         return self._masks[window, groups]
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, layer: int) -> Tensor:
         """query (1, heads, n, size), key and value (1, key heads, n, size); (1, n, heads, size) out."""
-        (heads, n, size), shared = query.shape[1:], key.shape[1]
-        blocks, width = self.keys.shape
-        groups = heads // shared
+        (heads, n, size), shared, blocks = query.shape[1:], key.shape[1], len(self.order)
+        groups, plain = heads // shared, self.device.type == "cpu" and self.keys[-1].shape[1] <= MAX_MATMUL_KEYS
         rows = pad(query[0], (0, 0, 0, blocks * BLOCK - n)).reshape(shared, groups, blocks, BLOCK, size)
-        rows = rows.transpose(1, 2).reshape(shared, blocks, groups * BLOCK, size)
         # index_select and not an index: its backward pass is faster.
-        k, v = (x[0].index_select(1, self.keys.flatten()).unflatten(1, (blocks, width)) for x in (key, value))
-        mask = self.mask(attention_window(self.config, layer), groups)
-        if self.device.type == "cpu" and width <= MAX_MATMUL_KEYS:
-            scores = torch.matmul(rows * scaling, k.mT).add_(mask)
-            out = torch.matmul(scores.softmax(-1), v)
-        else:
-            # No fused kernel of a CPU takes a mask of three dimensions.
-            out = scaled_dot_product_attention(rows, k, v, attn_mask=mask[None], scale=scaling)
+        rows = rows.transpose(1, 2).index_select(1, self.order).reshape(shared, blocks, groups * BLOCK, size)
+        rows, found = rows.split([len(keys) for keys in self.keys], 1), []
+        masks = self.masks(attention_window(self.config, layer), groups)
+        for part, keys, mask in zip(rows, self.keys, masks, strict=True):
+            k, v = (x[0].index_select(1, keys.flatten()).unflatten(1, keys.shape) for x in (key, value))
+            if plain:
+                scores = torch.matmul(part * scaling, k.mT).add_(mask)
+                found.append(torch.matmul(scores.softmax(-1), v))
+            else:
+                # No fused kernel of a CPU takes a mask of three dimensions.
+                found.append(scaled_dot_product_attention(part, k, v, attn_mask=mask[None], scale=scaling))
+        out = torch.cat(found, 1).index_select(1, self.place)
         out = out.reshape(shared, blocks, groups, BLOCK, size).permute(1, 3, 0, 2, 4)
         return out.reshape(1, blocks * BLOCK, heads, size)[:, :n]
 
@@ -284,7 +292,7 @@ def final_logits(policy: Policy, hidden: Tensor) -> Tensor:
     elif hidden.is_cuda and hidden.dtype == torch.bfloat16:
         logits = torch.mm(hidden, head.weight.T, out_dtype=torch.float32)
     else:  # CPUs have no such product: their logits are rounded to bfloat16 first, as the model's own are
-        logits = linear(hidden, head.weight).float().contiguous()
+        logits = linear(hidden, head.weight).float()
     if (scale := logit_scale(policy)) != 1:
         logits = logits * scale
     return logits if cap is None else cap * torch.tanh(logits / cap)
