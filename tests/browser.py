@@ -158,11 +158,14 @@ class Lab:
             request = urllib.request.Request(f"{self.url}/api/sessions/{session['id']}", method="DELETE")
             urllib.request.urlopen(request).close()
         self.page.goto(f"{self.url}/lab/tree/{name}?reset")
+        self._wait_for_kernel()
+        if self.page.locator("#jp-left-stack:visible").count():
+            self.page.keyboard.press("Control+b")
+
+    def _wait_for_kernel(self):
         self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
         # Cells run before the kernel is there would be lost.
         self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=90_000)
-        if self.page.locator("#jp-left-stack:visible").count():
-            self.page.keyboard.press("Control+b")
 
     def run_all(self, seconds=180):
         """Run > Run All Cells, and wait until every code cell has its number."""
@@ -173,6 +176,10 @@ class Lab:
             dialog = self.page.locator("dialog.jp-Dialog")
             if dialog.filter(has_text="Select Kernel").count():
                 dialog.locator("button.jp-mod-accept").click()
+                # Else the page may send a click to a subshell of the kernel before, and it is lost.
+                self._wait_for_kernel()
+                self.page.reload()
+                self._wait_for_kernel()
             elif "[*]:" not in prompts:
                 self.page.get_by_role("menuitem", name="Run", exact=True).click()
                 self.page.get_by_text("Run All Cells", exact=True).click()
