@@ -226,7 +226,7 @@ def test_long_paths_are_left_to_the_fused_kernel(policies, width):
     with Kernels():
         run_tree(policy, tree)
     layers, parts = policy.decoder.config.num_hidden_layers, TreeAttention(tree, policy).keys
-    assert [keys.shape[1] for keys in parts] == list(range(BLOCK, width + 1, BLOCK))  # blocks of as many keys together
+    assert [keys.shape[1] for keys in parts] == list(range(2 * BLOCK, width + 1, 2 * BLOCK))
     assert sum(kernels) == (layers * len(parts) if width > tree_module.MAX_MATMUL_KEYS else 0)
 
 

@@ -120,7 +120,7 @@ class TreeAttention:
         blocks = torch.arange(-(-len(tree) // BLOCK) * BLOCK).reshape(-1, BLOCK)
         rows = [torch.cat([tree.path(int(block[0])), block]) for block in blocks]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        parts = [list(part) for _, part in groupby(order, lambda i: -(-len(rows[i]) // BLOCK))]
+        parts = [list(part) for _, part in groupby(order, lambda i: -(-len(rows[i]) // (2 * BLOCK)))]
         self.order = torch.tensor(order, device=self.device)
         self.place = self.order.argsort()
         self._query = [blocks[part] for part in parts]
