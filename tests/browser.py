@@ -121,8 +121,8 @@ class Lab:
 
     def _log(self, message):
         # JupyterLab's own trouble with a kernel that starts slowly or is gone is not the notebook's.
-        own = ("Could not restore the debugger state", "/api/kernels/", "Failed to load resource")
-        own += ("Canceled future for create_subshell_request",)  # the kernel of the notebook before was closed
+        own = ["Could not restore the debugger state", "/api/kernels/", "Failed to load resource"]
+        own += ["Canceled future for create_subshell_request"]
         if message.type == "error" and not any(text in message.text for text in own):
             self.errors.append(" ".join([message.text, *map(str, message.args[1:])]))
 

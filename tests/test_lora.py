@@ -130,8 +130,8 @@ def test_while_steady_the_adapter_is_read_once(monkeypatch):
     with torch.no_grad():
         before = states()
         with lora.cached_adapters(policy.lora, policy.dtype):
-            inside = states()  # sums in another order, as W and A are one matrix
-            assert float((inside - before).norm() / before.norm()) < 1e-5
+            inside = states()  # sums in another order, as W and A are one matrix: 0.6e-6 measured
+            assert float((inside - before).norm() / before.norm()) < 2e-6
             policy.trainable()[0][1].mul_(3)
             assert torch.equal(states(), inside)
         assert float((states() - before).abs().max()) > 1e-3  # after it, as it is now
