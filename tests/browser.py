@@ -120,15 +120,16 @@ class Lab:
         page.on("request", lambda r: self.requests.append(r.url) if self._outside(r.url) else None)
 
     def _log(self, message):
+        if message.type == "error":
+            self._fail(" ".join([message.text, *map(str, message.args[1:])]))
+
+    def _fail(self, error):
         # JupyterLab's own trouble with a kernel that starts slowly or is gone is not the notebook's.
         own = ["Could not restore the debugger state", "/api/kernels/", "Failed to load resource"]
         own += ["Canceled future for create_subshell_request"]
-        if message.type == "error" and not any(text in message.text for text in own):
-            self.errors.append(" ".join([message.text, *map(str, message.args[1:])]))
-
-    def _fail(self, error):
         # anywidget gives a model two seconds, however busy the machine; a panel that does not come fails elsewhere.
-        if "[anywidget] Failed to initialize model" not in str(error):
+        own += ["[anywidget] Failed to initialize model"]
+        if not any(text in str(error) for text in own):
             self.errors.append(str(error))
 
     def _answer(self, dialog):
