@@ -236,7 +236,8 @@ def test_the_tool_bar_of_a_comparison_stands_beside_its_data(lab):
 def test_hostile_text_stays_text_in_panels_reports_and_executed_notebooks(lab):
     """The run's name, its settings, its traces and its evaluations are hostile, and each page shows them as text."""
     name = HOSTILE[1].replace("/", "")
-    run = text_run(lab.folder / "hostile" / name, HOSTILE)
+    # Chromium lays out a word in time that grows with the square of its length.
+    run = text_run(lab.folder / "hostile" / name, [text[:20_000] for text in HOSTILE])
     cells = ["RunMonitor(path)", "EvaluationBrowser(path)", "TraceComparison(path)", "RunBrowser('hostile')"]
     names = ", ".join(cell.split("(")[0] for cell in cells)
     start = f"from pathlib import Path\nfrom covrl_lab import {names}\npath = next(Path('hostile').iterdir())\nNone"
