@@ -62,10 +62,11 @@ class Page(HTMLParser):
 def hidden(text):
     """Characters that a reader would not see, or that change how others are read."""
     kept = "\n\t\u200c\u200d"  # joiners between letters of Persian, and in emoji
-    odd = [c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in kept]
-    return odd + [
-        c for c in text if c in "\u115f\u1160\u3164\uffa0\u2800\u034f\u17b4" or "\U000e0000" <= c < "\U000f0000"
-    ]
+    odd = {c for c in set(text) if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in kept}
+    odd |= {
+        c for c in set(text) if c in "\u115f\u1160\u3164\uffa0\u2800\u034f\u17b4" or "\U000e0000" <= c < "\U000f0000"
+    }
+    return [c for c in text if c in odd] if odd else []
 
 
 def strings(value):
