@@ -316,9 +316,6 @@ def _refuse_combinations(config: RunConfig) -> None:
         need(config.reward == "sum_logprob", "reward", "'sum_logprob' when n_sample is above 1")
         divides = config.rollouts_per_question % config.n_sample == 0
         need(divides, "n_sample", "a divisor of rollouts_per_question")
-        for name in ("baseline", "nll_gate"):
-            own = METHOD_DEFAULTS["jlb"][name]
-            need(getattr(config, name) == own, name, "left out when n_sample is above 1, which has its own")
     if config.nll_gate == "reward" and "probability" not in config.reward:
         raise ConfigError("nll_gate='reward' needs reward='probability' or 'mean_probability': weights >= 0")
     if (config.reward == "verdict") != (config.method == "grpo"):

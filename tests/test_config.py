@@ -59,8 +59,6 @@ def refused(**settings) -> str:
         ({"seed": -1}, ["seed", "0 to"]),
         # Settings that only together make no sense.
         ({"method": "jlb", "rollouts_per_question": 1}, ["rollouts_per_question", "leave_one_out"]),
-        ({"method": "jlb", "n_sample": 2, "baseline": "mean"}, ["baseline must be left out", "n_sample"]),
-        ({"method": "jlb", "n_sample": 2, "nll_gate": "prior_positive"}, ["nll_gate must be left out", "n_sample"]),
         ({"method": "jlb", "alpha": 0}, ["alpha", "above 0", "composite_weight"]),
         ({"composite_weight": 0, "alpha": 0.5, "clip": "none"}, ["alpha", "composite_weight"]),
     ],
