@@ -70,6 +70,14 @@ def test_a_model_that_guesses_is_told_from_the_first_evaluation_on():
     assert alarms([], [never]) == {}
 
 
+def test_traces_that_do_not_end_are_told_before_the_first_step():
+    few = START | {"eval_finished_share": 0.1}
+    text = alarms([], [few])["unfinished"]
+    assert text.startswith("only 10% of the traces end") and "max_trace_tokens" in text and "trace_column" in text
+    assert list(alarms(FINE[:2], [few])) == ["unfinished"] and alarms(FINE, [few]) == {}, "steps know better"
+    assert alarms([], [START | {"eval_finished_share": 0.5}]) == {} == alarms(FINE[:2], [few, START])
+
+
 def test_answers_that_the_scorer_cut_are_counted():
     assert alarms([], [START | {"eval_scoring_cut": 3}])["scoring cut"].startswith("3 answers were cut by the scorer")
     assert alarms([], [START | {"eval_scoring_cut": 3}, START | {"eval_scoring_cut": 0}]) == {}

@@ -181,7 +181,7 @@ DATA = [
     ("x.csv", "question,answer\nq\n", "row 1 of", "empty 'answer'"),
     ("x.csv", "question,answer\nq,a\0b\n", "row 1 of", "has 'a\\x00b' in 'answer'"),
     ("x.csv", "question\nq\n", "not 'answer'"),
-    ("x.csv", "question;answer\nq;1\n", "not 'question'"),
+    ("x.csv", "question|answer\nq|1\n", "not 'question'"),
     ("x.csv", "\0\0\0", "not 'question'"),
     ("x.parquet", {"question": ["q", "r"], "answer": [["1"], ["2"]]}, "row 1 of", "has ['1'] in 'answer'"),
     ("x.parquet", {"question": ["q", "r"], "answer": [1.0, float("nan")]}, "row 2 of", "has nan in 'answer'"),

@@ -140,13 +140,16 @@ def test_all_file_formats_give_the_same_task(tmp_path):
     rows = [{"q": f"What comes after {i:03}?", "a": f"{i + 1:03}"} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    (tmp_path / "rows.csv").write_text("q,a\n" + "\n".join(f"{row['q']},{row['a']}" for row in rows))
+    for name, sign in (("rows.csv", ","), ("german/rows.csv", ";"), ("rows.tsv", "\t"), ("tabs/rows.csv", "\t")):
+        lines = [f"q{sign}a", *(f"{row['q']}{sign}{row['a']}" for row in rows)]
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("\n".join(lines), encoding="utf-8-sig")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     streams = []
-    for path in sorted(tmp_path.iterdir()):
+    for path in tmp_path.rglob("rows.*"):
         task = load_task(str(path), question_column="q", answer_column="a")
         streams.append(task.train(0, 50) + task.held_out(3))
-    assert len(streams) == 4 and all(stream == streams[0] for stream in streams)
+    assert len(streams) == 7 and all(stream == streams[0] for stream in streams)
     assert {len(example.answer) for example in streams[0]} == {3}  # leading zeros survive
 
 
@@ -198,7 +201,22 @@ def test_wrong_arguments_are_one_sentence(name, arguments, message):
 @pytest.mark.parametrize(
     ("file_name", "text", "arguments", "message"),
     [
-        ("a.jsonl", '{"question": "q", "answers": 1}', {}, "not 'answer'; did you mean 'answers'?"),
+        ("a.jsonl", '{"question": "q", "answers": 1}', {}, "not 'answer'; set answer_column to the one that holds it"),
+        (
+            "a.csv",
+            '"a; b, c";d\nq;1\n',
+            {},
+            "['a; b, c', 'd'] but not 'question'; set question_column to the one that",
+        ),
+        ("a.jsonl", '{"problem": "q", "x": 1}', {"question_column": "problems"}, "did you mean 'problem'?"),
+        (
+            "a.jsonl",
+            '{"question": [{"content": "q"}], "answer": 1}',
+            {},
+            "name a place in it, as in question.0.content",
+        ),
+        ("a.tsv", "question\tanswer\n\ud8ff\t1\n", {}, "mend it; text must be UTF-8"),
+        ("a.txt", "question,answer\n", {}, "must end in one of .jsonl, .json, .csv, .tsv, .parquet"),
         (
             "a.csv",
             "question,answer\nq,1\n",
@@ -216,13 +234,31 @@ def test_wrong_arguments_are_one_sentence(name, arguments, message):
 )
 def test_bad_files_are_explained(tmp_path, file_name, text, arguments, message):
     path = tmp_path / file_name
-    path.write_text(text)
+    path.write_text(text, "utf-8", "surrogatepass")
     with pytest.raises(ConfigError) as error:
         load_task(str(path), **arguments)
     assert message in str(error.value)
     if "column" in message or "did you mean" in message:
         with pytest.raises(ConfigError):
             check_task(RunConfig(task=str(path), **arguments))  # found without reading the whole file
+
+
+@pytest.mark.parametrize(
+    ("cell", "answer"),
+    [
+        (r"So $x = \boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
+        (r"First \boxed{3}, then \boxed {4}.", "4"),
+        ("3 + 4 = 7\n#### 7", "7"),
+        (r"Half. #### \boxed{0.5}", "0.5"),
+        ("7", "7"),
+        ("a box", "a box"),
+    ],
+)
+def test_of_an_answer_with_working_the_end_counts(tmp_path, cell, answer):
+    rows = [{"question": f"Number {i}?", "answer": cell} for i in range(9)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    task = load_task(str(tmp_path / "rows.json"))
+    assert {example.answer for example in task.rows()} == {answer}
 
 
 def test_tiny_spaces_end_with_a_count():

@@ -34,10 +34,12 @@ def alarms(
     found = {}
     names = ("finished_share", "gradient_norm", "one_token_share")
     finished, norms, short = (_recent(metrics, name) for name in names)
-    if finished and max(finished) < FINISHED:
+    first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
+    ended = finished or [last.get("eval_finished_share", 1.0)]  # which is known before the first step
+    if max(ended) < FINISHED:
         found["unfinished"] = (
-            f"only {sum(finished) / len(finished):.0%} of the traces end within the limit, and an unfinished "
-            "trace teaches nothing: raise max_trace_tokens"
+            f"only {sum(ended) / len(ended):.0%} of the traces end within the limit, and an unfinished trace teaches "
+            "nothing: raise max_trace_tokens, or show worked examples (trace_column, for data of your own)"
         )
     if skipped := sum(step.get("skipped") or 0 for step in metrics):
         found["not finite"] = (
@@ -59,7 +61,6 @@ def alarms(
             f"{share:.0%} of the answer term trains on traces that leave the answer unlikely, so that answers stop "
             "following their traces: use evidence_power=2 (covrl), or lower nll_weight"
         )
-    first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
     if (guess := last.get("guess_accuracy", 0)) > last.get("accuracy_low", 0):
         found["guessing"] = (
             f"accuracy is {last['accuracy']:.1%}, and the same answers would score {guess:.1%} on other questions: the "

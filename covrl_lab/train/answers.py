@@ -132,10 +132,14 @@ def vote(prediction: str, example: Example) -> str:
 def _stated(text: str) -> str:
     """The final answer that a text states, without end-of-turn tokens, "the answer is", bold type or a box."""
     text = re.sub(r"<\|[^|<>]*\|>|</s>", "", text).strip()
-    boxes = {_parts(text[found.end() :], "")[0] for found in re.finditer(r"\\boxed\s*\{", text)}
-    if len(boxes) == 1:
-        return boxes.pop()
+    if len(boxed := set(boxes(text))) == 1:
+        return boxed.pop()
     return re.sub(_LEAD, "", re.sub(r"\*\*(.+?)\*\*", r"\1", text, flags=re.S), flags=re.I).strip()
+
+
+def boxes(text: str) -> list[str]:
+    """What stands in each ``\\boxed{...}`` of a text."""
+    return [_parts(text[found.end() :], "")[0] for found in re.finditer(r"\\boxed\s*\{", text)]
 
 
 def _plain(text: str) -> str:

@@ -13,24 +13,27 @@ from typing import Any
 
 from ..files import readable
 from ..types import UNFIT, ConfigError, did_you_mean
-from .answers import LETTERS
+from .answers import LETTERS, boxes
 from .presets import Preset
 
-FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def read_file(path: Path, limit: int | None = None) -> tuple[list[str], Iterable[dict[str, Any]]]:
     """Column names and rows (at most ``limit``) of a data file."""
     what = f"data file {str(path)!r}"
-    with readable(what, "mend it"):
+    with readable(what, "mend it" if path.suffix == ".parquet" else "mend it; text must be UTF-8"):
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
             file = pyarrow.parquet.ParquetFile(path)
             return file.schema_arrow.names, [] if limit else file.read().to_pylist()
         with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":  # the csv module keeps "007" and "NA" as they stand
-                reader = csv.DictReader(file)
+            if path.suffix in (".csv", ".tsv"):  # the csv module keeps "007" and "NA" as they stand
+                header, _ = file.readline(), file.seek(0)
+                # Spreadsheets write semicolons in many languages: what cuts the header into most columns.
+                cuts = {sign: len(next(csv.reader([header], delimiter=sign), ())) for sign in ",;\t"}
+                reader = csv.DictReader(file, delimiter=max(cuts, key=cuts.get))
                 return list(reader.fieldnames or []), [] if limit else list(reader)
             if path.suffix == ".json":
                 rows = json.load(file)
@@ -61,14 +64,17 @@ def read_hub(name: str, preset: Preset) -> tuple[list[str], Iterable[dict[str, A
     return names, data
 
 
-def check_columns(name: str, found: list[str], wanted: Iterable[str]) -> None:
+def check_columns(name: str, found: list[str], preset: Preset, own: bool) -> None:
+    """ConfigError where a column is missing; ``own``: the columns can be chosen."""
     if not found:
         raise ConfigError(f"data set {name!r} is empty; it needs one row per question")
-    for column in wanted:
+    for column in preset.columns:
         if found.count(column) > 1:
             raise ConfigError(f"data set {name!r} has two columns {column!r}; rename one")
         if column not in found and column.split(".")[0] not in found:
-            hint = did_you_mean(column, found)
+            hint = did_you_mean(column, found) if own else f"; the preset reads {', '.join(preset.columns)}"
+            if own and column in ("question", "answer"):  # what is read unless said otherwise
+                hint = f"; set {column}_column to the one that holds it"
             raise ConfigError(f"data set {name!r} has columns {str(found):.200} but not {column!r}{hint}")
 
 
@@ -95,7 +101,9 @@ def cell(row: dict[str, Any], column: str | None) -> str:
     text = "" if value is None else str(value).strip()
     several = hasattr(value, "__len__") and not isinstance(value, str)
     if several or UNFIT.search(text) or (isinstance(value, float | Decimal) and not math.isfinite(value)):
-        raise BadRow(f"has {value!r:.60} in {column!r}", "put text or a finite number there, or remove it")
+        remedy = "put text or a finite number there, or remove it"
+        remedy = f"name a place in it, as in {column}.0.content" if several else remedy
+        raise BadRow(f"has {value!r:.60} in {column!r}", remedy)
     return text
 
 
@@ -120,12 +128,16 @@ def _options(row: dict[str, Any], preset: Preset, question: str) -> tuple[list[s
 
 
 def to_question(row: dict[str, Any], preset: Preset) -> tuple[str, str, dict[str, Any]]:
-    """Question, answer and metadata of a row. Of an answer cell ``working #### answer`` (GSM8K) the end counts."""
+    """Question, answer and metadata of a row.
+
+    Of an answer with working what follows ``####`` (GSM8K) counts, or what its last ``\\boxed`` holds (MATH).
+    """
     if None in row:
         raise BadRow("has more cells than there are columns", "put quotes around commas")
     asked = cell(row, preset.question)
     asked = re.sub(preset.strip, "", asked).strip() if preset.strip else asked
     answered = "-" if preset.choices else cell(row, preset.answer).rpartition("####")[2].strip()
+    answered = [answered, *boxes(answered)][-1]
     for column, text in ((preset.question, asked), (preset.answer, answered)):
         if not text:
             raise BadRow(f"has an empty {column!r}", "fill it in or remove it")

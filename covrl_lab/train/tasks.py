@@ -1,8 +1,8 @@
 """Tasks: where questions, reference answers and worked examples come from. No torch.
 
 A task is a built-in generator (``TASKS``), ``reasoning_gym/NAME``, ``hf/OWNER/NAME``, a name in ``presets``, or the
-path of a .jsonl, .json, .csv or .parquet file. Training and held-out questions are disjoint by construction: a hash of
-the question's words alone decides its side, so no seed, order or file edit can move a question across.
+path of a file (``FILE_SUFFIXES``). Training and held-out questions are disjoint by construction: a hash of the
+question's words alone decides its side, so no seed, order or file edit can move a question across.
 """
 
 import hashlib
@@ -126,7 +126,7 @@ class _Stream(Task):
                 found[example.id], last_hit = example, attempt
             elif attempt - last_hit > MAX_DRAWS:
                 problem = f"task {self.name!r} has about {len(found)} different held-out questions, not {count}"
-                raise ConfigError(f"{problem}; ask for fewer or raise the difficulty")
+                raise ConfigError(f"{problem}; lower eval_questions or raise the difficulty")
             attempt += 1
         return list(found.values())
 
@@ -152,7 +152,7 @@ class _Rows(Task):
     def held_out(self, count: int | None) -> list[Example]:
         if count is not None and count > (there := len(self.held_out_examples)):
             problem = f"data set {self.name!r} has {there} held-out questions (a fifth), not {count}"
-            raise ConfigError(f"{problem}; ask for fewer or add rows")
+            raise ConfigError(f"{problem}; {f'set eval_questions to {there}, or ' if there else ''}add rows")
         return list(self.held_out_examples[:count])
 
     def rows(self) -> Sequence[Example]:
@@ -289,7 +289,7 @@ def check_task(config: RunConfig) -> None:
     columns = (config.question_column, config.answer_column, config.trace_column)
     short, _, file = name.partition("@")
     preset, on_hub = short in PRESETS, name.startswith("hf/")
-    is_file = not preset and Path(name).suffix in FILE_SUFFIXES
+    is_file = not preset and (Path(name).suffix in FILE_SUFFIXES or os.path.isfile(name))
     if any(columns) and not (on_hub or is_file):
         raise ConfigError(f"columns are for files and hf/ data sets, not {name!r}")
     if (config.dataset_config or config.dataset_split) and not on_hub:
@@ -303,7 +303,7 @@ def check_task(config: RunConfig) -> None:
             raise ConfigError(f"data file {str(path)!r} does not exist; check the path")
         if path.suffix not in FILE_SUFFIXES:
             raise ConfigError(f"data file {str(path)!r} must end in one of {', '.join(FILE_SUFFIXES)}")
-        check_columns(name, read_file(path, limit=1)[0], _preset(config)[1].columns)
+        check_columns(name, read_file(path, limit=1)[0], _preset(config)[1], own=is_file)
     elif on_hub:
         if not re.fullmatch(r"hf/\w[\w.-]*/\w[\w.-]*", name):
             raise ConfigError(f"Hugging Face task {name!r} must have the form hf/OWNER/NAME")
@@ -334,5 +334,5 @@ def load_task(task: str | RunConfig, **settings: Any) -> Task:
         return _gym_task(name)
     short, preset, file = _preset(given)
     found, rows = read_file(Path(file)) if file else read_hub(name, preset)
-    check_columns(name, found, preset.columns)
+    check_columns(name, found, preset, own=short not in PRESETS)
     return _row_task(short, rows, preset, given.demonstrations, short in PRESETS or given.bad_rows == "skip")

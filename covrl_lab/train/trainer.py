@@ -123,6 +123,7 @@ class Trainer:
         try:
             if self.step == 0 and not self._evaluations:
                 self.evaluate()
+                announce(self, bar)
             while not any(self.ranks.gather([self.step >= config.steps or (self.run_dir / "STOP").exists()])):
                 record = self._train_step()
                 self.records.append(dataclasses.asdict(record))
@@ -136,7 +137,7 @@ class Trainer:
                     tracker.log({k: v for k, v in self.records[-1].items() if v is not None}, step=record.step)
                 bar.update(1)
                 bar.set_postfix(bar_values(record, self._evaluations))
-                announce(alarms(self.records, self._evaluations, config.method), self._alarms, self.step, bar)
+                announce(self, bar)
                 yield record
         except NotFinite as error:  # of an earlier update's making: these weights are not saved
             self._unrecorded = True
@@ -262,11 +263,11 @@ def bar_values(record: StepRecord, evaluations: Sequence[Mapping[str, Any]]) -> 
     return {name: f"{value:.2f}" for name, value in shown.items() if value is not None}
 
 
-def announce(alarms: Mapping[str, str], said: set[str], step: int, bar: tqdm) -> None:
-    """Say each kind of alarm once, in the log and above the progress bar; ``said`` holds those that were."""
-    for kind, alarm in alarms.items():
-        if kind not in said:
-            said.add(kind)
-            LOG.warning("step %d: %s", step, alarm)
+def announce(trainer: Trainer, bar: tqdm) -> None:
+    """Say each kind of alarm once, in the log and above the progress bar."""
+    for kind, alarm in alarms(trainer.records, trainer._evaluations, trainer.config.method).items():
+        if kind not in trainer._alarms:
+            trainer._alarms.add(kind)
+            LOG.warning("step %d: %s", trainer.step, alarm)
             if not bar.disable:
-                bar.write(f"step {step}: {alarm}", file=sys.stderr)
+                bar.write(f"step {trainer.step}: {alarm}", file=sys.stderr)
