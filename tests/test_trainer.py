@@ -411,6 +411,19 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
+def test_an_alarm_is_said_once_and_before_the_first_step(tmp_path, monkeypatch, capsys):
+    """With nobody's logging set up, as on the command line."""
+    monkeypatch.setattr(trainer.LOG, "propagate", False)
+    settings = TRAINED | {"steps": 4, "max_trace_tokens": 1, "run_dir": str(tmp_path / "run")}
+    steps = iter(Trainer(RunConfig(**settings)))
+    next(steps)
+    began = capsys.readouterr().err
+    assert began.count("of the traces end within the limit") == began.count("step 0: only") == 1
+    list(steps)
+    assert "of the traces end within the limit" not in capsys.readouterr().err
+    assert list(load_run(tmp_path / "run").alarms) == ["unfinished", "one token"]
+
+
 def test_training_makes_the_reference_answer_likelier(tmp_path):
     """Every question has the same answer, so the answer term alone must raise its likelihood quickly."""
     questions = [f"What is the word number {i}?" for i in range(40)]

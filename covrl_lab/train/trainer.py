@@ -268,6 +268,7 @@ def announce(trainer: Trainer, bar: tqdm) -> None:
     for kind, alarm in alarms(trainer.records, trainer._evaluations, trainer.config.method).items():
         if kind not in trainer._alarms:
             trainer._alarms.add(kind)
-            LOG.warning("step %d: %s", trainer.step, alarm)
+            if bar.disable or LOG.hasHandlers():  # else logging prints it where the bar does, too
+                LOG.warning("step %d: %s", trainer.step, alarm)
             if not bar.disable:
                 bar.write(f"step {trainer.step}: {alarm}", file=sys.stderr)
