@@ -216,6 +216,12 @@ def test_wrong_arguments_are_one_sentence(name, arguments, message):
             "name a place in it, as in question.0.content",
         ),
         ("a.tsv", "question\tanswer\n\ud8ff\t1\n", {}, "mend it; text must be UTF-8"),
+        (
+            "a.csv",
+            "question,answer,t\nq,1,\nr,2, \n",
+            {"trace_column": "t"},
+            "has a worked example in 't'; fill in a few",
+        ),
         ("a.txt", "question,answer\n", {}, "must end in one of .jsonl, .json, .csv, .tsv, .parquet"),
         (
             "a.csv",

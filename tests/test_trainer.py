@@ -424,6 +424,24 @@ def test_an_alarm_is_said_once_and_before_the_first_step(tmp_path, monkeypatch, 
     assert list(load_run(tmp_path / "run").alarms) == ["unfinished", "one token"]
 
 
+def test_a_file_evaluated_beside_the_task_has_its_columns(tmp_path):
+    """So have data sets; other tasks have none."""
+    rows = [{"problem": f"Say {i}?", "solution": i} for i in range(80)]
+    ours, theirs = (
+        write_rows(tmp_path / name, part) for name, part in (("a.jsonl", rows[:70]), ("b.jsonl", rows[70:]))
+    )
+    settings = {"question_column": "problem", "answer_column": "solution", "eval_task": f"{theirs}, arithmetic"}
+    trainer = make_trainer(tmp_path / "run", TINY_RUN, task=ours, steps=1, **settings).setup()
+    found = [{(e.question, e.answer) for e in one.examples} for one in trainer.eval_sets]
+    assert found[0] <= {(row["problem"], str(row["solution"])) for row in rows[70:]} and list(map(len, found)) == [
+        4,
+        4,
+    ]
+    with pytest.raises(ConfigError, match="c.jsonl' has columns .* but not 'problem'"):
+        file = write_rows(tmp_path / "c.jsonl", [{"question": "q", "answer": "1"}])
+        make_trainer(tmp_path / "run", TINY_RUN, task=ours, **settings | {"eval_task": file})
+
+
 def test_training_makes_the_reference_answer_likelier(tmp_path):
     """Every question has the same answer, so the answer term alone must raise its likelihood quickly."""
     questions = [f"What is the word number {i}?" for i in range(40)]

@@ -12,7 +12,7 @@ from .plan import Plan
 from .policy import Policy
 from .presets import CHATS, PRESETS
 from .prompts import PLAIN, Prompter
-from .tasks import Task, load_task
+from .tasks import Task, eval_config, load_task
 
 LOG = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def open_examples(
     sets, count, elsewhere = [], config.eval_questions, []
     for name, samples in config.eval_sets() or [("", config.eval_samples)]:
         own = name in ("", config.task)
-        tested = task if own else load_task(name, demonstrations=0, bad_rows=config.bad_rows)
+        tested = task if own else load_task(eval_config(config, name))
         examples, bad = [], {}
         for example in tested.whole(count, held_out=own):
             if len(examples) == count:

@@ -258,6 +258,9 @@ def _row_task(name: str, rows: Iterable[dict], preset: Preset, shown: int, skip:
             train.append(example)
     if not seen:
         raise ConfigError(f"data set {name!r} is empty; it needs one row per question")
+    if preset.trace and shown and not demonstrations:
+        problem = f"no training row of {name!r} has a worked example in {preset.trace!r}"
+        raise ConfigError(f"{problem}; fill in a few, or leave trace_column out")
     held_out.sort(key=lambda example: _digest(example.question))  # files may be sorted by topic
     score = partial(match_benchmark, tolerance=preset.tolerance) if name in PRESETS else _matches
     parts = {"train_examples": tuple(train), "held_out_examples": tuple(held_out)}
@@ -277,6 +280,18 @@ def _preset(given: RunConfig) -> tuple[str, Preset, str | None]:
     return name, own, None if name.startswith("hf/") else name
 
 
+def is_rows(name: str) -> bool:
+    """Whether a task is a file or a data set whose columns can be chosen."""
+    is_file = Path(name).suffix in FILE_SUFFIXES or os.path.isfile(name)
+    return name.startswith("hf/") or (is_file and name.partition("@")[0] not in PRESETS)
+
+
+def eval_config(config: RunConfig, name: str) -> RunConfig:
+    """The configuration of a set that is evaluated beside the task: a file or data set has the task's columns."""
+    names = ("bad_rows", "question_column", "answer_column") if is_rows(name) else ("bad_rows",)
+    return RunConfig(task=name, demonstrations=0, **{column: getattr(config, column) for column in names})
+
+
 def check_task(config: RunConfig) -> None:
     """Raise ConfigError if ``load_task`` could not load a configuration's task; cheap, needs no network."""
     name, difficulty, demonstrations = config.task, config.difficulty, config.demonstrations
@@ -289,8 +304,8 @@ def check_task(config: RunConfig) -> None:
     columns = (config.question_column, config.answer_column, config.trace_column)
     short, _, file = name.partition("@")
     preset, on_hub = short in PRESETS, name.startswith("hf/")
-    is_file = not preset and (Path(name).suffix in FILE_SUFFIXES or os.path.isfile(name))
-    if any(columns) and not (on_hub or is_file):
+    is_file = is_rows(name) and not on_hub
+    if any(columns) and not is_rows(name):
         raise ConfigError(f"columns are for files and hf/ data sets, not {name!r}")
     if (config.dataset_config or config.dataset_split) and not on_hub:
         raise ConfigError(f"dataset_config and dataset_split are for hf/ data sets, not {name!r}")

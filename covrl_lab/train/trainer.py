@@ -33,7 +33,7 @@ from .ranks import Ranks
 from .records import StepRecord, step_record, trace_rows
 from .sampling import draw_sources, sample_traces
 from .step import add_gradient, must_skip, set_learning_rate, step_generator, verifier_rewards
-from .tasks import check_task
+from .tasks import check_task, eval_config
 
 LOG = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Trainer:
         check_task(config)
         for name, _ in config.eval_sets():
             if name != config.task:
-                check_task(RunConfig(task=name, demonstrations=0))
+                check_task(eval_config(config, name))
         check_run_dir(config)
         self.records: list[dict[str, Any]] = []  # one dictionary a finished step, those on disk too
         self.method = METHODS[config.method]
