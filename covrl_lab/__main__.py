@@ -6,10 +6,13 @@ Imports stand inside the commands, so that help and reports start without torch.
 """
 
 import argparse
+import inspect
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,14 @@ from .files import readable
 from .types import ConfigError, did_you_mean
 
 _WORDS = {"None": None, "True": True, "False": False}
-_EVALUATED = ("max_answer_tokens", "device", "dtype")  # what evaluate may change, besides eval_*
-_TOKENS = ("prompt_tokens", "question_tokens", "answer_tokens", "trace_tokens")  # of plan: counts it would estimate
+_EVALUATED = [f.name for f in fields(RunConfig) if f.name.startswith("eval_") and f.name != "eval_every"]
+_EVALUATED += ["max_answer_tokens", "device", "dtype"]  # what evaluate may change
+_TOKENS = {  # of plan: counts it would estimate
+    "prompt_tokens": "of what all prompts share: system text, demonstrations",
+    "question_tokens": "of one question",
+    "answer_tokens": "of one answer",
+    "trace_tokens": "of the mean trace; default: max_trace_tokens",
+}
 _SHARED = {  # flags of share
     "merged": "also the merged model, for plain transformers",
     "gguf": "also the adapter for llama.cpp",
@@ -68,7 +77,7 @@ def sweep(settings: dict[str, Any], options: argparse.Namespace) -> int:
 
 
 def plan(settings: dict[str, Any], options: argparse.Namespace) -> None:
-    """Estimate memory and seconds a step, before a run."""
+    """Estimate memory and seconds a step before a run, here or on another --device, such as rtx4090 or h100-80."""
     from .train.plan import plan as estimate
 
     tokens = {name: value for name in _TOKENS if (value := getattr(options, name)) is not None}
@@ -120,6 +129,18 @@ def share(settings: dict[str, Any], options: argparse.Namespace) -> None:
     print(f"Shared: {write(options.run_dir, options.out, **wanted)}")
 
 
+def described() -> dict[str, tuple[str, str]]:
+    """What each setting is, from the comments in ``RunConfig``: name -> (section, text)."""
+    found, section, above = {}, "", ""
+    with suppress(OSError):  # an installation without sources
+        for line in inspect.getsource(RunConfig).splitlines():
+            if comment := re.match("    # (?:--- )?(.*)", line):
+                section, above = (section, comment[1]) if "# ---" not in line else (comment[1], "")
+            elif field := re.match(r"    (\w+): .*? = .*?(?:  # (.*))?$", line):
+                found[field[1]], above = (section, field[2] or above), ""
+    return found
+
+
 def _parser() -> _Parser:
     parser = _Parser(prog="covrl-lab", description="Train and look at CoVRL runs.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
@@ -131,7 +152,13 @@ def _parser() -> _Parser:
     own[train].add_argument("--repair", action="store_true", help="first mend damaged metrics and evaluations")
     add = own[sweep].add_argument
     add("folder", help="holds the runs; without further settings, they resume")
-    add("--grid", action="append", default=[], metavar="NAME=VALUE,VALUE")
+    add(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE,VALUE",
+        help="settings to vary: every combination is a run",
+    )
     add("--workers", type=int, default=1, help="runs at once")
     add("--threads", type=int, help="of each run; default: cores / workers")
     add("--timeout_minutes", type=float, help="of a run")
@@ -154,17 +181,26 @@ def _parser() -> _Parser:
     add = own[evaluate].add_argument
     add("run_dir", help="a run folder, or hub:OWNER/NAME, kept in runs/hub")
     add("--step", type=int, help="of the checkpoint; default: the last; 0: before training")
-    for name in _TOKENS:
-        own[plan].add_argument(f"--{name}", type=int, metavar="int")
+    for name, text in _TOKENS.items():
+        own[plan].add_argument(f"--{name}", type=int, metavar="int", help=text)
     for command in (train, sweep, plan, evaluate):
         if command is not evaluate:
             own[command].add_argument("--config", metavar="FILE", help="YAML file of settings, or covrl-7b")
+        about, groups = described(), {}
         for field in fields(RunConfig):
-            if command is evaluate and not (field.name.startswith("eval_") or field.name in _EVALUATED):
+            if command is evaluate and field.name not in _EVALUATED:
                 continue
             kind, _, choices, _ = field_type(field)
             shown = "{" + ",".join((kind.__name__,) * (kind is not str) + choices) + "}" if choices else kind.__name__
-            own[command].add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar=shown)
+            section, text = about.get(field.name, ("settings", ""))
+            if field.default is not None and command is not evaluate:
+                text += f" (default: {field.default})"
+            if section not in groups:
+                groups[section] = own[command].add_argument_group(section)
+            text = text.replace("%", "%%")
+            groups[section].add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar=shown, help=text)
+        places = "".join(f" {flag.dest}" for flag in own[command]._actions if not flag.option_strings)
+        own[command].usage = f"%(prog)s{places} [--SETTING VALUE ...]"
     return parser
 
 

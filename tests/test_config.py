@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from covrl_lab.__main__ import main
 from covrl_lab.config import RunConfig, enter_project, field_type
 from covrl_lab.defaults import METHOD_DEFAULTS, METHOD_SETTINGS, UNREAD
 from covrl_lab.types import ConfigError
@@ -364,3 +366,30 @@ def test_a_notebook_of_the_checkout_works_where_commands_do(start, environment, 
     assert Path.cwd() == tmp_path / end
     enter_project()
     assert Path.cwd() == tmp_path / end, "the cell may run twice"
+
+
+def test_help_says_what_every_setting_is_and_its_default(monkeypatch, capsys):
+    """From the comments beside the fields; another program's words for some of them stand here in full."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def help_of(command):
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--help"])
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    said = help_of("train")
+    for field in dataclasses.fields(RunConfig):
+        (text,) = re.findall(rf"^  --{field.name} \S+\s+(?!--)(\S.*)$", said, re.M)
+        default = "" if field.default is None else f" (default: {field.default})"
+        assert text.endswith(default) and len(text) > len(default) + 5, field.name
+    assert re.search(r"--alpha float +share of traces drawn from the prior prompt$", said, re.M)
+    assert re.search(r"--composite_weight float\s+w of the composite p' = w p \+ \(1 - w\) q$", said, re.M)
+    assert re.search(r"verdict}\s+made of p\(y\|x,z\), in nats or as a probability; verdict: whether", said)
+    assert re.search(r"--steps int +training steps \(default: 40\)$", said, re.M)
+    sections = re.findall(r"^(\w.*):$", said, re.M)
+    named = ["model", "task and prompts", "method", "sampling", "optimisation", "evaluation and output"]
+    assert sections == ["options", *named]
+    evaluate = set(re.findall(r"^  --(\w+)", help_of("evaluate"), re.M))
+    assert {"eval_task", "eval_questions", "max_answer_tokens", "dtype"} < evaluate
+    assert not evaluate & {"eval_every", "steps", "alpha"}
