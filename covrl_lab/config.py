@@ -218,10 +218,14 @@ class RunConfig(metaclass=_Checked):
     @classmethod
     def from_namespace(cls, names: dict[str, Any], also: Iterable[str] = ()) -> Self:
         """Build from a notebook's variables, ``globals()``; ``also`` names its own parameters. Checked as below."""
+        return cls(**cls.settings_in(names, also))
+
+    @classmethod
+    def settings_in(cls, names: dict[str, Any], also: Iterable[str] = ()) -> dict[str, Any]:
+        """The settings among a notebook's variables, for a grid; what they are is not checked, their names are."""
         valid = [f.name for f in fields(cls)]
         check_parameters(names, [*valid, *also])
-        plain = {name: names[name] for name in valid if name in names}
-        return cls(**{name: value for name, value in plain.items() if isinstance(value, _LITERALS)})
+        return {name: names[name] for name in valid if name in names and isinstance(names[name], _LITERALS)}
 
     def save(self, path: str | Path) -> None:
         """Write ``config.json``."""

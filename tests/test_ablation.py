@@ -3,12 +3,14 @@
 import json
 from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import made_up_run
+from helpers import NOTEBOOKS, made_up_run
 
 from covrl_lab.runs.worker import write_end
+from covrl_lab.types import ConfigError
 from covrl_lab.views import ablation
 from covrl_lab.views.comparison import plot_against_alpha
 
@@ -59,7 +61,7 @@ def test_the_panel_s_own_grid_can_be_launched(tmp_path):
 
 
 def test_a_grid_without_steps_takes_the_plots_away(tmp_path):
-    panel = ablation.Ablation(tmp_path, alphas="0.5", seeds="0", steps=2, model="tiny")
+    panel = ablation.Ablation(tmp_path, alphas=0.5, seeds=0, steps=2, model="tiny")
     assert panel.plots[0].figure == ""
     before = panel._bundles()
     (run_id,) = panel.sweep.runs
@@ -148,3 +150,27 @@ def test_the_table_follows_the_files_and_its_buttons_the_picked_run(tmp_path):
     again = ablation.Ablation(tmp_path, alphas="0.25, 0.5", seeds="0", steps=2, model="tiny")
     assert again.fields["seeds"].value == "1" and again.fields["alphas"].value == "0.25, 0.5"
     assert ablation.Ablation(tmp_path, alphas="0.5", seeds="0", model="tiny").fields["seeds"].value == "0"
+
+
+def test_the_notebook_s_grid_takes_every_setting(tmp_path):
+    """Also those that its cell of parameters leaves out, which papermill passes on all the same."""
+    cells = [cell.source for cell in nbformat.read(NOTEBOOKS[3], as_version=4).cells if cell.cell_type == "code"]
+    first, imports, *rest = cells
+    assert NOTEBOOKS[3].stem == "04_mixing_ratio" and first.startswith("alphas")
+    (grid,) = [source for source in rest if source.startswith("sweep = Sweep(")]
+    given = {"sweep_dir": str(tmp_path), "alphas": 0.5, "seeds": 1, "learning_rate": 1e-3, "trace_column": "t"}
+
+    def run(**more):
+        names = {}
+        exec(first, names)
+        exec(imports, names := names | given | more)
+        exec(grid, names)
+        return list(names["sweep"].runs.values())
+
+    (config,) = run(task="rows.csv")
+    assert (config.alpha, config.seed, config.task, config.max_trace_tokens) == (0.5, 1, "rows.csv", 40)
+    assert (config.learning_rate, config.trace_column) == (1e-3, "t")
+    with pytest.raises(ConfigError, match="alpha is given for all runs and in the grid"):
+        run(alpha=0.3)
+    with pytest.raises(ConfigError, match="unknown parameter 'alhpas'; did you mean 'alphas'?"):
+        run(alhpas=0.3)

@@ -454,6 +454,8 @@ def test_ids_come_from_the_resolved_configuration(tmp_path):
     assert {config.run_dir for config in sweep.runs.values()} == {str(tmp_path / i) for i in expected}
     assert sweep.varied[:2] == ["method", "alpha"] and "seed" in sweep.varied
     assert list(tmp_path.iterdir()) == [], "nothing is written before the start"
+    one = [Sweep(tmp_path, {}, grid).runs for grid in ({"alpha": 0.3, "seed": 2}, {"alpha": [0.3], "seed": "2"})]
+    assert one[0] == one[1] and len(one[0]) == 1, "as papermill -p alphas 0.3 has it"
     assert set(sweep.table()["status"]) == {"queued"}
 
 
@@ -463,8 +465,9 @@ def test_ids_come_from_the_resolved_configuration(tmp_path):
         ({}, {"alhpa": [0.1]}, "did you mean 'alpha'"),
         ({}, {"alpha": [0.1, 1.5]}, r"between 0 and 1.*'alpha': 1.5"),
         ({"run_dir": "x"}, {"seed": [0]}, "run_dir"),
+        ({"seed": 1}, {"seed": [0]}, "seed is given for all runs and in the grid, too"),
         ({}, {"seed": []}, "needs a list"),
-        ({}, {"seed": 3}, "needs a list"),
+        ({}, {"seed": {3}}, "needs a list"),
         (None, None, "no runs"),
     ],
 )

@@ -90,6 +90,8 @@ class Sweep:
             if not self.runs:
                 raise ConfigError(f"{str(self.folder)!r} holds no runs of a sweep; give base and grid")
         else:
+            if twice := sorted(self.base.keys() & (grid or {})):
+                raise ConfigError(f"{twice[0]} is given for all runs and in the grid, too; leave one of them out")
             for settings in (self.base | point for point in _points(grid or {})):
                 if "run_dir" in settings:
                     raise ConfigError("a sweep names its run folders itself; leave run_dir out")
@@ -318,8 +320,9 @@ def listed(text: str) -> list[str]:
 
 
 def _points(grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    """Every combination of one value a name."""
-    columns = {name: listed(values) if isinstance(values, str) else values for name, values in grid.items()}
+    """Every combination of one value a name; a list of one may be the value itself, as papermill passes it on."""
+    kinds = {str: listed, int: lambda value: [value], float: lambda value: [value]}
+    columns = {name: kinds.get(type(values), lambda value: value)(values) for name, values in grid.items()}
     for name, values in columns.items():
         if not isinstance(values, Sequence) or not values:
             raise ConfigError(f"grid {name!r} needs a list of values, not {values!r}")

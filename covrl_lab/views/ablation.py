@@ -392,4 +392,4 @@ class Ablation(Panel):
 
 
 def _listed(values: Any) -> str:
-    return values if isinstance(values, str) else ", ".join(str(value) for value in values)
+    return str(values) if isinstance(values, str | int | float) else ", ".join(str(value) for value in values)
