@@ -12,7 +12,7 @@ import pytest
 from covrl_lab.__main__ import main
 from covrl_lab.config import RunConfig, enter_project, field_type
 from covrl_lab.defaults import METHOD_DEFAULTS, METHOD_SETTINGS, UNREAD
-from covrl_lab.types import ConfigError
+from covrl_lab.types import ELSEWHERE, ConfigError, did_you_mean
 
 TYPES = {field.name: field_type(field) for field in dataclasses.fields(RunConfig)}
 NUMBERS = [name for name, of in TYPES.items() if of.kind in (int, float)]
@@ -393,3 +393,22 @@ def test_help_says_what_every_setting_is_and_its_default(monkeypatch, capsys):
     evaluate = set(re.findall(r"^  --(\w+)", help_of("evaluate"), re.M))
     assert {"eval_task", "eval_questions", "max_answer_tokens", "dtype"} < evaluate
     assert not evaluate & {"eval_every", "steps", "alpha"}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("lr", "learning_rate"),
+        ("num_generations", "rollouts_per_question"),
+        ("max_steps", "steps"),
+        ("r", "lora_rank"),
+    ],
+)
+def test_a_name_from_other_libraries_leads_to_ours(theirs, ours):
+    assert refused(**{theirs: 1}) == f"unknown setting {theirs!r}; did you mean {ours!r}?"
+    assert "did you mean" not in did_you_mean(theirs, ["red", "blue"]), "only where it is valid"
+
+
+def test_names_of_other_libraries_are_none_of_ours():
+    others = [name for names in ELSEWHERE.values() for name in names.split()]
+    assert set(ELSEWHERE) <= set(TYPES) and not set(others) & set(TYPES) and len(others) == len(set(others))
