@@ -221,9 +221,11 @@ class RunConfig(metaclass=_Checked):
         return cls(**cls.settings_in(names, also))
 
     @classmethod
-    def settings_in(cls, names: dict[str, Any], also: Iterable[str] = ()) -> dict[str, Any]:
-        """The settings among a notebook's variables, for a grid; what they are is not checked, their names are."""
-        valid = [f.name for f in fields(cls)]
+    def settings_in(
+        cls, names: dict[str, Any], also: Iterable[str] = (), varied: Iterable[str] = ()
+    ) -> dict[str, Any]:
+        """The settings among a notebook's variables but the ``varied`` ones of its grid; only names are checked."""
+        valid = [f.name for f in fields(cls) if f.name not in varied]
         check_parameters(names, [*valid, *also])
         return {name: names[name] for name in valid if name in names and isinstance(names[name], _LITERALS)}
 

@@ -170,7 +170,7 @@ def test_the_notebook_s_grid_takes_every_setting(tmp_path):
     (config,) = run(task="rows.csv")
     assert (config.alpha, config.seed, config.task, config.max_trace_tokens) == (0.5, 1, "rows.csv", 40)
     assert (config.learning_rate, config.trace_column) == (1e-3, "t")
-    with pytest.raises(ConfigError, match="alpha is given for all runs and in the grid"):
+    with pytest.raises(ConfigError, match="unknown parameter 'alpha'; did you mean 'alphas'?"):
         run(alpha=0.3)
     with pytest.raises(ConfigError, match="unknown parameter 'alhpas'; did you mean 'alphas'?"):
         run(alhpas=0.3)

@@ -465,7 +465,6 @@ def test_ids_come_from_the_resolved_configuration(tmp_path):
         ({}, {"alhpa": [0.1]}, "did you mean 'alpha'"),
         ({}, {"alpha": [0.1, 1.5]}, r"between 0 and 1.*'alpha': 1.5"),
         ({"run_dir": "x"}, {"seed": [0]}, "run_dir"),
-        ({"seed": 1}, {"seed": [0]}, "seed is given for all runs and in the grid, too"),
         ({}, {"seed": []}, "needs a list"),
         ({}, {"seed": {3}}, "needs a list"),
         (None, None, "no runs"),

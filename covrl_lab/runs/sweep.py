@@ -90,8 +90,6 @@ class Sweep:
             if not self.runs:
                 raise ConfigError(f"{str(self.folder)!r} holds no runs of a sweep; give base and grid")
         else:
-            if twice := sorted(self.base.keys() & (grid or {})):
-                raise ConfigError(f"{twice[0]} is given for all runs and in the grid, too; leave one of them out")
             for settings in (self.base | point for point in _points(grid or {})):
                 if "run_dir" in settings:
                     raise ConfigError("a sweep names its run folders itself; leave run_dir out")
