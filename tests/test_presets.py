@@ -13,6 +13,7 @@ from helpers import ROOT, lines, make_trainer
 from covrl_lab import RunConfig
 from covrl_lab.train.answers import match_benchmark, vote
 from covrl_lab.train.models import load_tokenizer
+from covrl_lab.train.opening import open_task
 from covrl_lab.train.presets import CHATS, PRESETS
 from covrl_lab.train.prompts import Prompter
 from covrl_lab.train.rows import lookup
@@ -394,6 +395,15 @@ def test_llama_base_gets_the_published_format_and_a_system_prompt():
     assert "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>" in text
     assert text.endswith("<|start_header_id|>assistant<|end_header_id|>\n\n<think>\n")
     assert prompter.stop_ids == {tokenizer.convert_tokens_to_ids("<|eot_id|>")}
+
+
+@pytest.mark.parametrize("name", ["think_tag", "system_prompt"])
+def test_what_only_chat_prompts_read_is_refused_in_others(name):
+    settings = {"model": "tiny", name: "thinking", "task": "arithmetic"}
+    with pytest.raises(ConfigError, match=f"^{name} is for chat prompts, and these are few-shot; leave it out"):
+        open_task(RunConfig(**settings))
+    assert open_task(RunConfig(**settings, prompt_style="chat"))[1].style.name == "chat"
+    assert open_task(RunConfig(**settings, demonstrations=0))[1].style.name == "chat"
 
 
 def test_a_template_that_refuses_a_system_prompt_is_one_sentence():

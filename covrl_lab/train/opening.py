@@ -11,7 +11,7 @@ from .models import load_policy, load_tokenizer
 from .plan import Plan
 from .policy import Policy
 from .presets import CHATS, PRESETS
-from .prompts import PLAIN, Prompter
+from .prompts import FEW_SHOT, PLAIN, Prompter
 from .tasks import Task, eval_config, load_task
 
 LOG = logging.getLogger(__name__)
@@ -22,7 +22,13 @@ def open_task(config: RunConfig) -> tuple[Task, Prompter]:
     task = load_task(config)
     chat = CHATS.get(config.model, PLAIN)
     chat = replace(chat, think_tag=config.think_tag or chat.think_tag, system=config.system_prompt or chat.system)
-    return task, Prompter(load_tokenizer(config.model), task.demonstrations, config.prompt_style, chat)
+    prompter = Prompter(load_tokenizer(config.model), task.demonstrations, config.prompt_style, chat)
+    if prompter.style is FEW_SHOT and (config.think_tag or config.system_prompt):
+        name = "think_tag" if config.think_tag else "system_prompt"
+        raise ConfigError(
+            f"{name} is for chat prompts, and these are few-shot; leave it out, or set prompt_style='chat'"
+        )
+    return task, prompter
 
 
 def open_examples(
