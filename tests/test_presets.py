@@ -398,11 +398,14 @@ def test_llama_base_gets_the_published_format_and_a_system_prompt():
 
 
 @pytest.mark.parametrize("name", ["think_tag", "system_prompt"])
-def test_what_only_chat_prompts_read_is_refused_in_others(name):
+def test_what_only_chat_prompts_read_is_refused_in_others(tmp_path, name):
     settings = {"model": "tiny", name: "thinking", "task": "arithmetic"}
     with pytest.raises(ConfigError, match=f"^{name} is for chat prompts, and these are few-shot; leave it out"):
         open_task(RunConfig(**settings))
     assert open_task(RunConfig(**settings, prompt_style="chat"))[1].style.name == "chat"
+    begun = RunConfig(**settings, run_dir=str(tmp_path))
+    begun.save(tmp_path / "config.json")
+    assert open_task(begun)[1].style.name == "few_shot", "a run of an earlier version resumes"
     assert open_task(RunConfig(**settings, demonstrations=0))[1].style.name == "chat"
 
 

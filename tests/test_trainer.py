@@ -437,9 +437,13 @@ def test_a_file_evaluated_beside_the_task_has_its_columns(tmp_path):
         4,
         4,
     ]
-    with pytest.raises(ConfigError, match="c.jsonl' has columns .* but not 'problem'"):
-        file = write_rows(tmp_path / "c.jsonl", [{"question": "q", "answer": "1"}])
-        make_trainer(tmp_path / "run", TINY_RUN, task=ours, **settings | {"eval_task": file})
+    usual = write_rows(tmp_path / "c.jsonl", [{"question": f"Name {i}?", "answer": i} for i in range(9)])
+    more = settings | {"eval_task": usual}
+    found = make_trainer(tmp_path / "usual", TINY_RUN, task=ours, steps=1, **more).setup().eval_sets[0]
+    assert {e.question[:5] for e in found.examples} == {"Name "}
+    neither = write_rows(tmp_path / "d.jsonl", [{"problem": "q", "answer": "1"}])
+    with pytest.raises(ConfigError, match="d.jsonl' has columns .* but not 'question'"):
+        make_trainer(tmp_path / "run", TINY_RUN, task=ours, **settings | {"eval_task": neither})
 
 
 def test_training_makes_the_reference_answer_likelier(tmp_path):

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from ..config import RunConfig
 from ..types import ConfigError, Example
@@ -23,7 +24,8 @@ def open_task(config: RunConfig) -> tuple[Task, Prompter]:
     chat = CHATS.get(config.model, PLAIN)
     chat = replace(chat, think_tag=config.think_tag or chat.think_tag, system=config.system_prompt or chat.system)
     prompter = Prompter(load_tokenizer(config.model), task.demonstrations, config.prompt_style, chat)
-    if prompter.style is FEW_SHOT and (config.think_tag or config.system_prompt):
+    begun = Path(config.run_dir, "config.json").exists()  # by an earlier version: it resumes
+    if prompter.style is FEW_SHOT and (config.think_tag or config.system_prompt) and not begun:
         name = "think_tag" if config.think_tag else "system_prompt"
         raise ConfigError(
             f"{name} is for chat prompts, and these are few-shot; leave it out, or set prompt_style='chat'"

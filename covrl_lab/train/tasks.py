@@ -287,9 +287,15 @@ def is_rows(name: str) -> bool:
 
 
 def eval_config(config: RunConfig, name: str) -> RunConfig:
-    """The configuration of a set that is evaluated beside the task: a file or data set has the task's columns."""
-    names = ("bad_rows", "question_column", "answer_column") if is_rows(name) else ("bad_rows",)
-    return RunConfig(task=name, demonstrations=0, **{column: getattr(config, column) for column in names})
+    """The configuration of a set that is evaluated beside the task.
+
+    A data set has the task's columns, and so has a file that holds them; other files have the usual ones.
+    """
+    columns = {c: getattr(config, c) for c in ("question_column", "answer_column")} if is_rows(name) else {}
+    read = {column.split(".")[0] for column in columns.values() if column}
+    if read and os.path.isfile(name) and not read <= set(read_file(Path(name), limit=1)[0]):
+        columns = {}
+    return RunConfig(task=name, demonstrations=0, bad_rows=config.bad_rows, **columns)
 
 
 def check_task(config: RunConfig) -> None:
