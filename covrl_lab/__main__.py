@@ -17,9 +17,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .config import RunConfig, field_type
+from .config import RunConfig, field_type, unknown_name
 from .files import readable
-from .types import ConfigError, did_you_mean
+from .types import ConfigError
 
 _WORDS = {"None": None, "True": True, "False": False}
 _EVALUATED = [f.name for f in fields(RunConfig) if f.name.startswith("eval_") and f.name != "eval_every"]
@@ -134,8 +134,10 @@ def described() -> dict[str, tuple[str, str]]:
     found, section, above = {}, "", ""
     with suppress(OSError):  # an installation without sources
         for line in inspect.getsource(RunConfig).splitlines():
-            if comment := re.match("    # (?:--- )?(.*)", line):
-                section, above = (section, comment[1]) if "# ---" not in line else (comment[1], "")
+            if line.startswith("    # --- "):
+                section = line[10:]
+            elif line.startswith("    # "):
+                above = line[6:]
             elif field := re.match(r"    (\w+): .*? = .*?(?:  # (.*))?$", line):
                 found[field[1]], above = (section, field[2] or above), ""
     return found
@@ -152,13 +154,7 @@ def _parser() -> _Parser:
     own[train].add_argument("--repair", action="store_true", help="first mend damaged metrics and evaluations")
     add = own[sweep].add_argument
     add("folder", help="holds the runs; without further settings, they resume")
-    add(
-        "--grid",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE,VALUE",
-        help="settings to vary: every combination is a run",
-    )
+    add("--grid", action="append", default=[], metavar="NAME=VALUE,VALUE", help="what varies; repeatable")
     add("--workers", type=int, default=1, help="runs at once")
     add("--threads", type=int, help="of each run; default: cores / workers")
     add("--timeout_minutes", type=float, help="of a run")
@@ -183,10 +179,11 @@ def _parser() -> _Parser:
     add("--step", type=int, help="of the checkpoint; default: the last; 0: before training")
     for name, text in _TOKENS.items():
         own[plan].add_argument(f"--{name}", type=int, metavar="int", help=text)
+    about = described()
     for command in (train, sweep, plan, evaluate):
         if command is not evaluate:
             own[command].add_argument("--config", metavar="FILE", help="YAML file of settings, or covrl-7b")
-        about, groups = described(), {}
+        groups = {}
         for field in fields(RunConfig):
             if command is evaluate and field.name not in _EVALUATED:
                 continue
@@ -197,8 +194,8 @@ def _parser() -> _Parser:
                 text += f" (default: {field.default})"
             if section not in groups:
                 groups[section] = own[command].add_argument_group(section)
-            text = text.replace("%", "%%")
-            groups[section].add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar=shown, help=text)
+            how = {"default": argparse.SUPPRESS, "metavar": shown, "help": text.replace("%", "%%")}
+            groups[section].add_argument(f"--{field.name}", **how)
         places = "".join(f" {flag.dest}" for flag in own[command]._actions if not flag.option_strings)
         own[command].usage = f"%(prog)s{places} [--SETTING VALUE ...]"
     return parser
@@ -234,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if unknown:
             name = unknown[0].lstrip("-").split("=")[0]
             valid = [flag.dest for flag in options.parser._actions if flag.option_strings and flag.dest != "help"]
-            raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, valid)}")
+            raise unknown_name("setting", name, valid)
         several = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1
         if several and (options.command != "train" or options.repair):
             raise ConfigError("only train, without --repair, runs on several processes; use no launcher for this")

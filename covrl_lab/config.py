@@ -45,6 +45,26 @@ _BEFORE = {"evidence_power": 1.0}  # what later settings were before they could 
 # Settings that came later. Left out of a run's id where they are not set, so that earlier runs keep theirs.
 _LATER = "bad_rows think_tag system_prompt eval_task eval_temperature eval_top_p eval_max_trace_tokens".split()
 _LATER += _BEFORE
+# What Transformers, PEFT and TRL call some of our settings.
+ELSEWHERE = {
+    "rollouts_per_question": "num_generations group_size num_rollouts",
+    "max_trace_tokens": "max_completion_length max_new_tokens",
+    "questions_per_step": "batch_size per_device_train_batch_size",
+    "learning_rate": "lr",
+    "lr_schedule": "lr_scheduler_type",
+    "kl_weight": "beta kl_coef",
+    "clip_range": "epsilon cliprange",
+    "clip_range_high": "epsilon_high",
+    "steps": "max_steps num_steps",
+    "eval_every": "eval_steps",
+    "checkpoint_every": "save_steps",
+    "model": "model_name_or_path model_name model_id",
+    "task": "dataset dataset_name",
+    "lora_rank": "lora_r r",
+    "quantization": "load_in_4bit",
+    "run_dir": "output_dir",
+    "tracker": "report_to",
+}
 _LITERALS = str | int | float | bool | None | list | tuple | dict
 _KINDS = {float: "a finite number", int: "a whole number", bool: "True or False"}
 _KINDS[str] = "text of at most 1,000 characters without NUL"
@@ -71,6 +91,14 @@ def field_type(field: dataclasses.Field) -> FieldType:
     return FieldType(kind, optional, choices, rules[0] if rules else None)
 
 
+def unknown_name(kind: str, name: str, valid: Iterable[str]) -> ConfigError:
+    """The error for a name that is no ``kind``, with the valid one that is nearest, or is called so elsewhere."""
+    valid = list(valid)
+    ours = [setting for setting, theirs in ELSEWHERE.items() if setting in valid and name in theirs.split()]
+    hint = f"; did you mean {ours[0]!r}?" if ours else did_you_mean(name, valid)
+    return ConfigError(f"unknown {kind} {name!r}{hint}")
+
+
 class _Checked(type):
     """Makes a keyword that is no field a ConfigError that gives the nearest name."""
 
@@ -78,7 +106,7 @@ class _Checked(type):
         valid = [f.name for f in fields(cls)]  # type: ignore[arg-type]
         for name in settings:
             if name not in valid:
-                raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, valid)}")
+                raise unknown_name("setting", name, valid)
         return super().__call__(*args, **settings)
 
 
@@ -353,7 +381,7 @@ def check_parameters(names: dict[str, Any], valid: Iterable[str]) -> None:
     for name, value in names.items():
         plain = not name.startswith("_") and name not in ("In", "Out") and isinstance(value, _LITERALS)
         if plain and name not in valid:
-            raise ConfigError(f"unknown parameter {name!r}{did_you_mean(name, valid)}")
+            raise unknown_name("parameter", name, valid)
     names["_parameters_checked"] = True
 
 

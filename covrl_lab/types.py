@@ -23,26 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# What Transformers, PEFT and TRL call some of our settings.
-ELSEWHERE = {
-    "rollouts_per_question": "num_generations group_size num_rollouts",
-    "max_trace_tokens": "max_completion_length max_new_tokens",
-    "questions_per_step": "batch_size per_device_train_batch_size",
-    "learning_rate": "lr",
-    "lr_schedule": "lr_scheduler_type",
-    "kl_weight": "beta kl_coef",
-    "clip_range": "epsilon cliprange",
-    "clip_range_high": "epsilon_high",
-    "steps": "max_steps num_steps",
-    "eval_every": "eval_steps",
-    "checkpoint_every": "save_steps",
-    "model": "model_name_or_path model_name model_id",
-    "task": "dataset dataset_name",
-    "lora_rank": "lora_r r",
-    "quantization": "load_in_4bit",
-    "run_dir": "output_dir",
-    "tracker": "report_to",
-}
 UNFIT = re.compile("[\0\ud800-\udfff]")  # what no file can hold: NUL, and half a surrogate pair
 
 
@@ -61,8 +41,7 @@ class NotFinite(ConfigError):
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest valid name, else a list of all (at most 12)."""
     valid = [" ".join(str(v).split())[:80] for v in valid]
-    near = [ours for ours, theirs in ELSEWHERE.items() if ours in valid and name in theirs.split()]
-    near = near or difflib.get_close_matches(str(name)[:100], valid, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(name)[:100], valid, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"
     shown = ", ".join(sorted(valid)[:12]) + (", ..." if len(valid) > 12 else "")

@@ -433,10 +433,8 @@ def test_a_file_evaluated_beside_the_task_has_its_columns(tmp_path):
     settings = {"question_column": "problem", "answer_column": "solution", "eval_task": f"{theirs}, arithmetic"}
     trainer = make_trainer(tmp_path / "run", TINY_RUN, task=ours, steps=1, **settings).setup()
     found = [{(e.question, e.answer) for e in one.examples} for one in trainer.eval_sets]
-    assert found[0] <= {(row["problem"], str(row["solution"])) for row in rows[70:]} and list(map(len, found)) == [
-        4,
-        4,
-    ]
+    assert found[0] <= {(row["problem"], str(row["solution"])) for row in rows[70:]}
+    assert [len(questions) for questions in found] == [4, 4]
     usual = write_rows(tmp_path / "c.jsonl", [{"question": f"Name {i}?", "answer": i} for i in range(9)])
     more = settings | {"eval_task": usual}
     found = make_trainer(tmp_path / "usual", TINY_RUN, task=ours, steps=1, **more).setup().eval_sets[0]

@@ -319,9 +319,10 @@ def listed(text: str) -> list[str]:
 
 def _points(grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
     """Every combination of one value a name; a list of one may be the value itself, as papermill passes it on."""
-    kinds = {str: listed, int: lambda value: [value], float: lambda value: [value]}
-    columns = {name: kinds.get(type(values), lambda value: value)(values) for name, values in grid.items()}
-    for name, values in columns.items():
+    columns = {}
+    for name, values in grid.items():
+        values = listed(values) if isinstance(values, str) else [values] if type(values) in (int, float) else values
+        columns[name] = values
         if not isinstance(values, Sequence) or not values:
             raise ConfigError(f"grid {name!r} needs a list of values, not {values!r}")
     return (dict(zip(columns, point, strict=True)) for point in itertools.product(*columns.values()))

@@ -72,9 +72,12 @@ def check_columns(name: str, found: list[str], preset: Preset, own: bool) -> Non
         if found.count(column) > 1:
             raise ConfigError(f"data set {name!r} has two columns {column!r}; rename one")
         if column not in found and column.split(".")[0] not in found:
-            hint = did_you_mean(column, found) if own else f"; the preset reads {', '.join(preset.columns)}"
-            if own and column in ("question", "answer"):  # what is read unless said otherwise
+            if not own:
+                hint = f"; the preset reads {', '.join(preset.columns)}"
+            elif column in ("question", "answer"):  # what is read unless said otherwise
                 hint = f"; set {column}_column to the one that holds it"
+            else:
+                hint = did_you_mean(column, found)
             raise ConfigError(f"data set {name!r} has columns {str(found):.200} but not {column!r}{hint}")
 
 
@@ -101,8 +104,8 @@ def cell(row: dict[str, Any], column: str | None) -> str:
     text = "" if value is None else str(value).strip()
     several = hasattr(value, "__len__") and not isinstance(value, str)
     if several or UNFIT.search(text) or (isinstance(value, float | Decimal) and not math.isfinite(value)):
-        remedy = "put text or a finite number there, or remove it"
-        remedy = f"name a place in it, as in {column}.0.content" if several else remedy
+        place = f"name a place in it, as in {column}.0.content"
+        remedy = place if several else "put text or a finite number there, or remove it"
         raise BadRow(f"has {value!r:.60} in {column!r}", remedy)
     return text
 

@@ -310,21 +310,21 @@ def check_task(config: RunConfig) -> None:
     columns = (config.question_column, config.answer_column, config.trace_column)
     short, _, file = name.partition("@")
     preset, on_hub = short in PRESETS, name.startswith("hf/")
-    is_file = is_rows(name) and not on_hub
-    if any(columns) and not is_rows(name):
+    own = is_rows(name)
+    if any(columns) and not own:
         raise ConfigError(f"columns are for files and hf/ data sets, not {name!r}")
     if (config.dataset_config or config.dataset_split) and not on_hub:
         raise ConfigError(f"dataset_config and dataset_split are for hf/ data sets, not {name!r}")
 
     if name in TASKS or preset and not file:
         return
-    if preset or is_file:
+    if preset or (own and not on_hub):
         path = Path(file if preset else name)
         if not os.path.isfile(path):
             raise ConfigError(f"data file {str(path)!r} does not exist; check the path")
         if path.suffix not in FILE_SUFFIXES:
             raise ConfigError(f"data file {str(path)!r} must end in one of {', '.join(FILE_SUFFIXES)}")
-        check_columns(name, read_file(path, limit=1)[0], _preset(config)[1], own=is_file)
+        check_columns(name, read_file(path, limit=1)[0], _preset(config)[1], own)
     elif on_hub:
         if not re.fullmatch(r"hf/\w[\w.-]*/\w[\w.-]*", name):
             raise ConfigError(f"Hugging Face task {name!r} must have the form hf/OWNER/NAME")
@@ -355,5 +355,5 @@ def load_task(task: str | RunConfig, **settings: Any) -> Task:
         return _gym_task(name)
     short, preset, file = _preset(given)
     found, rows = read_file(Path(file)) if file else read_hub(name, preset)
-    check_columns(name, found, preset, own=short not in PRESETS)
+    check_columns(name, found, preset, is_rows(name))
     return _row_task(short, rows, preset, given.demonstrations, short in PRESETS or given.bad_rows == "skip")
