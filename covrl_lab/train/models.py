@@ -37,7 +37,7 @@ from ..types import ConfigError, did_you_mean
 from .embedded import EMBEDDED, embedded_model_path, quiet
 from .limits import fast_dtype, pick_device
 from .lora import fuse
-from .policy import Policy
+from .policy import CACHE_NAMES, Policy
 
 TINY = "tiny"
 
@@ -195,7 +195,7 @@ def _checkpoint_layers(decoder: torch.nn.Module) -> None:
     """
 
     def recomputed(forward, *args, **kwargs):
-        if torch.is_grad_enabled() and kwargs.get("past_key_values") is None:
+        if torch.is_grad_enabled() and all(kwargs.get(name) is None for name in CACHE_NAMES):
             return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
         return forward(*args, **kwargs)
 

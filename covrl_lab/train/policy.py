@@ -1,5 +1,6 @@
 """A policy: a frozen base model with a small LoRA adapter on top, its tokenizer, and the adapter's files."""
 
+import inspect
 import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from ..types import ConfigError
 from .lora import LoraGroup
 from .tree import check_logits, enable_packing
 
+CACHE_NAMES = ("cache", "past_key_values")  # of a forward's keys and values, from transformers 5.24 on and before
+
 
 @dataclass
 class Policy:
@@ -23,6 +26,7 @@ class Policy:
     model: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
     name: str
+    cache_name: str = field(init=False)  # the one of CACHE_NAMES that the decoder takes
     packs: bool = field(init=False)  # whether the model can run a prefix tree
     flex: bool = field(init=False)  # whether it does so with FlexAttention
     graphs: bool = field(init=False)  # whether decoding is recorded as CUDA graphs
@@ -33,6 +37,8 @@ class Policy:
 
     def __post_init__(self) -> None:
         check_logits(self)
+        accepted = inspect.signature(self.decoder.forward).parameters
+        self.cache_name = next((name for name in CACHE_NAMES if name in accepted), CACHE_NAMES[-1])
         self.flex = self.device.type == "cuda"
         self.packs = enable_packing(self)
         self.graphs = self.packs and self.device.type == "cuda"

@@ -279,10 +279,9 @@ class PlainRows:
 
     def _forward(self, ids: Tensor) -> Tensor:
         position = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        output = self.policy.decoder(
-            input_ids=ids, attention_mask=self.mask, position_ids=position, past_key_values=self.cache, use_cache=True
-        )
-        self.cache = output.past_key_values
+        kept = {self.policy.cache_name: self.cache, "use_cache": True}
+        output = self.policy.decoder(input_ids=ids, attention_mask=self.mask, position_ids=position, **kept)
+        self.cache = getattr(output, self.policy.cache_name)
         return output.last_hidden_state[self.place, -1]
 
     def step(self, token: Tensor, alive: Sequence[int] | None = None, new: Sequence[int] = ()) -> Tensor:

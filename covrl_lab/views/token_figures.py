@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.colors import hex_to_rgb
 from plotly.subplots import make_subplots
 
 from .html import figure_text, verdict
@@ -136,7 +137,7 @@ def plot_mixing(settings: Mapping[str, str], parts: Sequence[tuple[Any, Any, Any
         for source, colour in SOURCE_COLOURS.items():
             edges, share = density.get(f"ratio {source}", ([], []))
             steps = _steps(np.exp(edges), share, axes[1], f"{source} traces", {"color": colour, "width": 1.5}, first)
-            data.append(steps | {"fill": "tozeroy", "fillcolor": f"{colour}40"})  # a quarter opaque
+            data.append(steps | {"fill": "tozeroy", "fillcolor": f"rgba{(*hex_to_rgb(colour), 0.25)}"})
             data.append(
                 {
                     "type": "bar",
