@@ -4,6 +4,7 @@ Tolerances are float32 rounding: errors of some 1e-7 relative in each sum, sums 
 and plain matrices, logits of about 10. The gaps are about 1e-5 on a CPU; the tolerances are ten times that.
 """
 
+import copy
 import dataclasses
 import logging
 import math
@@ -37,7 +38,7 @@ from transformers import (
 from covrl_lab.train import scoring
 from covrl_lab.train import tree as tree_module
 from covrl_lab.train.models import load_tokenizer
-from covrl_lab.train.policy import Policy
+from covrl_lab.train.policy import CACHE_NAMES, Policy
 from covrl_lab.train.prompts import Prompter
 from covrl_lab.train.sampling import generate
 from covrl_lab.train.scoring import packed_tokens, trace_logprobs
@@ -333,6 +334,51 @@ class TestModelsThatCannotPack:
                 logits = policy.causal_lm(torch.tensor([context]), use_cache=False).logits[0, -1]
                 assert float(logits.max() - logits[token]) < 1e-4
                 context.append(token)
+
+
+def test_the_self_test_of_packing_reads_ordinary_words(monkeypatch):
+    """Of special tokens that are all alike, as SmolLM2's first ones almost are, a wrong neighbour would not be seen."""
+
+    def no_tree(self, query, key, value, scaling, layer):
+        dot = torch.nn.functional.scaled_dot_product_attention
+        return dot(query, key, value, is_causal=True, scale=scaling).transpose(1, 2)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = MistralForCausalLM(MistralConfig(**SIZES | {"num_key_value_heads": 4})).requires_grad_(False).eval()
+    model.get_input_embeddings().weight[:32] = model.get_input_embeddings().weight[32].clone()
+    assert Policy(model, load_tokenizer("tiny"), "alike").packs
+    monkeypatch.setattr(TreeAttention, "__call__", no_tree)
+    assert not Policy(model, load_tokenizer("tiny"), "alike").packs
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+@pytest.mark.parametrize("form", [copy.copy, unpacked])
+@torch.no_grad()
+def test_a_decoder_takes_its_cache_by_the_new_or_the_old_name(tiny_policies, prompts, monkeypatch, form, name):
+    """Transformers 5.24 renamed it. The installed version knows one name only, so both are put around it here."""
+    policy, contexts, calls = tiny_policies("tiny"), [list(prompts[0].prior), list(prompts[1].posterior)], []
+    limits = {"max_tokens": 8, "ended": lambda ids: False}
+    expected = generate(form(policy), contexts, **limits)[0]
+    forward, installed = policy.decoder.forward, policy.cache_name
+
+    def call(ids, kept, arguments):
+        calls.append(kept)
+        output = forward(ids, **(arguments | {installed: kept}))  # what comes by the installed name is lost
+        given = dict.fromkeys(("hidden_states", "attentions", *CACHE_NAMES)) | {name: getattr(output, installed)}
+        return SimpleNamespace(last_hidden_state=output.last_hidden_state, **given)
+
+    def new(input_ids, cache=None, **arguments):
+        return call(input_ids, cache, arguments)
+
+    def old(input_ids, past_key_values=None, **arguments):
+        return call(input_ids, past_key_values, arguments)
+
+    monkeypatch.setattr(policy.decoder, "forward", new if name == "cache" else old)
+    renamed = form(Policy(policy.model, policy.tokenizer, "renamed"))
+    assert renamed.cache_name == name
+    assert generate(renamed, contexts, **limits)[0] == expected
+    assert len([kept for kept in calls if kept is not None]) >= 7
 
 
 def test_windows_matter_at_these_lengths(policies, prompts, batch, monkeypatch):

@@ -257,9 +257,9 @@ def forward(policy: Policy, ids: Tensor, position: Tensor, tree, cache=None) -> 
         input_ids=ids.to(policy.device),
         attention_mask=dict.fromkeys(kinds, unread) if kinds else unread,
         position_ids=position.to(policy.device),
-        past_key_values=cache,
         use_cache=cache is not None,
         tree=tree,
+        **{policy.cache_name: cache},
     )
     return output.last_hidden_state
 
@@ -318,7 +318,8 @@ def enable_packing(policy: Policy) -> bool:
     """
     lm = policy.causal_lm
     before, config = lm.config._attn_implementation, policy.decoder.config
-    sequences = [[7, 8, 9, 10, 11], [7, 8, 9, 12, 11, 10], [7, 13], [14, 8, 9]]
+    word = policy.head.weight.shape[0] // 2  # ordinary ones: the first ids are special, alike or never trained
+    sequences = [[word + i for i in ids] for ids in ([0, 1, 2, 3, 4], [0, 1, 2, 5, 4, 3], [0, 6], [7, 1, 2])]
     try:
         if unknown := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
             raise NotImplementedError(f"layers of type {min(unknown)!r}")
