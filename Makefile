@@ -27,7 +27,7 @@ test: lint
 quick: lint
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-lint: .venv/.installed
+lint: .venv/.tests
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 
@@ -55,7 +55,7 @@ gpu-check: .venv/.installed
 	.venv/bin/python -m tests.bench.gpu_check --out notebooks/results/speed/gpu_check.json $(CHECK_ARGS)
 
 # Runs killed at random and at every write, and load: a table. TORTURE_ARGS="--kills 40 --steps 0" does less.
-torture: .venv/.installed
+torture: .venv/.tests
 	.venv/bin/python -m tests.bench.torture $(TORTURE_ARGS)
 
 # Methods on tasks of one to three steps (tests/bench/trials.py): a run takes 4 to 6 minutes on one free core. What
@@ -74,5 +74,10 @@ clean:
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit("covrl_lab needs Python 3.11 or newer and $(PYTHON) is " + v + ": name another with make PYTHON=python3.11")'
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -c constraints.txt -e ".[notebooks]"
+	touch $@
+
+# What the tests need besides. A part of reasoning-gym may have to be built, with a C compiler and Python's headers.
+.venv/.tests: .venv/.installed
 	.venv/bin/python -m pip install -c constraints.txt -e ".[notebooks,tests]"
 	touch $@

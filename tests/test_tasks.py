@@ -105,6 +105,12 @@ def test_reasoning_gym_splits_and_scores(name):
         assert task.score("no idea", example) < 1.0 and task.score("", example) == 0.0
 
 
+def test_reasoning_gym_is_asked_for_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
+    with pytest.raises(ConfigError, match=r"'reasoning_gym/n_queens' needs reasoning-gym: pip install reasoning-gym$"):
+        load_task("reasoning_gym/n_queens")
+
+
 def test_reasoning_gym_scorers_never_evaluate_model_text(tmp_path):
     target = tmp_path / "written"
     attack = f"[open({str(target)!r}, 'w')]"

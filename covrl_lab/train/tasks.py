@@ -329,8 +329,10 @@ def check_task(config: RunConfig) -> None:
         if not re.fullmatch(r"hf/\w[\w.-]*/\w[\w.-]*", name):
             raise ConfigError(f"Hugging Face task {name!r} must have the form hf/OWNER/NAME")
     elif name.startswith("reasoning_gym/"):
-        from reasoning_gym.factory import DATASETS
-
+        try:
+            from reasoning_gym.factory import DATASETS
+        except ImportError as error:
+            raise ConfigError(f"{name!r} needs reasoning-gym: pip install reasoning-gym") from error
         short = name.removeprefix("reasoning_gym/")
         if short not in DATASETS:
             raise ConfigError(f"unknown reasoning-gym task {short!r}{did_you_mean(short, DATASETS)}")
