@@ -12,7 +12,7 @@ import plotly.io as pio
 import pytest
 from helpers import ASK, DEMONSTRATIONS, adapter_change, made_up_run, until
 
-from covrl_lab import RunConfig, Trainer, list_runs
+from covrl_lab import RunConfig, Trainer, list_runs, load_run
 from covrl_lab.train import probe
 from covrl_lab.train.models import load_policy
 from covrl_lab.train.policy import load_adapter
@@ -252,3 +252,20 @@ def test_runs_are_offered_from_where_the_table_of_runs_finds_them(tmp_path, monk
     assert {Path(name).resolve() for name in PromptBench(model="tiny", **SMALL).source.options[2:]} == {
         tmp_path / name for name in made
     }
+
+
+def test_a_run_brings_its_own_question_until_something_is_typed(trained, tmp_path):
+    asked = load_run(trained).predictions(0).iloc[0]
+    bench = PromptBench(checkpoint=trained)
+    fields = [bench.question, bench.answer, bench.max_tokens, bench.temperature]
+    assert [field.value for field in fields] == [asked["question"], asked["answer"], 6, 1.0]
+
+    # Another source brings others, but for what somebody has typed; an answer belongs to its question.
+    bench.temperature.value = 0.5
+    bench.source.value = "tiny"
+    assert [field.value for field in fields] == ["What is 47 + 35?", "82", 28, 0.5]
+    bench.answer.value = "83"
+    bench.source.value = str(trained)
+    assert [field.value for field in fields] == ["What is 47 + 35?", "83", 6, 0.5]
+    given = PromptBench(checkpoint=trained, question="Why?", answer="So", max_tokens=9)
+    assert [given.question.value, given.answer.value, given.max_tokens.value] == ["Why?", "So", 9]

@@ -14,7 +14,7 @@ from IPython.display import HTML
 
 from ..config import RunConfig
 from ..files import read_object, readable
-from ..runs.folder import SHARED, run_folders, step_file, steps_in
+from ..runs.folder import SHARED, load_run, run_folders, step_file, steps_in
 from ..runs.reweight import answer_logprob
 from ..types import ConfigError
 from .html import html_number, html_source, html_table, html_text, visible
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 _NARROW = "205px"  # of a field; four stand side by side
+USUAL = {"question": "What is 47 + 35?", "answer": "82", "temperature": 1.0, "max_tokens": 28}
 
 
 class Source(NamedTuple):
@@ -36,6 +37,14 @@ class Source(NamedTuple):
 
     config: RunConfig
     checkpoints: dict[int, Path]
+    run_dir: Path | None = None
+
+    def defaults(self) -> dict[str, Any]:
+        """What the bench's fields hold until they are filled in: a run's own settings and first held-out question."""
+        found = USUAL | {"temperature": self.config.temperature, "max_tokens": self.config.max_trace_tokens}
+        steps = steps_in(self.run_dir / "evaluations") if self.run_dir else []
+        asked = load_run(self.run_dir).predictions(steps[0]).head(1) if steps else pd.DataFrame()
+        return found | {name: asked[name].iloc[0] for name in ("question", "answer") if len(asked)}
 
 
 def find_source(name: str | Path, **settings: Any) -> Source:
@@ -66,7 +75,7 @@ def find_source(name: str | Path, **settings: Any) -> Source:
     found = {step: adapter for step, adapter in found.items() if path in (run_dir, adapter)}
     if not found:
         raise ConfigError(f"{str(name)!r} holds no checkpoint yet; a run writes one every few steps")
-    return Source(RunConfig.load(run_dir / "config.json"), found)
+    return Source(RunConfig.load(run_dir / "config.json"), found, run_dir)
 
 
 def summary_html(frames: dict[str, pd.DataFrame]) -> str:
@@ -157,6 +166,8 @@ class PromptBench(BenchResults):
     policy      a loaded policy with its ``prompter``, such as a trainer's (``trainer.policy``)
     model       without a policy: a model name, or a ``checkpoint``: a run folder, one in it, a shared folder, or
                 "hub:OWNER/NAME"; loaded at the first click, in the background
+    question, answer, temperature, max_tokens
+                None: those of the run, its first held-out question
     settings    fields of RunConfig for a bare model name: task (worked examples in the prompt), quantization,
                 dtype, ...
 
@@ -172,11 +183,11 @@ class PromptBench(BenchResults):
         *,
         model: str = "smollm2-135m",
         checkpoint: str | Path | None = None,
-        question: str = "What is 47 + 35?",
-        answer: str = "82",
+        question: str | None = None,
+        answer: str | None = None,
         k: int = 4,
-        temperature: float = 1.0,
-        max_tokens: int = 28,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
         seed: int = 0,
         **settings: Any,
     ) -> None:
@@ -199,12 +210,15 @@ class PromptBench(BenchResults):
         known = ["smollm2-135m", "tiny", *map(str, found)]
         self.source = _field(widgets.Combobox, "model or run", name, options=known, disabled=self._given)
         self.step = _field(widgets.Dropdown, "checkpoint", None, _NARROW)
-        self.question = _field(widgets.Textarea, "question x", question, rows=2)
-        self.answer = _field(widgets.Text, "answer y", answer)
+        given = {"question": question, "answer": answer, "temperature": temperature, "max_tokens": max_tokens}
+        self._defaults = {n: value for n, value in USUAL.items() if given[n] is None}  # what stands in the fields
+        asked = {n: USUAL[n] if value is None else value for n, value in given.items()}
+        self.question = _field(widgets.Textarea, "question x", asked["question"], rows=2)
+        self.answer = _field(widgets.Text, "answer y", asked["answer"])
         whole, real = widgets.BoundedIntText, widgets.BoundedFloatText
         self.k = _field(whole, "traces of each", k, _NARROW, min=1, max=64)
-        self.temperature = _field(real, "temperature", temperature, _NARROW, min=0.01, max=10, step=0.1)
-        self.max_tokens = _field(whole, "tokens at most", max_tokens, _NARROW, min=1, max=100_000)
+        self.temperature = _field(real, "temperature", asked["temperature"], _NARROW, min=0.01, max=10, step=0.1)
+        self.max_tokens = _field(whole, "tokens at most", asked["max_tokens"], _NARROW, min=1, max=100_000)
         self.seed = _field(whole, "seed", seed, _NARROW, max=2**31 - 1)
         self.generate = button("Generate", self.start, "play", button_style="primary")
         self.cancel = button("Cancel", self._cancel.set, "stop", disabled=True)
@@ -220,15 +234,24 @@ class PromptBench(BenchResults):
     # --- model
 
     def _list_steps(self, change: Any = None) -> None:
-        """Offer the checkpoints of the named run, the last one chosen."""
+        """Offer the checkpoints of the named run, the last one chosen, and its defaults where nothing was typed."""
         steps: list[int] = []
         # A name half typed is no error; a wrong one is reported by the click, which alone asks the Hub.
         with contextlib.suppress(ConfigError, OSError):
-            unknown = self._given or self.source.value.startswith("hub:")
-            steps = [] if unknown else list(find_source(self.source.value, **self._settings).checkpoints)
+            if not self._given and not self.source.value.startswith("hub:"):
+                source = find_source(self.source.value, **self._settings)
+                steps = list(source.checkpoints)
+                self._offer(source.defaults())
         self.step.options = step_choices(steps)[1:] or [("none", 0)]
         self.step.value = steps[-1] if steps else 0
         self.step.disabled = not steps
+
+    def _offer(self, values: dict[str, Any]) -> None:
+        """Put a source's defaults into the fields that hold those of the source before."""
+        for names in (("question", "answer"), ("temperature",), ("max_tokens",)):
+            if all(getattr(self, name).value == self._defaults.get(name) for name in names):
+                for name in names:
+                    getattr(self, name).value = self._defaults[name] = values[name]
 
     def _open(self) -> None:
         """Make the chosen model and adapter the present ones, loading only what differs."""

@@ -145,7 +145,7 @@ def plot_against_alpha(frame: pd.DataFrame) -> go.Figure:
     unknown = frame["accuracy"].isna().all()
     share = {"tickformat": ".0%", "rangemode": "tozero", "range": [0, 1] if unknown else None}
     figure.update_yaxes(title_text="no evaluation yet" if unknown else "share of questions", **share, col=1)
-    figure.update_yaxes(title_text="the method's reward", exponentformat="power", col=2)
+    figure.update_yaxes(title_text="the method's reward", col=2)
     return figure.update_layout(template=TEMPLATE, height=380, legend={"y": 1.12}, margin={"t": 90})
 
 

@@ -18,6 +18,7 @@ _AXIS = {
     "linecolor": GREY,
     "tickcolor": GREY,
     "automargin": True,
+    "exponentformat": "power",  # else 1e-6 is "1μ", as of a metre
     "title": {"standoff": 8},
 }
 # Four buttons are as high as the lowest figure: more would stand in a second row, over the data.
