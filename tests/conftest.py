@@ -18,8 +18,8 @@ KERNELS = "test_benchmark test_nbval test_packaging test_sweep test_train_notebo
 # `make quick` leaves these out, besides: they train for minutes, load many models, or start many processes.
 SLOW = [name for name in BROWSER + KERNELS if name not in ("test_explorer", "test_mixing")]
 SLOW += """
-    test_bench test_card test_checkpoints test_disk test_embedded test_gpu_check test_hostile test_methods test_owner test_ranks
-    test_scorer test_sharing test_trainer
+    test_bench test_card test_checkpoints test_disk test_embedded test_gpu_check test_hostile test_methods test_owner
+    test_ranks test_scorer test_sharing test_trainer
 """.split()
 
 # Before torch is imported; processes that a test starts inherit it, so that their numbers are the same.
