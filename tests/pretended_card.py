@@ -1,7 +1,7 @@
 """A CUDA device without a card: tensors are computed on the CPU, and refused wherever CUDA would refuse them.
 
     with pretended_card():
-        make_trainer(folder, device="cuda:0").run()
+        make_trainer(folder, device="cuda").run()
 
 Refused are operations on tensors of two devices, ``numpy()``, and, while a CUDA graph records, all that waits for
 the card or copies to or from it. Speed, memory, kernels and their rounding are a real card's.
@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -144,6 +145,19 @@ class _Mode(TorchDispatchMode):
         return _run(function, args, kwargs or {})
 
 
+class _Index(TorchFunctionMode):
+    """``cuda`` means the one card there is; C++ would ask CUDA which."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        def indexed(x):
+            return CUDA if (isinstance(x, torch.device) and x.type == "cuda") or x in ("cuda", "cuda:0") else x
+
+        kwargs = {name: indexed(x) if name == "device" else x for name, x in (kwargs or {}).items()}
+        if getattr(function, "__name__", "") == "to":
+            args = (args[0], *(x if isinstance(x, Tensor) else indexed(x) for x in args[1:]))
+        return function(*args, **kwargs)
+
+
 class _Graph:
     """A CUDA graph: the same tensors in and out at every replay, and nothing waits for the card."""
 
@@ -239,4 +253,5 @@ def pretended_card(memory_gib=80):
         stack.callback(overwrite, torch.__future__.get_overwrite_module_params_on_conversion())
         overwrite(True)
         stack.enter_context(_Mode())
+        stack.enter_context(_Index())
         yield

@@ -40,7 +40,7 @@ def test_the_pretended_card_refuses_what_cuda_does(card):
         on.numpy()
     assert type(on.cpu()) is type(on.to("cpu")) is torch.Tensor and type(off.to(on.device)) is Card
     waits = (on.tolist, on.cpu, on.sum().item, lambda: on[on > 0], lambda: on[torch.tensor([0])])
-    for wait in (*waits, lambda: torch.tensor([1], device=on.device), lambda: on.copy_(off)):
+    for wait in (*waits, lambda: torch.tensor([1], device="cuda"), lambda: on.copy_(off)):
         with pytest.raises(RuntimeError, match="stream is capturing"):
             sampling.record(wait)
     graph, output = sampling.record(lambda: on * 2)
@@ -58,8 +58,8 @@ def test_a_run_on_a_pretended_card_has_the_numbers_of_the_cpu(tmp_path, monkeypa
         monkeypatch.setattr(lora, "has_room", lambda *_: False)
         monkeypatch.setattr("covrl_lab.train.policy.enable_packing", lambda policy: False)
     with pretended_card.pretended_card():
-        next(iter(make_trainer(tmp_path / "card", settings, device="cuda:0")))
-        trainer = make_trainer(tmp_path / "card", settings, device="cuda:0").run()
+        next(iter(make_trainer(tmp_path / "card", settings, device="cuda")))
+        trainer = make_trainer(tmp_path / "card", settings, device="cuda").run()
         trained = {type(p) for _, p in trainer.policy.trainable()}
         assert trained == {Card} and trainer.optimizer.state
         recorded = len(pretended_card.graphs)
@@ -78,6 +78,6 @@ def test_a_run_on_a_pretended_card_has_the_numbers_of_the_cpu(tmp_path, monkeypa
 
 
 def test_the_bench_asks_a_policy_on_a_pretended_card(card, tmp_path):
-    trainer = make_trainer(tmp_path / "run", method="covrl", device="cuda:0").setup()
+    trainer = make_trainer(tmp_path / "run", method="covrl", device="cuda").setup()
     found = probe_question(trainer.policy, trainer.prompter, question="What is 2 + 3?", answer="5", k=2, max_tokens=6)
     assert len(found) == 4 and {len(row) for row in found["alternatives"]} <= set(range(1, 7))
