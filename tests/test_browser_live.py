@@ -111,7 +111,7 @@ def test_the_bench_samples_and_shows_what_the_files_and_the_model_give(lab, runn
     has_text(lab, ".covrl-bench", "done")
     page.wait_for_selector(".covrl-bench .js-plotly-plot .main-svg")
 
-    config, checkpoints = find_source(run)
+    config, checkpoints, _ = find_source(run)
     policy, prompter = open_source(config, checkpoints[max(checkpoints)])
     frame = probe_question(policy, prompter, question, answer, 2, max_tokens=6)
     for source, own in frame.groupby("source"):
