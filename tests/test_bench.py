@@ -254,7 +254,7 @@ def test_runs_are_offered_from_where_the_table_of_runs_finds_them(tmp_path, monk
     }
 
 
-def test_a_run_brings_its_own_question_until_something_is_typed(trained, tmp_path):
+def test_a_run_brings_its_own_question_until_something_is_typed(trained):
     asked = load_run(trained).predictions(0).iloc[0]
     bench = PromptBench(checkpoint=trained)
     fields = [bench.question, bench.answer, bench.max_tokens, bench.temperature]

@@ -74,7 +74,7 @@ def test_a_run_on_a_pretended_card_has_the_numbers_of_the_cpu(tmp_path, monkeypa
             if expected[column] is None:  # not measured at this step
                 assert found[column] is None
             else:
-                assert found[column] == pytest.approx(expected[column], rel=1e-3, abs=1e-6), column
+                assert found[column] == pytest.approx(expected[column], rel=1e-3, abs=1e-12), column
 
 
 def test_the_bench_asks_a_policy_on_a_pretended_card(card, tmp_path):
