@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from ..types import ConfigError, did_you_mean
 from ..views.html import helped, html_number, html_table, html_text
 from ..views.style import BOTH, GREY, PALETTE, POSTERIOR, PRIOR, SOURCE_COLOURS, TEMPLATE, add_line
-from ..views.widgets import Panel, Plot, field, row
+from ..views.widgets import Panel, Plot, field, in_turn, row
 from . import estimators
 from .world import World
 
@@ -294,6 +294,7 @@ class EstimatorPanel(Panel):
         """Figure and table as they stand."""
         return [self.figure(), HTML(self.html())]
 
+    @in_turn
     def _update(self, change: Any = None) -> None:
         self.frame = self.compute()
         self.table.value = self.html()

@@ -28,7 +28,7 @@ from ..types import ConfigError
 from .comparison import plot_against_alpha
 from .explorer import TraceExplorer
 from .figures import plot_evaluation_curve
-from .widgets import Panel, Plot, Table, aside, button, field, row, table_column
+from .widgets import Panel, Plot, Table, aside, button, field, in_turn, row, table_column
 
 SIGNS = {"queued": "◦", "running": "▸", "done": "✓", "cancelled": "⊘", "failed": "✗"}
 REFRESH_SECONDS = 1.0
@@ -252,6 +252,7 @@ class Ablation(Panel):
 
     # --- choosing
 
+    @in_turn
     def _choose(self) -> None:
         """Take the fields as they stand: a new sweep, its cost and its table."""
         values = {name: one.value for name, one in self.fields.items()}
@@ -286,6 +287,7 @@ class Ablation(Panel):
         self.stop_button.disabled = not driven
         self._offer()
 
+    @in_turn
     def _offer(self) -> None:
         """What can be done with the picked run."""
         run_id = self.table.picked if self.sweep and self.table.picked in self.sweep.runs else ""
@@ -307,10 +309,10 @@ class Ablation(Panel):
         self.cost.value = "measuring this machine, a few seconds …"
         try:
             self._estimates[step_time_settings(config)] = 60 * plan(config).minutes
-            self._show_cost()
+            self.refresh()
         except ConfigError as error:
             self._warn(error)
-        self.estimate_button.disabled = False
+        self.estimate_button.disabled = self.sweep is None  # another grid may have been chosen meanwhile
 
     def _show_cost(self) -> None:
         estimate = self._estimates.get(step_time_settings(next(iter(self.sweep.runs.values()))))
@@ -360,6 +362,7 @@ class Ablation(Panel):
 
     # --- showing
 
+    @in_turn
     def refresh(self) -> None:
         """Show what the run folders hold now."""
         if self.sweep is None:

@@ -21,7 +21,7 @@ from .html import html_number, html_source, html_table, html_text, visible
 from .style import GREY, POSTERIOR, SOURCE_COLOURS
 from .token_figures import plot_coherence
 from .token_view import TokenView, token_html
-from .widgets import Panel, Plot, aside, button, field, offer, row, step_choices
+from .widgets import Panel, Plot, aside, button, field, in_turn, offer, row, step_choices
 
 if TYPE_CHECKING:
     from ..train.policy import Policy
@@ -114,6 +114,7 @@ class BenchResults(Panel):
             choice.observe(self._show_traces, names="value")
         self.tokens.observe(self._draw_curve, names="selected")
 
+    @in_turn
     def _show(self) -> None:
         self.summary.value = summary_html(self.frames)
         names = list(self.frames)
@@ -123,6 +124,7 @@ class BenchResults(Panel):
         self.weights.layout.display = None if len(names) > 1 else "none"  # one is no choice
         self.results.layout.display = None
 
+    @in_turn
     def _list_traces(self, change: Any = None) -> None:
         """Offer the traces of the chosen weights, the best of each source first."""
         frame = self.frames[self.weights.value]
@@ -137,11 +139,13 @@ class BenchResults(Panel):
         """The index labels of the two traces that are shown."""
         return [choice.value for choice in self.traces.values()]
 
+    @in_turn
     def _show_traces(self, change: Any = None) -> None:
         rows = self.frames[self.weights.value].loc[self._chosen()]
         self.tokens.show(rows, alternatives=rows["alternatives"].tolist())
         self._draw_curve()
 
+    @in_turn
     def _draw_curve(self, change: Any = None) -> None:
         self.curve.draw(self.lines())
 
@@ -233,6 +237,7 @@ class PromptBench(BenchResults):
 
     # --- model
 
+    @in_turn
     def _list_steps(self, change: Any = None) -> None:
         """Offer the checkpoints of the named run, the last one chosen, and its defaults where nothing was typed."""
         steps: list[int] = []

@@ -14,7 +14,7 @@ from ..runs.stats import mcnemar, paired_interval
 from ..types import ConfigError
 from .html import alarms_html, figure_text, html_number, html_passage, html_table, html_text, verdict
 from .style import BOTH, GREY, POSTERIOR, TEMPLATE
-from .widgets import Panel, Plot, Table, field, named, offer, row, step_choices, table_column
+from .widgets import Panel, Plot, Table, field, in_turn, named, offer, row, step_choices, table_column
 
 _COLUMNS = [
     table_column("question", "question", "text"),
@@ -142,6 +142,7 @@ class EvaluationBrowser(Panel):
         self._list()
         self._open()
 
+    @in_turn
     def _list(self, change: Any = None) -> None:
         pair = self.before.value, self.after.value
         self.listed = listed = between(self.history, *pair).rename(columns={"example_id": "id"})
@@ -149,6 +150,7 @@ class EvaluationBrowser(Panel):
         self.questions.fill(kept, _MOST_ROWS)
         self.change.value = alarms_html(self.run.damage or {}) + change_html(listed, *pair)
 
+    @in_turn
     def _open(self, change: Any = None) -> None:
         self.questions.marked = [self.questions.picked]
         self.question.value = question_html(self.history[self.history["example_id"] == self.questions.picked])

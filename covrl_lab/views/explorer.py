@@ -19,7 +19,21 @@ from ..types import ConfigError, Example, did_you_mean
 from .html import alarms_html, html_passage, html_text, verdict
 from .token_figures import plot_token_lines
 from .token_view import SCALES, TokenView, spelled, token_html
-from .widgets import HIDDEN, Panel, Plot, Table, Take, field, named, offer, open_run, row, step_choices, table_column
+from .widgets import (
+    HIDDEN,
+    Panel,
+    Plot,
+    Table,
+    Take,
+    field,
+    in_turn,
+    named,
+    offer,
+    open_run,
+    row,
+    step_choices,
+    table_column,
+)
 
 _ALL = "mean log p(y|x,z) of all its {} traces, nats, whatever the filters leave"
 _QUESTION_COLUMNS = [
@@ -207,6 +221,7 @@ class TraceExplorer(Panel):
         self._offered = step_choices(self.run.steps if only else self.index["step"].unique().tolist())
         self._step, self._held = 0, {}  # whose traces are in memory; step -> rollouts with clipped tokens
 
+    @in_turn
     def refresh(self) -> None:
         """Read the run folder again; filters, order and what is chosen stay as they are."""
         self._read(*self._only)
@@ -233,6 +248,7 @@ class TraceExplorer(Panel):
         frame = self.index[keep]
         return _clipped(self.run, self.settings, frame, self._held) if show == _CLIPPED else frame
 
+    @in_turn
     def _list_questions(self, change: Any = None) -> None:
         if self._only and change is not None and change["name"] == "value":
             self.found.value = "reading all steps …"
@@ -250,6 +266,7 @@ class TraceExplorer(Panel):
             before, self._shown = self._shown, self._likeliest()
             self._list_rollouts() if before == self._shown else self._show()
 
+    @in_turn
     def choose(self, question: str) -> None:
         """Show a question, named "step/example_id", with the likeliest trace of each source; "" shows none."""
         step, _, example = question.partition("/")
@@ -278,6 +295,7 @@ class TraceExplorer(Panel):
         best = frame.sort_values(["fits", "kept", "total"], ascending=False).drop_duplicates("source")
         return {trace.source: int(trace.rollout) for trace in best.itertuples()}
 
+    @in_turn
     def _pick(self, rollout: int) -> None:
         found = self._frame[self._frame["rollout"] == rollout]
         if len(found):
@@ -289,6 +307,7 @@ class TraceExplorer(Panel):
         chosen = [self._shown[source] for source in ("prior", "posterior") if source in self._shown]
         return self._frame.set_index("rollout", drop=False).loc[chosen]
 
+    @in_turn
     def _keep_notes(self, change: Any) -> None:
         if keep(self.run, self.notes, self._unwritten, change.new):
             self.index, self._frame = noted(self.index, self.notes), noted(self._frame, self.notes)
@@ -297,6 +316,7 @@ class TraceExplorer(Panel):
 
     # --- what is drawn
 
+    @in_turn
     def _list_rollouts(self, change: Any = None) -> None:
         kept = self._frame[self._fits()]
         self.rollouts.fill(kept, len(kept), [str(rollout) for rollout in self._shown.values()])
@@ -318,10 +338,12 @@ class TraceExplorer(Panel):
         """The selected token's trace as lines; an empty figure where no trace is shown."""
         return _lines(self.view) if self.view.traces else go.Figure()
 
+    @in_turn
     def _draw_lines(self, change: Any = None) -> None:
         if self.view.selected:
             self.plot.draw(self.lines())
 
+    @in_turn
     def _show_prompts(self, change: Any = None) -> None:
         self.seen.value = "loading the tokenizer …" if change and self.prompts.value else ""
         if self.prompts.value and self._shown:

@@ -13,7 +13,7 @@ from ..runs import reweight
 from ..runs.folder import Run
 from .html import alarms_html, summary_table
 from .token_figures import plot_mixing
-from .widgets import HIDDEN, Panel, Plot, field, named, open_run, row, step_choices
+from .widgets import HIDDEN, Panel, Plot, field, in_turn, named, open_run, row, step_choices
 
 
 class _Side:
@@ -82,6 +82,7 @@ class MixingRatio(Panel):
         self.widget = widgets.VBox([row(named(self.run), self.step, self.note), self.mixed])
         self._load()
 
+    @in_turn
     def _load(self, change: Any = None) -> None:
         frame, self.traces = self.run.traces(self.step.value), None
         if frame.empty:
@@ -98,6 +99,7 @@ class MixingRatio(Panel):
         self.note.value = drawn
         self._update(self.sides)
 
+    @in_turn
     def _update(self, sides: Sequence[_Side]) -> None:
         if self.traces is None:  # another step's are being loaded, which draws both sides
             return

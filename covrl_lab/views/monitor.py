@@ -23,7 +23,7 @@ from ..types import ConfigError
 from .figures import plot_training_curves
 from .html import alarms_html, helped, html_number, html_table, html_text, reward_unit, trace_table
 from .style import BOTH, GREY, POSTERIOR, PRIOR
-from .widgets import Panel, Plot, aside, button, named, row
+from .widgets import Panel, Plot, aside, button, in_turn, named, row
 
 _SIGNS = {
     "waiting": ("○", GREY),
@@ -228,29 +228,29 @@ class RunMonitor(Panel):
         self.widget.add_class("covrl-monitor")
         self._drawn: tuple[int, int] | None = None
         self._refused: dict[str, str] = {}  # why the button did nothing
-        self._closed, self._lock = threading.Event(), threading.Lock()
+        self._closed = threading.Event()
         self.refresh()
         self._thread = aside(self._follow)
 
+    @in_turn
     def refresh(self) -> None:
         """Read the folder and show what it holds, now."""
-        with self._lock:
-            self.snapshot = shot = snapshot(self.run_dir)
-            self.status.value = status_html(shot) + alarms_html(self._refused)
-            self.bar.max, self.bar.value = max(1, shot.steps), shot.step
-            asked = (self.run_dir / "STOP").exists()
-            self.button.disabled = shot.status in ("waiting", "finished")
-            if asked:
-                looks = ("Allow it to resume", "play", "Remove the file STOP from the run folder")
-            else:
-                looks = ("Stop after this step", "stop", "Write the file STOP to the run folder")
-            self.button.description, self.button.icon, self.button.tooltip = looks
-            drawn = len(shot.metrics), len(shot.evaluations)
-            if drawn != self._drawn:
-                self._drawn = drawn
-                self.numbers.value = numbers_html(shot)
-                self.traces.value = traces_html(shot)
-                self.curves.draw(self.figure().update_layout(uirevision="kept"))  # a reader's zoom
+        self.snapshot = shot = snapshot(self.run_dir)
+        self.status.value = status_html(shot) + alarms_html(self._refused)
+        self.bar.max, self.bar.value = max(1, shot.steps), shot.step
+        asked = (self.run_dir / "STOP").exists()
+        self.button.disabled = shot.status in ("waiting", "finished")
+        if asked:
+            looks = ("Allow it to resume", "play", "Remove the file STOP from the run folder")
+        else:
+            looks = ("Stop after this step", "stop", "Write the file STOP to the run folder")
+        self.button.description, self.button.icon, self.button.tooltip = looks
+        drawn = len(shot.metrics), len(shot.evaluations)
+        if drawn != self._drawn:
+            self._drawn = drawn
+            self.numbers.value = numbers_html(shot)
+            self.traces.value = traces_html(shot)
+            self.curves.draw(self.figure().update_layout(uirevision="kept"))  # a reader's zoom
 
     def figure(self) -> go.Figure:
         """The training curves."""

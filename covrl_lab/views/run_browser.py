@@ -20,7 +20,7 @@ from .html import html_text
 from .mixing import MixingRatio
 from .monitor import RunMonitor, snapshot
 from .side_by_side import TraceComparison
-from .widgets import Panel, Table, button, row, table_column
+from .widgets import Panel, Table, button, in_turn, row, table_column
 
 _COLUMNS = [  # the accuracies first: a narrow page scrolls to the others
     table_column("name", "run", "text"),
@@ -106,6 +106,7 @@ class RunBrowser(Panel):
         if self.picked not in set(self.runs["id"]):
             self.table.picked = self.runs["id"].iloc[0] if len(self.runs) else ""
 
+    @in_turn
     def _list(self, change: Any = None) -> None:
         sought, texts = self.search.value.strip().lower(), self.runs[["name", "method", "task", "state"]].fillna("")
         fits = [sought in " ".join(line).lower() for line in texts.itertuples(index=False)]
@@ -114,6 +115,7 @@ class RunBrowser(Panel):
         empty = "no run fits; clear the search" if len(self.runs) else f"no runs in {places}"
         self.table.fill(self.kept, len(self.kept), empty=empty)
 
+    @in_turn
     def _pick(self, change: Any = None) -> None:
         self.table.marked = [self.picked]
         self.chosen.value = f"open <code>{html_text(self.picked)}</code> in"

@@ -14,7 +14,7 @@ from ..types import ConfigError, did_you_mean
 from .explorer import offered, source_field, trace_index
 from .html import alarms_html, html_number, html_passage, html_text
 from .token_view import TokenView, align, payload, traces_html
-from .widgets import HIDDEN, Panel, Table, field, named, offer, open_run, row, step_choices, table_column
+from .widgets import HIDDEN, Panel, Table, field, in_turn, named, offer, open_run, row, step_choices, table_column
 
 _MEAN = "mean log p(y|x,z) of the traces that {} offers, nats"
 _COLUMNS = [
@@ -113,6 +113,7 @@ class TraceComparison(Panel):
             raise ConfigError(f"both sides have no question {question!r}{did_you_mean(question, names)}")
         self.questions.picked = question or self.questions.picked
 
+    @in_turn
     def _list(self, change: Any = None) -> None:
         sides = {side.name.lower(): side.offered() for side in (self.a, self.b)}
         means = [frame.groupby("example_id")["total"].mean().rename(name) for name, frame in sides.items()]
@@ -127,6 +128,7 @@ class TraceComparison(Panel):
         elif change is not None and change["name"] == "value":
             self._open()
 
+    @in_turn
     def _open(self, change: Any = None) -> None:
         self.questions.marked = [self.questions.picked]
         for side in (self.a, self.b):
@@ -134,6 +136,7 @@ class TraceComparison(Panel):
             offer(side.trace, choices, choices[0][1] if choices else None, self._show)
         self._show()
 
+    @in_turn
     def _show(self, change: Any = None) -> None:
         traces: Sequence[dict[str, Any]] = [*self.a.drawn(), *self.b.drawn()]
         with self.view.hold_sync():

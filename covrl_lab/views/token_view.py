@@ -23,7 +23,7 @@ from ..runs import reweight
 from ..runs.reweight import answer_logprob
 from ..types import ConfigError, did_you_mean
 from .html import html_mark, html_number, html_source, visible
-from .widgets import field, static_text
+from .widgets import field, in_turn, static_text
 
 _PRIOR, _POSTERIOR, _LESS, _MORE = (31, 119, 180), (213, 94, 0), (129, 76, 176), (0, 140, 70)
 _BYTES = re.compile("(⟨[0-9A-F]{2}⟩)+$")  # as ``spelled`` writes them
@@ -224,6 +224,7 @@ class TokenView(anywidget.AnyWidget):
         return chosen
 
     @traitlets.observe("traces", "colour", "fitted")
+    @in_turn
     def _fit(self, change: Any) -> None:
         self.traces = _aligned(self.traces, self.colour)
         self.scales = SCALES | ({self.colour: fitted(self.colour, self.traces)} if self.fitted else {})

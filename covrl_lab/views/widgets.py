@@ -4,6 +4,7 @@ Plots are redrawn by the plotly.js that is already in the page. A ``FigureWidget
 and store them in executed notebooks. An ``Output`` would draw each figure anew.
 """
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,19 @@ from plotly.offline import get_plotlyjs
 from ..runs.folder import Run, load_run
 from ..types import ConfigError
 from .html import help_on, html_mark, html_number, html_table, html_text, visible
+
+_TURN = threading.RLock()
+
+
+def in_turn(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Let one handler of a panel work at a time: ipykernel 7.4 may answer two messages of a page in two threads."""
+
+    @functools.wraps(handler)
+    def waiting(*args: Any, **kwargs: Any) -> Any:
+        with _TURN:
+            return handler(*args, **kwargs)
+
+    return waiting
 
 
 def static_text(name: str) -> str:
@@ -136,7 +150,7 @@ def button(
     """A button as wide as its label."""
     settings = {"layout": {"width": "auto"}} | settings
     made = widgets.Button(description=label, icon=icon, tooltip=about or None, **settings)
-    made.on_click(lambda _: on_click())
+    made.on_click(lambda _: in_turn(on_click)())
     return made
 
 
@@ -216,6 +230,7 @@ class Panel:
         self._timer.daemon = True
         self._timer.start()
 
+    @in_turn
     def _update_copies(self) -> None:
         with suppress(OSError, ValueError, KeyError):  # a run's file was replaced while it was read: the next change
             for handle, bundle in zip(self._copies, self._bundles(), strict=False):
