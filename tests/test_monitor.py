@@ -218,6 +218,15 @@ def test_a_refresh_reads_each_file_of_lines_once_and_a_run_sees_what_is_new(fold
     assert len(run.metrics) == len(run.forgiving().metrics) == len(run.forgiving().forgiving().metrics) == 6
 
 
+def test_a_click_that_comes_after_the_run_s_end_leaves_no_order_to_stop(folder):
+    monitor = RunMonitor(folder, every=1000)
+    assert not monitor.button.disabled
+    config = RunConfig.load(folder / "config.json")
+    RunConfig(**config.to_dict() | {"steps": 5}).save(folder / "config.json")
+    monitor.button.click()
+    assert monitor.snapshot.status == "finished" and not (folder / "STOP").exists()
+
+
 def test_a_finished_run_needs_no_thread_and_no_button(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"steps": 5}))

@@ -233,7 +233,7 @@ class Ablation(Panel):
         self.table = Table(label="runs of the grid", columns=_COLUMNS)
         self.act_button = button("Cancel", self._act)
         self.traces_button = button("Traces", lambda: self.show_traces(self.table.picked))
-        self.table.observe(lambda _: self._offer(), names="picked")
+        self.table.observe(in_turn(lambda _: self._offer()), names="picked")
         self.table.observe(lambda _: self.refresh(), names="sort")
         self.picked, self.traces, choices = widgets.HTML(), widgets.VBox(), list(self.fields.values())
         self.plots, self.results, self._drawn = [Plot(), Plot()], [], []
@@ -287,7 +287,6 @@ class Ablation(Panel):
         self.stop_button.disabled = not driven
         self._offer()
 
-    @in_turn
     def _offer(self) -> None:
         """What can be done with the picked run."""
         run_id = self.table.picked if self.sweep and self.table.picked in self.sweep.runs else ""
@@ -317,9 +316,7 @@ class Ablation(Panel):
     def _show_cost(self) -> None:
         estimate = self._estimates.get(step_time_settings(next(iter(self.sweep.runs.values()))))
         text = describe_cost(self.sweep, self.fields["workers"].value, estimate)
-        if self.sweep.error:
-            text += f". {self.sweep.error}"
-        self.cost.value = html.escape(text + ".")
+        self.cost.value = html.escape(f"{text}. {self.sweep.error}." if self.sweep.error else f"{text}.")
 
     # --- driving
 

@@ -65,6 +65,7 @@ _STORED = INDEX_COLUMNS[:-1]
 _SHOWS = {"right": "right == 1", "wrong": "right == 0", "finished": "finished == 1", "unfinished": "finished == 0"}
 _SHOWS |= {name: name for name in ("starred", "reward > 0", "reward < 0", "advantage > 0", "advantage < 0")}
 _SHOWS |= {"longest tenth": "length >= length.quantile(0.9)", "shortest tenth": "length <= length.quantile(0.1)"}
+_FITTED = "Colours span what the two traces hold, not a fixed range"
 _GAINED, _CLIPPED = "prior wrong, posterior right", "with clipped tokens"
 
 
@@ -182,8 +183,7 @@ class TraceExplorer(Panel):
         colour = colour or ("log_gap" if "posterior" in set(self.index["source"]) else "logp")
         self.view = TokenView(colour=colour)
         self.colour = self.view.chooser()
-        self.fitted = field(widgets.Checkbox, "fitted range", False, "110px", indent=False)
-        self.fitted.tooltip = "Colours span what the two traces hold, not a fixed range"
+        self.fitted = field(widgets.Checkbox, "fitted range", False, "110px", indent=False, tooltip=_FITTED)
         self.prompts = widgets.ToggleButton(description="Show prompts", layout={"width": "auto"})
         self.plot = Plot(lambda point: self.view.set_trait("selected", [self.view.selected[0], int(point["x"]) - 1]))
         self.plot.layout.min_height = "250px"
@@ -221,7 +221,6 @@ class TraceExplorer(Panel):
         self._offered = step_choices(self.run.steps if only else self.index["step"].unique().tolist())
         self._step, self._held = 0, {}  # whose traces are in memory; step -> rollouts with clipped tokens
 
-    @in_turn
     def refresh(self) -> None:
         """Read the run folder again; filters, order and what is chosen stay as they are."""
         self._read(*self._only)
@@ -351,9 +350,8 @@ class TraceExplorer(Panel):
 
     def static(self) -> list[Any]:
         """The chosen question's rollouts, the two traces and the lines, as HTML and a plotly figure."""
-        table = self.rollouts.html(texts=False)
-        tokens = token_html(self.pair(), self.settings, self.view.colour)
-        return [HTML(self.heading.value + table + tokens + self.seen.value), self.lines()]
+        tables = self.rollouts.html(texts=False) + token_html(self.pair(), self.settings, self.view.colour)
+        return [HTML(self.heading.value + tables + self.seen.value), self.lines()]
 
 
 def _open_again(explorer: TraceExplorer, question: str) -> None:

@@ -278,6 +278,9 @@ class RunMonitor(Panel):
 
     def _toggle_stop(self) -> None:
         stop, self._refused = self.run_dir / "STOP", {}
+        self.refresh()
+        if self.button.disabled:  # the run ended before the kernel came to the click
+            return
         try:
             if stop.exists():
                 stop.unlink()
