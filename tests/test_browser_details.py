@@ -1,6 +1,7 @@
 """What once tripped people up, each as met in JupyterLab: text, runs that died, typing errors, sliders."""
 
 import shutil
+import textwrap
 
 import pytest
 from browser import jupyterlab
@@ -148,3 +149,19 @@ def test_a_notebook_works_where_commands_do_and_leads_to_the_others(lab):
     assert advice.evaluate("found => found.scrollWidth <= found.clientWidth"), "none of it is cut off"
     page.locator("a", has_text="Traces").first.click()
     page.locator(".jp-NotebookPanel:visible", has_text="TraceExplorer").wait_for()
+
+
+def test_a_widget_whose_script_comes_late_shows_what_the_kernel_said_meanwhile_and_says_after(lab):
+    """As on a busy machine; anywidget drops what it is told then, and all that follows."""
+    table = """
+        from covrl_lab.views.widgets import Table, table_column
+        class Late(Table):
+            _esm = "await new Promise((done) => setTimeout(done, 4000));" + Table._esm
+        table = Late(columns=[table_column("said", "said", "text")])
+        table.observe(lambda change: table.set_trait("rows", [{"id": "b", "said": "after"}]), names="picked")
+        table
+    """
+    page = shown(lab, "late", textwrap.dedent(table), 'table.rows = [{"id": "a", "said": "meanwhile"}]')
+    page.locator(".covrl-table tbody tr", has_text="meanwhile").click()
+    page.locator(".covrl-table tbody tr", has_text="after").wait_for()
+    assert page.locator(".covrl-table tbody tr").count() == 1 and not lab.errors

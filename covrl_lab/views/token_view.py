@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import anywidget
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
@@ -23,7 +22,7 @@ from ..runs import reweight
 from ..runs.reweight import answer_logprob
 from ..types import ConfigError, did_you_mean
 from .html import html_mark, html_number, html_source, visible
-from .widgets import field, in_turn, static_text
+from .widgets import Scripted, field, in_turn, script, static_text
 
 _PRIOR, _POSTERIOR, _LESS, _MORE = (31, 119, 180), (213, 94, 0), (129, 76, 176), (0, 140, 70)
 _BYTES = re.compile("(⟨[0-9A-F]{2}⟩)+$")  # as ``spelled`` writes them
@@ -184,7 +183,7 @@ def _visible_alternatives(token: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class TokenView(anywidget.AnyWidget):
+class TokenView(Scripted):
     """One or two traces token by token; click a token, or focus one and use the arrow keys, Home and End.
 
     ``show`` draws traces. ``selected`` is [row, token from 0] (empty: none) and ``colour`` a name of ``SCALES``;
@@ -192,7 +191,7 @@ class TokenView(anywidget.AnyWidget):
     with ``starred`` and ``note`` (see ``runs.notes``) what a reader sees and changes, a dictionary each.
     """
 
-    _esm = static_text("token_view.js")
+    _esm = script("token_view.js")
     _css = static_text("token_view.css")
     traces = traitlets.List().tag(sync=True)
     labels = traitlets.Dict(LABELS).tag(sync=True)

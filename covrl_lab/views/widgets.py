@@ -7,6 +7,7 @@ and store them in executed notebooks. An ``Output`` would draw each figure anew.
 import functools
 import math
 import threading
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -43,25 +44,42 @@ def static_text(name: str) -> str:
     return (Path(__file__).parent / "static" / name).read_text(encoding="utf-8")
 
 
-class Plot(anywidget.AnyWidget):
+def script(*names: str) -> str:
+    """The script of a ``Scripted`` widget, from files of the folder static/."""
+    return "".join(map(static_text, ("late.js", *names)))
+
+
+class Scripted(anywidget.AnyWidget):
+    """A widget with a script of ours, which answers messages of the page; one that came late to it gets its state."""
+
+    own_id = traitlets.Unicode().tag(sync=True)
+
+    def __init__(self, answers: Mapping[str, Callable[[Any], Any]] | None = None, **kwargs: Any):
+        """answers: name of a message -> what is done with its content."""
+        own_id = uuid.uuid4().hex
+        super().__init__(model_id=own_id, own_id=own_id, **kwargs)
+        known = {"late": lambda _: self.send_state()} | dict(answers or {})
+        self.on_msg(lambda _, told, buffers: [in_turn(known[name])(value) for name, value in told.items()])
+
+
+class Plot(Scripted):
     """A plotly figure that is redrawn in place; ``figure`` is its JSON, nothing where it is empty."""
 
-    _esm = static_text("saving.js") + static_text("plot.js")
+    _esm = script("saving.js", "plot.js")
     figure = traitlets.Unicode().tag(sync=True)
 
     def __init__(self, on_click: Callable[[dict[str, Any]], None] | None = None, **kwargs: Any):
         """on_click: called with x, y and curve of a point that a reader clicks."""
-        super().__init__(**kwargs)
         # A page without a plotly of its own asks for it; else it tells of a click.
         answers = {"wanted": lambda _: self.send({"source": get_plotlyjs()}), "clicked": on_click or (lambda _: None)}
-        self.on_msg(lambda _, told, buffers: [answers[name](value) for name, value in told.items()])
+        super().__init__(answers, **kwargs)
 
     def draw(self, figure: go.Figure) -> None:
         """Put ``figure`` in place of what is shown."""
         self.figure = figure.to_json()
 
 
-class Table(anywidget.AnyWidget):
+class Table(Scripted):
     """Rows to sort and to pick from, by mouse or arrow keys.
 
     columns: dictionaries with name, label, kind ("number", "text", "source", "flag", "star" or "mark": right or wrong),
@@ -70,7 +88,7 @@ class Table(anywidget.AnyWidget):
     (column name, descending?); whoever fills the rows sorts them. ``marked``: ids shown as chosen.
     """
 
-    _esm = static_text("table.js")
+    _esm = script("table.js")
     _css = static_text("table.css")
     label = traitlets.Unicode().tag(sync=True)
     columns = traitlets.List().tag(sync=True)
@@ -109,18 +127,17 @@ class Table(anywidget.AnyWidget):
         return html_table([html_text(c["label"]) for c in columns], rows)
 
 
-class Take(anywidget.AnyWidget):
+class Take(Scripted):
     """Buttons that save or copy a text; ``make``: label -> function that gives (file name, text) at a click.
 
     Without a file name the text is copied.
     """
 
-    _esm = static_text("take.js")
+    _esm = script("take.js")
     labels = traitlets.List().tag(sync=True)
 
     def __init__(self, make: Mapping[str, Callable[[], tuple[str, str]]]):
-        super().__init__(labels=list(make))
-        self.on_msg(lambda widget, message, buffers: self.send(make[message["wanted"]]()))
+        super().__init__({"wanted": lambda label: self.send(make[label]())}, labels=list(make))
 
 
 def table_column(name: str, label: str, kind: str, about: str = "", digits: int = 0) -> dict[str, Any]:

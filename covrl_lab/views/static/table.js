@@ -136,4 +136,4 @@ function render({ model, el }) {
   new ResizeObserver(choose).observe(scroll); // drawn before it stands in the page, where nothing scrolls yet
 }
 
-export default { render };
+export default { initialize, render };

@@ -280,4 +280,4 @@ function render({ model, el }) {
   new ResizeObserver(reveal).observe(body); // drawn before it stands in the page, where nothing scrolls yet
 }
 
-export default { render };
+export default { initialize, render };
