@@ -225,7 +225,10 @@ def pretended_card(memory_gib=80):
 
     about = SimpleNamespace(total_memory=memory_gib * 2**30, name="pretended card", major=9, minor=0)
     load = models._load_frozen
+    # A torch that was built for CUDA would ask the driver.
+    checks = [name for name in vars(torch.optim.Optimizer) if name.endswith("graph_capture_health_check")]
     patches = {
+        torch.optim.Optimizer: dict.fromkeys(checks, lambda self: None),
         torch.cuda: {
             "_lazy_init": lambda: None,
             "is_available": lambda: True,
