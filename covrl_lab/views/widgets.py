@@ -50,7 +50,7 @@ def script(*names: str) -> str:
 
 
 class Scripted(anywidget.AnyWidget):
-    """A widget with a script of ours, which answers messages of the page; one that came late to it gets its state."""
+    """A widget with a script of ours. It answers the page, and gives its state to one that loaded the script late."""
 
     own_id = traitlets.Unicode().tag(sync=True)
 
