@@ -18,7 +18,7 @@ from ..runs.folder import SHARED, load_run, run_folders, step_file, steps_in
 from ..runs.reweight import answer_logprob
 from ..types import ConfigError
 from .html import html_number, html_source, html_table, html_text, visible
-from .style import GREY, POSTERIOR, SOURCE_COLOURS
+from .style import GREY, POSTERIOR, SOURCE_COLOURS, text_colour
 from .token_figures import plot_coherence
 from .token_view import TokenView, token_html
 from .widgets import Panel, Plot, aside, button, field, in_turn, offer, row, step_choices
@@ -338,5 +338,5 @@ class PromptBench(BenchResults):
         return probe_question(self._policy, self._prompter, *asked, **settings, tick=tick)
 
     def _say(self, text: str, wrong: bool = False) -> None:
-        colour = POSTERIOR if wrong else "inherit"
+        colour = text_colour(POSTERIOR) if wrong else "inherit"
         self.message.value = f'<span style="color: {colour}">{html_text(text)}</span>'

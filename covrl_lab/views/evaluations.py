@@ -13,7 +13,7 @@ from ..runs.questions import OUTCOMES, between, by_learning, history
 from ..runs.stats import mcnemar, paired_interval
 from ..types import ConfigError
 from .html import alarms_html, figure_text, html_number, html_passage, html_table, html_text, verdict
-from .style import BOTH, GREY, POSTERIOR, TEMPLATE
+from .style import BOTH, POSTERIOR, TEMPLATE, text_colour
 from .widgets import Panel, Plot, Table, field, in_turn, named, offer, row, step_choices, table_column
 
 _COLUMNS = [
@@ -79,7 +79,7 @@ def question_html(rows: pd.DataFrame) -> str:
     cards = []
     for r in rows.to_dict("records"):
         colour = BOTH if r["right"] else POSTERIOR
-        said = f'<span style="color: {colour}">{verdict(r["right"])}</span>'
+        said = f'<span style="color: {text_colour(colour)}">{verdict(r["right"])}</span>'
         score = "" if r["score"] in (0, 1) else f", score {r['score']:.2g}"
         nats, ended = r.get("answer_logp"), "" if r["finished"] else ", unfinished"
         likely = "" if nats is None or nats != nats else f", log p(y|x,z) {html_number(nats, '.1f')} nats"
@@ -87,7 +87,7 @@ def question_html(rows: pd.DataFrame) -> str:
             f'<div data-step="{r["step"]}" style="flex: 1 1 140px; max-width: 420px; border-top: 3px solid {colour}; '
             f'overflow-wrap: anywhere"><b>step {r["step"]}</b> {said}{score}'
             f'<br>it said <b class="covrl-said">{html_text(r["prediction"])}</b>{likely}'
-            f'<div style="color: {GREY}">trace, {html_text(r["trace_tokens"])} tokens{ended}</div>'
+            f'<div style="opacity: 0.75">trace, {html_text(r["trace_tokens"])} tokens{ended}</div>'
             f'<div class="covrl-trace-text">{html_passage(r["trace"])}</div></div>'
         )
     question, answer = (rows[name].iloc[0] for name in ("question", "answer"))

@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..runs.folder import by_set
 from ..runs.reweight import answer_logprob
-from .style import GREY, POSTERIOR, SOURCE_COLOURS
+from .style import GREY, POSTERIOR, SOURCE_COLOURS, text_colour
 
 _JOINERS = "\u200c\u200d"  # inside Persian words and emoji, which would fall apart without
 _BESIDE_ASCII = re.compile(f"(?<=[\0-\x7f])[{_JOINERS}]|[{_JOINERS}](?=[\0-\x7f])")
@@ -120,7 +120,7 @@ def html_number(value: Any, form: str) -> str:
 
 def html_source(source: str, text: str = "") -> str:
     """The name of a source, or another text, in the source's colour."""
-    return f'<b style="color: {SOURCE_COLOURS.get(source, GREY)}">{html_text(text or source)}</b>'
+    return f'<b style="color: {text_colour(SOURCE_COLOURS.get(source, GREY))}">{html_text(text or source)}</b>'
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[str] | str]) -> str:
@@ -209,4 +209,4 @@ def summary_table(header: Sequence[str], summaries: Sequence[Mapping[str, float]
 def alarms_html(alarms: Mapping[str, str]) -> str:
     """Signs that a run goes wrong, a line each; nothing where there is none."""
     lines = (f'<div data-alarm="{html.escape(kind)}">⚠ {html_text(text)}</div>' for kind, text in alarms.items())
-    return f'<div style="color: {POSTERIOR}; margin: 4px 0">{"".join(lines)}</div>' if alarms else ""
+    return f'<div style="color: {text_colour(POSTERIOR)}; margin: 4px 0">{"".join(lines)}</div>' if alarms else ""

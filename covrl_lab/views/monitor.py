@@ -22,7 +22,7 @@ from ..runs.folder import Run, step_file, steps_in
 from ..types import ConfigError
 from .figures import plot_training_curves
 from .html import alarms_html, helped, html_number, html_table, html_text, reward_unit, trace_table
-from .style import BOTH, GREY, POSTERIOR, PRIOR
+from .style import BOTH, GREY, POSTERIOR, PRIOR, text_colour
 from .widgets import Panel, Plot, aside, button, in_turn, named, row
 
 _SIGNS = {
@@ -167,7 +167,7 @@ def sparkline(values: Sequence[float | None], colour: str = GREY, width: int = 1
 def status_html(shot: Snapshot) -> str:
     """Status, time left and the latest accuracy, on one line; below it what goes wrong, if anything does."""
     sign, colour = _SIGNS[shot.status]
-    parts = [f'<b style="color: {colour}">{sign} {html_text(shot.message)}</b>']
+    parts = [f'<b style="color: {text_colour(colour)}">{sign} {html_text(shot.message)}</b>']
     if shot.seconds_left is not None and shot.status == "running":
         known = shot.evaluation_seconds is not None
         parts.append(f"about {_duration(shot.seconds_left)} left, {'with' if known else 'without'} evaluations")

@@ -47,6 +47,14 @@ pio.renderers["plotly_mimetype"].config = {
 }
 
 
+def text_colour(colour: str) -> str:
+    """``colour`` in CSS as text can have it: a part of the text's own makes it darker on light grounds, lighter on dark.
+
+    The contrast is then at least 4.5, as WCAG 2 asks for small text; lines and marks need 3 and have it without.
+    """
+    return f"color-mix(in srgb, {colour} 70%, currentColor)"
+
+
 def add_line(figure: go.Figure, x: Any, y: Any, name: str, colour: str, width: float = 2, **settings: Any) -> None:
     """Add a line with a marker at each point; lines of one name come and go together."""
     look = {"mode": "lines+markers", "legendgroup": name, "marker": {"size": 6}}
