@@ -19,7 +19,7 @@ KERNELS = "test_benchmark test_nbval test_packaging test_sweep test_train_notebo
 SLOW = [name for name in BROWSER + KERNELS if name not in ("test_explorer", "test_mixing")]
 SLOW += """
     test_bench test_card test_checkpoints test_disk test_embedded test_gpu_check test_hostile test_methods test_owner
-    test_ranks test_scorer test_sharing test_trainer
+    test_panels test_ranks test_scorer test_sharing test_trainer
 """.split()
 
 # Before torch is imported; processes that a test starts inherit it, so that their numbers are the same.
@@ -27,6 +27,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 # bitsandbytes asks for compiled functions when it is imported, a fifth of that time, and none is called on a CPU.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+
+def pytest_ignore_collect(collection_path, config):
+    """`make quick` does not import the slow files either: seconds, in each worker."""
+    if config.option.markexpr == "not slow" and collection_path.stem in SLOW:
+        return True
 
 
 def pytest_collection_modifyitems(items):

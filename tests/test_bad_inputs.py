@@ -441,6 +441,7 @@ DOORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", DAMAGE)
 @pytest.mark.parametrize("name", FILES)
 def test_damage_is_named_at_every_door(name, how, whole_run, tmp_path, monkeypatch):
@@ -498,6 +499,7 @@ LINES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("content", "words"), [c[2:] for c in LINES], ids=[c[0] for c in LINES])
 def test_a_hole_in_the_metrics_is_repaired_from_the_checkpoint_before(content, words, whole_run, tmp_path, caplog):
     run = shutil.copytree(whole_run, tmp_path / "run")
@@ -527,6 +529,7 @@ def test_a_damaged_line_of_benchmarks(bad, whole_run, tmp_path):
     assert len(forgiving.benchmarks) == 2 and forgiving.damage == {"benchmarks.jsonl": said}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.safetensors", "memory.json"])
 @pytest.mark.parametrize("sums", [True, False], ids=["checksums", "an older version"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(name, sums, whole_run, tmp_path, caplog):

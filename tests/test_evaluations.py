@@ -198,11 +198,8 @@ def test_a_refresh_follows_an_evaluation_that_went_and_a_file_that_was_restored(
     browser.refresh()
     assert browser.after.value == 20 and "from step 0" not in browser.question.value
     browser.after.value = 10
-    assert browser.listed["after"].tolist() == [browser_answer(run, 10, name) for name in browser.listed["id"]]
-
-
-def browser_answer(run, step, name):
-    return answers(run)[step][name]["prediction"]
+    said = answers(run)[10]
+    assert browser.listed["after"].tolist() == [said[name]["prediction"] for name in browser.listed["id"]]
 
 
 @pytest.fixture
@@ -217,6 +214,7 @@ def hostile(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_hostile_text_is_escaped(hostile):
     browser = EvaluationBrowser(hostile)
     for row in browser.questions.rows:

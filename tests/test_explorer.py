@@ -122,6 +122,7 @@ def test_of_many_files_the_first_view_reads_one(tmp_path, monkeypatch):
     assert set(TraceExplorer(run).index["step"]) == {1, 2, 3, 4, 5}
 
 
+@pytest.mark.slow
 def test_a_growing_run_is_read_again_and_what_is_chosen_stays(tmp_path):
     run = made_up_run(tmp_path / "run", steps=2)
     explorer = TraceExplorer(run)
@@ -249,6 +250,7 @@ def test_rewards_of_an_older_grpo_run_are_its_verdicts(tmp_path):
     assert "right" in explorer.show.options and "prior wrong, posterior right" not in explorer.show.options
 
 
+@pytest.mark.slow
 def test_show_leaves_the_traces_it_names(tmp_path):
     run = judged_run(tmp_path / "run")
     explorer = TraceExplorer(run)
@@ -351,6 +353,7 @@ def test_colours_fit_what_is_shown(example):
     assert explorer.view.scales == SCALES
 
 
+@pytest.mark.slow
 def test_prompts_are_those_of_the_run(reference):
     """Against the prompts that the trainer itself makes of the step's questions."""
     run = load_run(reference.run_dir)
@@ -427,6 +430,7 @@ def test_a_run_without_traces_and_an_unknown_step_are_refused(panel, tmp_path, e
         panel(example, 7)
 
 
+@pytest.mark.slow
 def test_many_traces_open_and_filter_quickly(tmp_path, capsys):
     """Printed, not asserted: 10,000 traces of 64 tokens in 157 files."""
     run = made_up_run(tmp_path / "run", steps=157, questions=16, length=64)
@@ -456,6 +460,7 @@ def test_copies_are_plain_figures_and_html(example):
         assert "<script" not in page.data and len(page.data) < 100_000
 
 
+@pytest.mark.slow
 def test_hostile_text_is_escaped_in_copies_and_made_visible_for_the_widget(tmp_path):
     assert len(HOSTILE) >= 20
     run = hostile_run(tmp_path / "run")

@@ -42,6 +42,7 @@ def stops(trainer, *words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(value, tmp_path):
     trainer = make_trainer(tmp_path / "run", FEW)
@@ -66,6 +67,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(value, tmp_pat
     assert "were left out" in page(load_run(tmp_path / "run").forgiving())
 
 
+@pytest.mark.slow
 def test_the_number_of_skipped_steps_is_bounded_also_across_a_resume(tmp_path):
     trainer = make_trainer(tmp_path / "run", FEW, max_skipped_steps=1)
     with_fault(trainer, {2, 4}, math.nan)
@@ -75,6 +77,7 @@ def test_the_number_of_skipped_steps_is_bounded_also_across_a_resume(tmp_path):
     stops(again, "of step 4 is not finite")
 
 
+@pytest.mark.slow
 def test_a_second_update_that_fails_goes_back_to_the_checkpoint(tmp_path):
     """The first has changed the weights, so they belong to no step."""
     trainer = make_trainer(tmp_path / "run", FEW, updates_per_step=2)
@@ -178,6 +181,7 @@ def test_loss_and_gradient_stay_finite(name, fault, trainers, monkeypatch):
         assert not credit.advantage.any()
 
 
+@pytest.mark.slow
 def test_shares_of_unusual_traces_are_counted_and_alarmed(tmp_path, monkeypatch):
     """Every trace is one token long: nothing is reasoned, and every view still opens."""
     monkeypatch.setattr("covrl_lab.train.prompts.Prompter.ends", lambda *arguments: False)
@@ -204,6 +208,7 @@ def test_the_limit_of_skipped_steps_may_change_in_a_folder():
     assert not one.differences(other) and one.run_id() == other.run_id()
 
 
+@pytest.mark.slow
 def test_a_run_whose_steps_were_all_left_out_resumes(tmp_path):
     """AdamW has no moments then, and its file is empty."""
     trainer = make_trainer(tmp_path / "run", FEW, max_skipped_steps=1)
@@ -216,6 +221,7 @@ def test_a_run_whose_steps_were_all_left_out_resumes(tmp_path):
     assert load_run(tmp_path / "run").metrics["skipped"].tolist() == [1, 1, 0, 0, 0]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_ends_a_step_left_out_leaves_no_checkpoint_without_its_line(tmp_path, monkeypatch):
     settings = FEW | {"eval_every": 3, "checkpoint_every": 5}
     trainer = make_trainer(tmp_path / "run", settings, max_skipped_steps=1)

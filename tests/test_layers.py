@@ -109,6 +109,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_everything_imports_without_what_windows_lacks():
     """The quick tests run on Windows, too, and pytest imports also the files of the slow ones."""
     own = [f"covrl_lab.{name.replace('/', '.').removesuffix('.__init__')}" for name in MODULES if name != "__main__"]

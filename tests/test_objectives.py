@@ -291,6 +291,7 @@ def test_longer_traces_descend_the_token_surrogate_exactly(alpha, w):
     assert worst(mean, -world.gradient(token_surrogate(world, alpha, w))) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_longer_traces_descend_the_elbo_only_roughly():
     """The surrogate is not the ELBO at T = 3: over six worlds the gradients' cosine is 0.85 to 0.99.
 

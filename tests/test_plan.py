@@ -89,6 +89,7 @@ def test_keys_and_values_take_what_the_plan_says(model):
     assert prompts <= 3 * prompt  # as computed, and in the blocks of rows that share them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("traces", "length", "rows"), [(32, 48, 8), (64, 512, 32)])
 def test_decoding_in_waves_takes_what_the_plan_says(traces, length, rows):
     """Allocations counted: traces with fewer seats, then answers after whole traces, as many as 512 tokens hold."""
@@ -311,6 +312,7 @@ def test_the_dtype_of_auto_is_the_devices():
     assert plan(device=old, dtype="bfloat16").config.dtype == "bfloat16"
 
 
+@pytest.mark.slow
 def test_the_rate_is_measured_on_the_device_and_in_the_dtype_of_the_run(monkeypatch):
     asked = []
 

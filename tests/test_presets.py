@@ -455,6 +455,7 @@ def test_a_tokenizer_that_prepends_spaces_keeps_its_seams(sentencepiece):
 # --- evaluation sets in a run
 
 
+@pytest.mark.slow
 def test_sets_are_evaluated_on_their_own_and_averaged(tmp_path):
     from covrl_lab import compare, load_run
     from covrl_lab.views.report import page
@@ -537,6 +538,7 @@ def test_the_metrics_of_samples_against_their_definitions():
     assert average({"x": one}) == pytest.approx(one)
 
 
+@pytest.mark.slow
 def test_a_stored_checkpoint_is_evaluated_beside_the_runs_own(tmp_path, reference):
     import shutil
 

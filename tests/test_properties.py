@@ -78,6 +78,7 @@ def test_every_question_of_a_file_is_on_one_side_once(tmp_path, rows):
         assert sorted(normalise_question(e.question) for e in epoch) == sorted(set(asked) - held_out)
 
 
+@pytest.mark.slow
 @same_folder
 @given(content=st.one_of(st.text(max_size=300), st.recursive(st.none() | st.floats() | st.text(), st.lists)))
 def test_any_data_file_is_read_or_refused_in_a_sentence(tmp_path, content):

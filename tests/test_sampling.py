@@ -235,7 +235,7 @@ class Replayed:
         self.output.copy_(self.function())
 
 
-@pytest.mark.parametrize("seats", [1, 4, 9])
+@pytest.mark.parametrize("seats", [1, pytest.param(4, marks=pytest.mark.slow), 9])
 @pytest.mark.parametrize("static", [False, True], ids=["as on a CPU", "as on CUDA"])
 @pytest.mark.parametrize("name", TINIES)
 def test_waves_buckets_and_recorded_steps_change_nothing(
@@ -313,6 +313,7 @@ def forwards(policy):
         spy.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, packs, seats", [("tiny", True, None), ("tiny-qwen3", True, 3), ("tiny-gemma3", True, 3), ("tiny", False, 3)]
 )
@@ -519,6 +520,7 @@ def test_each_source_draws_from_its_own_context(tiny_policies, prompter, prompts
 
 
 # --- prediction
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINIES)
 def test_predict_is_greedy_trace_seam_greedy_answer(tiny_policies, prompter, name):
     policy = tiny_policies(name)
@@ -620,6 +622,7 @@ def test_what_the_answers_score_on_other_questions(tiny_policies, prompter, bias
     assert summarise(frame)["guess_accuracy"] > 0
 
 
+@pytest.mark.slow
 def test_an_answer_that_the_scorer_cuts_is_marked_and_counted(tiny_policies, prompter, bias, monkeypatch):
     policy, calls = tiny_policies("tiny"), []
     bias(policy, newline=4.0)

@@ -228,6 +228,7 @@ def test_figures_hold_the_frames_numbers():
         assert drawn is dots or all(axis.title.text for axis in drawn.select_yaxes())
 
 
+@pytest.mark.slow
 def test_the_panel_follows_its_sliders():
     world = World(1)
     panel = EstimatorPanel("kl", world, composite_weight=0.5, samples=30)
@@ -257,6 +258,7 @@ def test_the_panel_follows_its_sliders():
     assert f">{0.5 / 0.8:.4f}</td>" in panel.table.value and f">{0.5 / 0.2:.4f}</td>" in panel.table.value
 
 
+@pytest.mark.slow
 def test_the_panel_at_every_end_of_its_sliders():
     for section in ("kl", "gradient", "ratio", "responsibility"):
         panel = EstimatorPanel(section, World(1), samples=10)

@@ -48,9 +48,9 @@ pio.renderers["plotly_mimetype"].config = {
 
 
 def text_colour(colour: str) -> str:
-    """``colour`` in CSS as text can have it: a part of the text's own makes it darker on light grounds, lighter on dark.
+    """CSS for small text: ``colour`` mixed with the text's own, so darker on light grounds and lighter on dark ones.
 
-    The contrast is then at least 4.5, as WCAG 2 asks for small text; lines and marks need 3 and have it without.
+    Its contrast is then at least 4.5, as WCAG 2 asks for; lines and marks need 3, which the colours have as they are.
     """
     return f"color-mix(in srgb, {colour} 70%, currentColor)"
 
