@@ -171,11 +171,11 @@ def test_the_selected_token_moves_the_lines(example):
     explorer.view.selected = [1, 2]
     drawn = json.loads(explorer.plot.figure)
     assert {shape["x0"] for shape in drawn["layout"]["shapes"]} == {3}  # readers count from 1
-    assert list(drawn["data"][0]["x"])[:2] == [1, 2]
+    assert explorer.lines().data[0].x[:2].tolist() == [1, 2]
     names = ["log p, prior prompt", "log q, posterior prompt", SCALES["log_gap"]["title"]]
     assert [trace["name"] for trace in drawn["data"]] == names
     row = explorer.pair().iloc[1]
-    np.testing.assert_allclose(drawn["data"][2]["y"], np.subtract(row["logq"], row["logp"]), atol=1e-6)
+    np.testing.assert_allclose(explorer.lines().data[2].y, np.subtract(row["logq"], row["logp"]), atol=1e-6)
     explorer.colour.value = "kl"
     assert explorer.view.colour == "kl"
     drawn = json.loads(explorer.plot.figure)

@@ -21,7 +21,7 @@ from covrl_lab.views.evaluations import change_html, question_html
 from covrl_lab.views.figures import plot_answer_logprobs, plot_evaluation_curve, plot_training_curves
 from covrl_lab.views.html import accuracy_table, help_on, helped, html_number, html_passage, trace_table, visible
 from covrl_lab.views.report import _question
-from covrl_lab.views.token_figures import plot_coherence, plot_token_comparison
+from covrl_lab.views.token_figures import plot_coherence, plot_token_comparison, plot_token_lines
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -156,6 +156,27 @@ def test_token_comparison_holds_both_lines_and_visible_tokens():
     assert points(figure, "log q, posterior prompt") == ([1, 2, 3], row["logq"])
     assert list(figure.layout.xaxis.ticktext) == ["9·+·3·=·12.", "·", "↵"]
     assert "-1.30 nats" in figure.layout.title.text
+
+
+@pytest.mark.parametrize(("selected", "seen"), [(0, [0.5, 200.5]), (300, [200.5, 400.5]), (499, [300.5, 500.5])])
+def test_of_a_long_trace_the_lines_show_a_part_around_the_selected_token(selected, seen):
+    values = {name: [-0.1] * 500 for name in ("logp", "logq", "log_gap")}
+    figure = plot_token_lines(["word"] * 500, values, "log_gap", "log q − log p, nats", selected)
+    assert {axis.range for axis in figure.select_xaxes()} == {tuple(seen)}
+    whole = figure.layout.xaxis2.rangeslider  # below the lower part
+    assert (whole.visible, whole.range, figure.layout.xaxis.rangeslider.visible) == (True, (0.5, 500.5), None)
+    assert len(figure.data[0].x) == 500
+    short = plot_token_lines(["word"] * 200, {name: v[:200] for name, v in values.items()}, selected=99)
+    assert short.layout.xaxis.range is None and short.layout.xaxis.rangeslider.visible is None
+
+
+def test_token_comparison_of_a_long_trace_is_as_wide_as_the_notebook():
+    row = trace_rows().iloc[3].copy()
+    for name in ("tokens", "logp", "logq"):
+        row[name] = list(row[name]) * 100
+    figure = plot_token_comparison(row)
+    assert (figure.layout.width, figure.layout.xaxis.ticktext) == (None, None)
+    assert figure.layout.xaxis.range == (0.5, 200.5) and figure.layout.xaxis.rangeslider.visible
 
 
 def test_token_comparison_without_posterior_scores():

@@ -16,6 +16,7 @@ from .style import BOTH, GREY, POSTERIOR, PRIOR, SOURCE_COLOURS, TEMPLATE, add_l
 
 SHOWN_BEFORE = 12  # tokens that the hover box shows up to its own
 FEW = 64  # tokens whose text fits along an axis
+LONG = 200  # tokens that can be told apart in a line; of a longer trace these are shown, around the selected one
 
 
 def _token_axis(texts: Sequence[str], start: int = 1) -> dict[str, Any]:
@@ -36,7 +37,8 @@ def plot_token_comparison(row: Any) -> go.Figure:
     """One trace (a row of ``Run.traces``): log p and log q in nats of every token, over the tokens' text."""
     texts = list(row["tokens"])
     figure = plot_token_lines(texts, {name: row[name] for name in ("logp", "logq") if row[name] is not None})
-    figure.update_xaxes(title_text="trace token (· space, ↵ end of line)", **_token_axis(texts))
+    if len(texts) <= LONG:
+        figure.update_xaxes(title_text="trace token (· space, ↵ end of line)", **_token_axis(texts))
     figure.update_yaxes(title_text="log-probability, nats a token")
     return figure.update_layout(
         title_text=f"A {html.escape(row['source'])} trace, log p(y|x,z) = {np.sum(row['answer_logp']):.2f} nats "
@@ -44,7 +46,7 @@ def plot_token_comparison(row: Any) -> go.Figure:
         hovermode="x unified",
         margin={"t": 80},
         height=400,
-        width=None if len(texts) <= 80 else 12 * len(texts),  # pixels; None: as wide as the notebook
+        width=12 * len(texts) if 80 < len(texts) <= LONG else None,  # pixels; None: as wide as the notebook
     )
 
 
@@ -58,7 +60,8 @@ def plot_token_lines(
     """One trace along its tokens: log p and log q in nats, below them the quantity ``name`` of ``values``.
 
     values: name -> one number a token, as in ``reweight.quantities``; label: its axis title. The dotted line
-    stands at token ``selected`` (from 0); readers see tokens counted from 1.
+    stands at token ``selected`` (from 0); readers see tokens counted from 1. Of a trace of more than ``LONG`` tokens a
+    part is shown, with the whole below it, where it can be moved and widened.
     """
     below = name in values and name not in ("logp", "logq")
     figure = make_subplots(2 if below else 1, 1, shared_xaxes=True, vertical_spacing=0.06)
@@ -67,13 +70,15 @@ def plot_token_lines(
         ("logq", "log q, posterior prompt", "nats", POSTERIOR, "diamond", 1),
     ]
     lines += [(name, label, "", BOTH, "square", 2)] if below else []
-    look = {"mode": "lines+markers" if len(texts) <= 200 else "lines", "col": 1}
-    look["customdata"] = [f"{t}: {figure_text(text, spaces=True)}" for t, text in enumerate(texts, 1)]
+    look = {"mode": "lines+markers" if len(texts) <= LONG else "lines", "col": 1}
+    shown = {text: figure_text(text, spaces=True) for text in set(texts)}
+    # Arrays, as plotly looks at each item of a list.
+    look["customdata"] = np.array([f"{t}: {shown[text]}" for t, text in enumerate(texts, 1)])
     for key, title, unit, colour, symbol, row in lines:
         if key in values:
             look |= {"row": row, "showlegend": row == 1, "marker": {"size": 6, "symbol": symbol}}
             look["hovertemplate"] = f"%{{y:.3f}} {unit} at <b>%{{customdata}}</b>"
-            add_line(figure, list(range(1, len(texts) + 1)), list(values[key]), title, colour, **look)
+            add_line(figure, np.arange(1, len(texts) + 1), np.asarray(values[key], float), title, colour, **look)
     if selected is not None:
         figure.add_vline(x=selected + 1, line={"color": GREY, "width": 2, "dash": "dot"})
     figure.update_xaxes(showgrid=False, zeroline=False)
@@ -83,10 +88,15 @@ def plot_token_lines(
     figure.update_yaxes(title_text="nats a token", row=1, col=1)
     if below:
         figure.update_yaxes(title_text=textwrap.fill(label, 18).replace("\n", "<br>"), row=2, col=1)
+    if long := len(texts) > LONG:
+        start = min(max((selected or 0) - LONG // 2, 0), len(texts) - LONG) + 0.5
+        whole = {"visible": True, "thickness": 0.14, "range": [0.5, len(texts) + 0.5]}
+        figure.update_xaxes(range=[start, start + LONG])
+        figure.update_xaxes(rangeslider=whole, row=2 if below else 1, col=1)
     return figure.update_layout(
         template=TEMPLATE,
         hovermode="x",
-        height=340 if below else 240,
+        height=(340 if below else 240) + 80 * long,
         margin={"t": 30, "b": 40},
         legend={"x": 0, "xanchor": "left"},
     )
