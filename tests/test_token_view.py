@@ -24,6 +24,16 @@ def test_token_html_gives_every_token_its_number(example):
         token_html(pair, colour="logp_")
 
 
+@pytest.mark.parametrize(("length", "numbers"), [(1000, True), (1001, False)])
+def test_tokens_of_a_long_trace_have_the_coloured_number_alone(example, length, numbers):
+    row = example.traces(1).iloc[:1].copy()
+    for name in ("tokens", "token_ids", "logp", "logq"):
+        row[name] = [np.resize(row[name].iloc[0], length).tolist()]
+    page = token_html(row)
+    assert page.count("\nlog q − log p ") == length
+    assert page.count("\nlog p ") == length * numbers
+
+
 def test_clipped_tokens_are_underlined_in_the_copy(example):
     frame = example.traces(1)
     settings = reweight.Settings(0.1, 0.5)

@@ -27,6 +27,7 @@ from .widgets import Scripted, field, in_turn, script, static_text
 _PRIOR, _POSTERIOR, _LESS, _MORE = (31, 119, 180), (213, 94, 0), (129, 76, 176), (0, 140, 70)
 _BYTES = re.compile("(⟨[0-9A-F]{2}⟩)+$")  # as ``spelled`` writes them
 FEW_TOKENS = 8  # of an answer, whose log-probabilities stand beside their sum
+LONG = 1000  # tokens: all numbers of more would make files of tens of megabytes
 _STRONGEST = 0.65  # opacity at the end of a scale, as in token_view.js
 
 
@@ -245,13 +246,15 @@ def token_html(frame: pd.DataFrame, settings: reweight.Settings | None = None, c
 
 
 def traces_html(traces: Sequence[Mapping[str, Any]], colour: str) -> str:
-    """What ``payload`` gives as plain HTML."""
+    """What ``payload`` gives as plain HTML; tokens of a trace of more than ``LONG`` have the coloured number alone."""
     scale, boxes = SCALES[_known_colour(colour)], []
     for trace in _aligned(traces, colour):
         spans = []
         for t, text in enumerate(trace["tokens"]):
             numbers = {name: row[t] for name, row in trace["values"].items() if row[t] is not None}
             clipped = numbers.pop("clipped", 0)
+            if len(trace["tokens"]) > LONG:
+                numbers = {name: value for name, value in numbers.items() if name == colour}
             title, style = [text], _fill(numbers.get(colour), scale)
             if colour == "difference" and colour not in numbers:
                 style = "text-decoration: underline dotted"
@@ -265,7 +268,7 @@ def traces_html(traces: Sequence[Mapping[str, Any]], colour: str) -> str:
             spans.append(f'<span style="{style}" title="{lines}">{html.escape(text)}</span>')
             spans += ["<br>"] if text.endswith("↵") else []
         boxes.append(
-            '<div style="flex: 1 1 300px; min-width: 0; margin: 0 16px 8px 0">'
+            '<div style="flex: 1 1 300px; min-width: 0; margin: 0 16px 8px 0; max-height: 480px; overflow: auto">'
             f"{html_source(trace['source'], trace['title'])} {html_mark(trace['right'], trace['prediction'])} "
             f"{html.escape(trace['subtitle'])}<br><i>{html.escape(trace['note'])}</i>{'<br>' * bool(trace['note'])}"
             # <code>: no page's formula renderer looks for dollars in it.
