@@ -15,7 +15,7 @@ from .html import figure_text, verdict
 from .style import BOTH, GREY, POSTERIOR, PRIOR, SOURCE_COLOURS, TEMPLATE, add_line
 
 SHOWN_BEFORE = 12  # tokens that the hover box shows up to its own
-FEW = 64  # tokens whose text fits along an axis
+FEW = 64  # tokens whose text fits along an axis; of some hundreds plotly.js takes seconds to write them
 LONG = 200  # tokens that can be told apart in a line; of a longer trace these are shown, around the selected one
 
 
@@ -191,7 +191,8 @@ def plot_coherence(frame: pd.DataFrame, chosen: Sequence[int] | None = None) -> 
 
     frame has the columns of ``trace_frame`` and ``coherence`` (T + 1 nats, see ``coherence``), as
     ``probe`` gives. ``chosen`` are index labels of rows to draw bold, one of each source; without it the
-    traces that end best. Their tokens stand on the axes: prior above, posterior below.
+    traces that end best. Their tokens stand on the axes, prior above and posterior below, where no trace has more
+    than ``FEW``.
     """
     figure = go.Figure(layout={"template": TEMPLATE})
     if frame.empty:
@@ -200,6 +201,7 @@ def plot_coherence(frame: pd.DataFrame, chosen: Sequence[int] | None = None) -> 
         last = frame["coherence"].map(lambda values: values[-1])
         chosen = [own.idxmax() for _, own in last.groupby(frame["source"], sort=False)]
     longest = int(frame["tokens"].map(len).max())
+    few = longest <= FEW
     for label, row in frame.sort_values("source", ascending=False, kind="stable").iterrows():
         tokens, source, bold = list(row["tokens"]), row["source"], label in chosen
         axis, side, where = ("xaxis2", "top", "above") if source == "prior" else ("xaxis", "bottom", "below")
@@ -209,26 +211,24 @@ def plot_coherence(frame: pd.DataFrame, chosen: Sequence[int] | None = None) -> 
             figure,
             list(range(len(tokens) + 1)),
             list(row["coherence"]),
-            f"{source} trace, its tokens {where}",
+            f"{source} trace, its tokens {where}" if few else f"{source} trace",
             SOURCE_COLOURS[source],
             width if bold else 1.2,
-            mode="lines+markers" if bold else "lines",
+            mode="lines+markers" if bold and longest <= LONG else "lines",
             marker={"size": width + 3},
             opacity=1 if bold else 0.4,
             showlegend=bold,
             customdata=["no token yet", *(figure_text("".join(part)) for part in read)],
             hovertemplate=f"%{{customdata}}<br><b>%{{y:.2f}} nats</b> after %{{x}} tokens<extra>{source}</extra>",
         )
-        if bold:  # an axis is drawn only where a trace lies on it
+        if bold and few:  # an axis is drawn only where a trace lies on it
             figure.add_scatter(x=[None], y=[None], xaxis=axis.replace("axis", ""), showlegend=False, hoverinfo="skip")
             look = {"range": [-0.4, longest + 0.4], "tickfont_color": SOURCE_COLOURS[source], "side": side}
             figure.layout[axis] = _token_axis(["–", *tokens], 0) | look
             figure.layout[axis].overlaying = "x" if source == "prior" else None
-    figure.update_layout(xaxis_title_text="last token read (· space, ↵ end of line, – none yet)")
+    title = "last token read (· space, ↵ end of line, – none yet)" if few else "tokens read"
+    figure.update_layout(xaxis_title_text=title)
     figure.update_yaxes(title_text="log p(y | x, z up to here), nats")
-    return figure.update_layout(
-        height=460,
-        margin={"t": 125},  # the longest tokens above the plot, and the legend above them
-        width=None if longest <= 90 else 11 * longest,
-        legend={"x": 0, "xanchor": "left", "y": 1.38},
-    )
+    # The longest tokens above the plot, and the legend above them.
+    room = {"margin_t": 125, "legend_y": 1.38} if few else {}
+    return figure.update_layout(height=460, legend={"x": 0, "xanchor": "left"}, **room)
