@@ -117,15 +117,30 @@ def test_the_heat_map_holds_every_score_and_answer(browser):
     for i, example in enumerate(order):
         rows = [found[step][example] for step in STEPS]
         assert list(heat.z[i]) == [row["score"] for row in rows]
+        assert heat.y[i] == f"{i + 1}. {rows[0]['question']}<br>reference answer {rows[0]['answer']}"
         for text, row in zip(heat.text[i], rows, strict=True):
-            assert row["question"] in text and f"it said {row['prediction']}, reference" in text
+            assert text == f"{'✓ right' if row['score'] == 1 else '✗ wrong'}: it said {row['prediction']}"
     labels = dict(label.rsplit(": ", 1) for label in figure.layout.yaxis.ticktext)
     assert labels.items() <= {k: str(v) for k, v in browser.listed["learned"].value_counts().items()}.items()
 
 
+@pytest.mark.parametrize(("questions", "steps"), [(10, 4), (200, 60), (233, 4), (234, 4), (1319, 200)])
+def test_cells_of_the_heat_map_are_larger_than_their_gaps(browser, questions, steps):
+    """plotly draws nothing else: a map of 1,319 questions was empty. 300 pixels: half of a narrow notebook."""
+    one = browser.history.iloc[:1]
+    rows = pd.concat([one.assign(example_id=f"q{i}", step=step) for i in range(questions) for step in (0, 1)])
+    rows = pd.concat([rows, *(one.assign(example_id="q0", step=step) for step in range(2, steps))])
+    figure = plot_questions(rows)
+    (heat,), margin = figure.data, figure.layout.margin
+    assert (len(heat.y), len(heat.x)) == (questions, steps)
+    assert 1.5 * heat.ygap < (figure.layout.height - margin.t - margin.b) / questions
+    assert 1.5 * heat.xgap < 300 / steps
+    assert (heat.xgap > 0) == (steps <= 60) and (heat.ygap > 0) == (questions <= 233)
+
+
 def test_a_click_or_the_list_opens_the_question_at_every_step(browser):
     found, example = answers(), browser.listed["id"].iloc[70]
-    browser.plot._handle_custom_msg({"clicked": {"x": "10", "y": 70, "curve": 0}}, [])
+    browser.plot._handle_custom_msg({"clicked": {"x": "10", "y": browser.heat_map.data[0].y[70], "curve": 0}}, [])
     assert browser.questions.picked == example and browser.questions.marked == [example]
     page = browser.question.value
     for step in STEPS:
@@ -222,5 +237,5 @@ def test_hostile_text_is_escaped(hostile):
         figure, page = browser.static()
         for text in (browser.question.value, browser.change.value, page.data):
             assert not any(tag in text.lower() for tag in ("<script", "<img", "<svg", "<iframe", "</style", "<a "))
-    for text in figure.data[0].text.ravel():
+    for text in [*figure.data[0].text.ravel(), *figure.data[0].y]:
         assert "<" not in text.replace("<br>", "") and "$" not in text

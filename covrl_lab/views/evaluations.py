@@ -34,24 +34,32 @@ def plot_questions(rows: pd.DataFrame) -> go.Figure:
     rows: ``questions.history``.
     """
     order = by_learning(rows)
+    texts = {text: figure_text(text, 40, 2) for text in rows["prediction"].unique()}
     said = [
-        f"{figure_text(r.question, 60, 3)}<br>{verdict(r.right)}: it said {figure_text(r.prediction, 40, 2)}, "
-        f"reference answer {figure_text(r.answer, 40, 2)}{'' if r.finished else '<br>trace unfinished'}"
-        for r in rows.itertuples()
+        f"{verdict(right)}: it said {texts[prediction]}{'' if finished else '<br>trace unfinished'}"
+        for right, prediction, finished in zip(rows["right"], rows["prediction"], rows["finished"], strict=True)
     ]
     table = rows.assign(said=said).pivot(index="example_id", columns="step", values=["score", "said"])
     table, count = table.loc[order["example_id"]], len(order)
+    # Names of the rows, as each of a thousand questions stands in the page once, and not with every answer.
+    names = [
+        f"{place}. {figure_text(r.question, 60, 3)}<br>reference answer {figure_text(r.answer, 40, 2)}"
+        for place, r in enumerate(order.itertuples(), 1)
+    ]
     height = int(min(700, max(220, 90 + 14 * count)))
     figure = go.Figure(layout={"template": TEMPLATE, "height": height, "margin": {"t": 40, "b": 45}})
-    z, steps, places = table["score"].astype(float), [str(step) for step in table["score"]], list(range(count))
-    look = {"colorscale": [[0, "rgba(213, 94, 0, 0.28)"], [1, BOTH]], "showscale": False, "xgap": 2, "ygap": 1}
-    look["hovertemplate"] = "step %{x}: %{text}<extra></extra>"
-    figure.add_heatmap(x=steps, y=places, z=z, zmin=0, zmax=1, text=table["said"], **look)
+    z, steps = table["score"].astype(float), [str(step) for step in table["score"]]
+    look = {"colorscale": [[0, "rgba(213, 94, 0, 0.28)"], [1, BOTH]], "showscale": False}
+    # Of cells that are no larger than their gaps nothing is drawn.
+    look |= {"xgap": 2 * (len(steps) <= 60), "ygap": int(3 * count <= height)}
+    look["hovertemplate"] = "%{y}<br>step %{x}: %{text}<extra></extra>"
+    figure.add_heatmap(x=steps, y=names, z=z, zmin=0, zmax=1, text=table["said"], **look)
     groups = order.reset_index().groupby("learned", sort=False)["index"].agg(["mean", "size"])
     groups = groups[groups["size"] * (height - 90) >= 14 * count]  # a label needs the height of its text
     figure.update_xaxes(title_text="after step", type="category", showgrid=False)
     labels = [f"{name}: {size}" for name, size in groups["size"].items()]
-    figure.update_yaxes(tickvals=groups["mean"], ticktext=labels, autorange="reversed", showgrid=False, zeroline=False)
+    look = {"type": "category", "autorange": "reversed", "showgrid": False}
+    figure.update_yaxes(tickvals=groups["mean"], ticktext=labels, **look)
     return figure.update_layout(title_text="Green: right, orange: wrong; a row is a question")
 
 
@@ -119,7 +127,7 @@ class EvaluationBrowser(Panel):
         self.change, self.question = widgets.HTML(), widgets.HTML()
         self.questions = Table(label="held-out questions", columns=_COLUMNS)
         half = {"flex": "1 1 420px", "min_width": "0"}
-        self.plot = Plot(lambda at: self.questions.set_trait("picked", self.listed["id"][at["y"]]), layout=half)
+        self.plot = Plot(self._pick, layout=half)
         for control in (self.before, self.after, self.show):
             control.observe(self._list, names="value")
         self.questions.observe(self._list, names="sort")
@@ -149,6 +157,9 @@ class EvaluationBrowser(Panel):
         kept = listed if self.show.value == _ALL else listed[listed["outcome"] == self.show.value]
         self.questions.fill(kept, _MOST_ROWS)
         self.change.value = alarms_html(self.run.damage or {}) + change_html(listed, *pair)
+
+    def _pick(self, at: dict[str, Any]) -> None:
+        self.questions.picked = self.listed["id"][int(at["y"].split(".")[0]) - 1]
 
     @in_turn
     def _open(self, change: Any = None) -> None:
