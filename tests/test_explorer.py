@@ -430,6 +430,13 @@ def test_a_run_without_traces_and_an_unknown_step_are_refused(panel, tmp_path, e
         panel(example, 7)
 
 
+def test_a_table_holds_the_beginning_of_a_long_trace(tmp_path):
+    """A whole one was sent with each row; the traces below the table stay whole."""
+    explorer = TraceExplorer(made_up_run(tmp_path / "run", length=1000))
+    assert {row["trace"] for row in explorer.rollouts.rows} == {"word " * 100 + " …"}
+    assert [len(trace["tokens"]) for trace in explorer.view.traces] == [1000, 1000]
+
+
 @pytest.mark.slow
 def test_many_traces_open_and_filter_quickly(tmp_path, capsys):
     """Printed, not asserted: 10,000 traces of 64 tokens in 157 files."""

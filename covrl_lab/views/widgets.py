@@ -79,6 +79,11 @@ class Plot(Scripted):
         self.figure = figure.to_json()
 
 
+def _start(text: str) -> str:
+    """What a cell holds of a text, and the box under the mouse: a whole one may have 100,000 characters."""
+    return text if len(text) <= 500 else f"{text[:500]} …"
+
+
 class Table(Scripted):
     """Rows to sort and to pick from, by mouse or arrow keys.
 
@@ -108,7 +113,7 @@ class Table(Scripted):
         text = {c["name"] for c in self.columns if c["kind"] == "text"}
         known = shown[list(dict.fromkeys(["id", *names]))].replace([math.inf, -math.inf], math.nan).astype(object)
         rows = known.where(known.notna(), None).to_dict("records")
-        rows = [record | {name: visible(record[name] or "") for name in text} for record in rows]
+        rows = [record | {name: visible(_start(record[name] or "")) for name in text} for record in rows]
         with self.hold_sync():
             self.rows, self.marked = rows, [self.picked] if marked is None else list(marked)
             left = f"{len(shown):,} of {len(frame):,} shown; search to narrow" if len(shown) < len(frame) else ""
