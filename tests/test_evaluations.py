@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+import time
 
 import numpy as np
 import pandas as pd
@@ -136,6 +137,28 @@ def test_cells_of_the_heat_map_are_larger_than_their_gaps(browser, questions, st
     assert 1.5 * heat.ygap < (figure.layout.height - margin.t - margin.b) / questions
     assert 1.5 * heat.xgap < 300 / steps
     assert (heat.xgap > 0) == (steps <= 60) and (heat.ygap > 0) == (questions <= 233)
+
+
+@pytest.mark.slow
+def test_a_whole_benchmark_through_thirty_one_evaluations_opens(tmp_path, capsys):
+    """Printed, not asserted, in seconds: GSM8K's 1,319 questions. The page holds the text of each once."""
+    run, steps = shutil.copytree(EXAMPLE_RUN, tmp_path / "run"), range(31)
+    one = pd.read_parquet(run / "evaluations" / "step_00000.parquet").iloc[:1]
+    whole = pd.concat([one] * 1319).assign(
+        example_id=[f"q{i}" for i in range(1319)], question=[f"question {i}, " + "word " * 40 for i in range(1319)]
+    )
+    line = json.loads((run / "evaluations.jsonl").read_text().splitlines()[0])
+    for step in steps:
+        scores = np.random.default_rng(step).random(1319) < 0.3 + 0.01 * step
+        whole.assign(score=scores.astype(float)).to_parquet(run / "evaluations" / f"step_{step:05d}.parquet")
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(line | {"step": step}) + "\n" for step in steps))
+    (run / "config.json").write_text(json.dumps(load_run(EXAMPLE_RUN).config | {"eval_every": 1}))
+    started = time.perf_counter()
+    browser = EvaluationBrowser(run)
+    seconds, size = time.perf_counter() - started, len(browser.plot.figure)
+    assert browser.run.damage == {} and browser.plot.figure.count("question 700, ") == 1
+    with capsys.disabled():
+        print(f"\nquestions: 1,319 of 31 evaluations open in {seconds:.1f} s, a figure of {size / 1e6:.1f} MB")
 
 
 def test_a_click_or_the_list_opens_the_question_at_every_step(browser):
