@@ -34,9 +34,8 @@ def plot_questions(rows: pd.DataFrame) -> go.Figure:
     rows: ``questions.history``.
     """
     order = by_learning(rows)
-    texts = {text: figure_text(text, 40, 2) for text in rows["prediction"].unique()}
     said = [
-        f"{verdict(right)}: it said {texts[prediction]}{'' if finished else '<br>trace unfinished'}"
+        f"{verdict(right)}: it said {figure_text(prediction, 40, 2)}{'' if finished else '<br>trace unfinished'}"
         for right, prediction, finished in zip(rows["right"], rows["prediction"], rows["finished"], strict=True)
     ]
     table = rows.assign(said=said).pivot(index="example_id", columns="step", values=["score", "said"])

@@ -6,6 +6,7 @@ import re
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import pandas as pd
@@ -50,6 +51,7 @@ def visible(text: str, spaces: bool = False) -> str:
     return text.translate({ord(character): sign(character) for character in set(text)})
 
 
+@lru_cache(maxsize=10_000)  # tokens and answers come again and again
 def figure_text(text: str, width: int = 60, lines: int = 8, spaces: bool = False) -> str:
     """Text for plotly, which reads a little HTML and TeX: visible, wrapped, cut after ``lines``, escaped."""
     start = str(text)[: 20 * width * lines]  # more than is kept, unless it is nearly all spaces

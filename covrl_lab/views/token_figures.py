@@ -71,9 +71,8 @@ def plot_token_lines(
     ]
     lines += [(name, label, "", BOTH, "square", 2)] if below else []
     look = {"mode": "lines+markers" if len(texts) <= LONG else "lines", "col": 1}
-    shown = {text: figure_text(text, spaces=True) for text in set(texts)}
     # Arrays, as plotly looks at each item of a list.
-    look["customdata"] = np.array([f"{t}: {shown[text]}" for t, text in enumerate(texts, 1)])
+    look["customdata"] = np.array([f"{t}: {figure_text(text, spaces=True)}" for t, text in enumerate(texts, 1)])
     for key, title, unit, colour, symbol, row in lines:
         if key in values:
             look |= {"row": row, "showlegend": row == 1, "marker": {"size": 6, "symbol": symbol}}
