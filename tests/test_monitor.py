@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from helpers import TINY_RUN, lines, start_training, until
@@ -285,6 +286,18 @@ def test_sparklines_hold_the_values_in_order_and_skip_gaps():
     points = re.search(r'points="([^"]*)"', sparkline([1.0, None, 3.0, 2.0], width=126, height=26)).group(1)
     assert [tuple(map(float, p.split(","))) for p in points.split()] == [(3, 23), (83, 3), (123, 13)]
     assert sparkline([1.0]) == sparkline([]) == "" and "points" in sparkline([2.0, 2.0])
+
+
+def test_sparklines_of_many_steps_keep_their_peaks_and_the_last_value():
+    """130 pixels hold no more: 5,000 points in each of 18 lines were a megabyte a step."""
+    values = np.random.default_rng(0).random(5000)
+    values[[1234, 2500, -1]] = -7.0, 9.0, 1.0
+    points = re.search(r'points="([^"]*)"', sparkline(values)).group(1).split()
+    assert 200 < len(points) <= 261 and points == sorted(points, key=lambda p: float(p.split(",")[0]))
+    assert f"{3 + 124 * 1234 / 4999:.1f},19.0" in points and f"{3 + 124 * 2500 / 4999:.1f},3.0" in points
+    assert points[-1] == "127.0,11.0"  # half way from -7 to 9
+    few = re.search(r'points="([^"]*)"', sparkline(values[:520])).group(1).split()
+    assert len(few) == 520
 
 
 def test_threads_end_with_their_widget(folder):

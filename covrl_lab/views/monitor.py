@@ -152,6 +152,10 @@ def sparkline(values: Sequence[float | None], colour: str = GREY, width: int = 1
     if there.sum() < 2:
         return ""
     x, y = x[there], y[there]
+    if len(y) > 4 * width:  # several points a pixel: of each the lowest and the highest
+        pixels = np.array_split(np.arange(len(y)), width)
+        kept = {part[find(y[part])] for part in pixels for find in (np.argmin, np.argmax)} | {len(y) - 1}
+        x, y = x[sorted(kept)], y[sorted(kept)]
     low, high = y.min(), y.max()
     place = (y - low) / (high - low) if high > low else np.full(len(y), 0.5)
     points = [f"{a:.1f},{b:.1f}" for a, b in zip(x, height - 3 - place * (height - 6), strict=True)]
