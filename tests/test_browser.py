@@ -102,8 +102,7 @@ def test_choosing_a_question_and_clicking_a_token_shows_its_numbers(lab, traces)
     wait_until(traces, lambda: traces.evaluate(marker) == at + 1)
 
     def drawn() -> list[float]:
-        y = traces.evaluate("document.querySelector('.covrl-plot.js-plotly-plot').data[0].y")
-        return list(y.values()) if isinstance(y, dict) else y
+        return traces.evaluate("Array.from(document.querySelector('.covrl-plot.js-plotly-plot')._fullData[0].y)")
 
     # The plot follows the selection a moment later; until then it holds the trace drawn before.
     wait_until(traces, lambda: np.allclose(drawn()[: len(posterior["logp"])], posterior["logp"], atol=1e-5))
@@ -421,19 +420,22 @@ def test_what_is_chosen_is_in_view_and_the_lines_can_be_clicked(lab):
     chosen = questions.locator("tr[aria-selected=true]")
     assert chosen.get_attribute("data-id") == "1/q35" and chosen.evaluate(INSIDE)
 
-    # A click on the lines at token 100, counted from 1 as in the text.
+    # 200 tokens are shown. A click on the lines at token 290, counted from 1 as in the text, takes them there.
     plot = page.locator(".covrl-plot.js-plotly-plot")
     plot.scroll_into_view_if_needed()
+    seen = "document.querySelector('.covrl-plot.js-plotly-plot')._fullLayout.xaxis2.range"
+    assert page.evaluate(seen) == [200.5, 400.5]
     x, y = page.evaluate(
         """() => { const plot = document.querySelector('.covrl-plot.js-plotly-plot');
             const box = plot.getBoundingClientRect(), {xaxis, yaxis} = plot._fullLayout;
-            return [box.x + xaxis._offset + xaxis.c2p(100), box.y + yaxis._offset + yaxis._length / 2]; }"""
+            return [box.x + xaxis._offset + xaxis.c2p(290), box.y + yaxis._offset + yaxis._length / 2]; }"""
     )
     page.mouse.move(x, y)
     page.wait_for_timeout(300)
     page.mouse.click(x, y)
-    wait_until(page, lambda: selected.get_attribute("data-token") == "99" and selected.evaluate(INSIDE))
-    assert "100 of 400" in page.locator(".covrl-detail").inner_text()
+    wait_until(page, lambda: selected.get_attribute("data-token") == "289" and selected.evaluate(INSIDE))
+    wait_until(page, lambda: page.evaluate(seen) == [189.5, 389.5])
+    assert "290 of 400" in page.locator(".covrl-detail").inner_text()
 
     # Filters, in numbers of the file.
     marks = rollouts.locator("tbody td.mark span")
