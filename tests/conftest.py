@@ -15,7 +15,8 @@ BROWSER = """
     test_browser_panels test_browser_views test_explorer test_mixing test_monitor test_report
 """.split()
 KERNELS = "test_benchmark test_nbval test_packaging test_sweep test_train_notebook".split()
-# `make quick` leaves these out, besides: they train for minutes, load many models, or start many processes.
+# `make quick` leaves these out, besides: they train for minutes, load many models, or start many processes. In other
+# files it leaves out the single tests that are marked slow, as they take seconds.
 SLOW = [name for name in BROWSER + KERNELS if name not in ("test_explorer", "test_mixing")]
 SLOW += """
     test_bench test_card test_checkpoints test_disk test_embedded test_gpu_check test_hostile test_methods test_owner

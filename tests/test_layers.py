@@ -111,7 +111,7 @@ for name in sys.argv[1:]:
 
 @pytest.mark.slow
 def test_everything_imports_without_what_windows_lacks():
-    """The quick tests run on Windows, too, and pytest imports also the files of the slow ones."""
+    """Of the package and of all test files; the quick tests run on Windows, too."""
     own = [f"covrl_lab.{name.replace('/', '.').removesuffix('.__init__')}" for name in MODULES if name != "__main__"]
     names = [path.stem for path in Path(__file__).parent.glob("*.py")] + own
     command = [sys.executable, "-c", WINDOWS, *names]
